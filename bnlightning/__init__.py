@@ -1,0 +1,27 @@
+"""See what happens inside a network while it trains, swap its normalisation, show what batch normalisation does."""
+
+from importlib.metadata import version
+
+from bnlightning._comparison import Comparison, compare_runs
+from bnlightning._conf import CONF_DIR
+from bnlightning.callbacks import ActivationMonitor, PredictionMonitor
+from bnlightning.data import SyntheticRegressionDataModule
+from bnlightning.models import LitRegressor
+from bnlightning.nn import MLP, BatchNorm1d, BatchNorm2d, BatchNorm3d, Convention
+
+__version__ = version("bnlightning")
+
+__all__ = [
+    "CONF_DIR",
+    "MLP",
+    "ActivationMonitor",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "Comparison",
+    "Convention",
+    "LitRegressor",
+    "PredictionMonitor",
+    "SyntheticRegressionDataModule",
+    "compare_runs",
+]

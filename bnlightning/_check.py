@@ -1,0 +1,26 @@
+"""Checks of what a user passed: each raises one message with the argument's name, the value received and the cure."""
+
+from collections.abc import Collection
+from numbers import Integral, Real
+from typing import Any
+
+
+def check_integer(name: str, value: Any, *, at_least: int) -> None:
+    """Raise ``ValueError`` unless ``value`` is an integer (no bool) of at least ``at_least``."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < at_least:
+        raise ValueError(f"{name}={value!r} is not possible: give an integer of at least {at_least}.")
+
+
+def check_number(name: str, value: Any, *, above: float | None = None, at_least: float | None = None) -> None:
+    """Raise ``ValueError`` unless ``value`` is a finite number within the bounds."""
+    is_number = isinstance(value, Real) and not isinstance(value, bool) and abs(value) < float("inf")
+    if is_number and (above is None or value > above) and (at_least is None or value >= at_least):
+        return
+    bound = f" above {above:g}" if above is not None else f" of at least {at_least:g}" if at_least is not None else ""
+    raise ValueError(f"{name}={value!r} is not possible: give a number{bound}.")
+
+
+def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
+    """Raise ``ValueError`` unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not known: choose one of {', '.join(choices)}.")

@@ -1,0 +1,185 @@
+"""Several finished runs, one table and one figure.
+
+Everything is read back from the runs' TensorBoard files, so it shows what TensorBoard shows.
+"""
+
+import csv
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bnlightning._figure import draw
+from bnlightning._runs import COMPARISON_SUFFIX, Run, find_runs, read_run
+
+COLUMNS = ("variant", "seeds", "final cost", "dead", "saturated", "non-finite", "first non-finite", "seconds")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What :func:`compare_runs` made of several runs.
+
+    Args:
+        directory: The compared directory.
+        rows: One mapping from column to text a variant. ``final cost``: median of the last ``val/loss`` over the
+            seeds, with the quartiles; ``dead``, ``saturated``, ``non-finite``: the last ``val_health/act_*``, median over the
+            seeds; ``seconds``: a run's time from its first to its last event, median over the seeds.
+        notes: What the table says, in sentences.
+        figure: The path of ``comparison.png``.
+    """
+
+    directory: Path
+    rows: list[dict[str, str]]
+    notes: list[str]
+    figure: Path
+
+    @property
+    def markdown(self) -> str:
+        """The table and the notes in Markdown."""
+        lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+        lines += ["| " + " | ".join(row[column] for column in COLUMNS) + " |" for row in self.rows]
+        return "\n".join([*lines, "", *(f"- {note}" for note in self.notes)]) + "\n"
+
+    def print(self) -> None:
+        """Print the table, the path of the figure and the command that opens TensorBoard on the runs."""
+        from rich.console import Console
+        from rich.table import Table
+
+        # Where the output goes to a file, a width of 80 would fold the table.
+        console = Console(highlight=False, width=None if sys.stdout.isatty() else 140, soft_wrap=True)
+        table = Table(*COLUMNS)
+        for row in self.rows:
+            table.add_row(*(row[column] for column in COLUMNS))
+        console.print(table, soft_wrap=False)
+        for note in self.notes:
+            console.print(note)
+        console.print(f"\nFigure: {self.figure}")
+        console.print(f"Look closer: tensorboard --logdir {shlex.quote(str(self.directory))}")
+
+
+def compare_runs(directory: str | Path, metric: str = "val/loss") -> Comparison:
+    """Compare the finished runs in and below a directory.
+
+    Writes ``comparison.png``, ``comparison.csv`` and ``comparison.md`` into the directory, and the figure into an event
+    file there, so that it is in TensorBoard's Images tab, too. An earlier comparison is replaced. Runs that differ in
+    nothing but ``seed=<number>`` in their directory's name are one variant.
+
+    Args:
+        directory: With one run a subdirectory, at any depth.
+        metric: The tag of the cost.
+
+    Raises:
+        ValueError: If there is no run in the directory, or none with this metric.
+    """
+    root = Path(directory).resolve()
+    paths = find_runs(root)
+    if not paths:
+        raise ValueError(f"directory={str(directory)!r} holds no TensorBoard files of a run: give the one that does.")
+    runs = [read_run(path, root) for path in paths]
+    if not any(metric in run.scalars for run in runs):
+        known = sorted(set().union(*(run.scalars for run in runs)))
+        raise ValueError(f"metric={metric!r} was logged by no run in {root}: choose one of {', '.join(known)}.")
+    variants = _by_variant(runs)
+    rows = [_row(name, group, metric) for name, group in variants.items()]
+    notes = [note for name, group in variants.items() for note in _notes(name, group)]
+    comparison = Comparison(root, rows, notes, root / "comparison.png")
+    figure = draw(variants, metric, title=_title(root), notes=notes)
+    figure.savefig(comparison.figure)
+    _write_image(root, comparison.figure)
+    (root / "comparison.md").write_text(comparison.markdown, encoding="utf-8")
+    with (root / "comparison.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    return comparison
+
+
+def _by_variant(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """The runs of each variant, the one without normalisation first, seeds rising."""
+    names = sorted({run.variant for run in runs}, key=lambda name: ("none" not in name.split(","), name))
+    return {
+        name: sorted((run for run in runs if run.variant == name), key=lambda run: (run.seed or 0, run.path))
+        for name in names
+    }
+
+
+def _row(name: str, runs: Sequence[Run], metric: str) -> dict[str, str]:
+    costs = np.array([cost for run in runs if (cost := run.last(metric)) is not None])
+    return {
+        "variant": name,
+        "seeds": _seeds(runs),
+        "final cost": _cost(costs),
+        "dead": _share(runs, "val_health/act_dead"),
+        "saturated": _share(runs, "val_health/act_saturated"),
+        "non-finite": _share(runs, "val_health/act_nonfinite"),
+        "first non-finite": _first_nonfinite(runs),
+        "seconds": f"{np.median([run.seconds for run in runs]):.1f}",
+    }
+
+
+def _seeds(runs: Sequence[Run]) -> str:
+    seeds = [run.seed for run in runs if run.seed is not None]
+    if len(seeds) < len(runs):
+        return f"{len(runs)} runs"
+    if len(seeds) > 2 and seeds == list(range(seeds[0], seeds[-1] + 1)):
+        return f"{seeds[0]} to {seeds[-1]}"
+    return ", ".join(map(str, seeds))
+
+
+def _cost(costs: NDArray[np.float64]) -> str:
+    if not len(costs):
+        return "none"
+    # A run that diverged is worse than any that did not: infinite, for the order.
+    low, median, high = np.quantile(np.where(np.isfinite(costs), costs, np.inf), [0.25, 0.5, 0.75], method="nearest")
+    if not np.isfinite(median):
+        return "not finite"
+    return f"{median:.4g}" if len(costs) == 1 else f"{median:.4g} [{low:.4g}, {high:.4g}]"
+
+
+def _share(runs: Sequence[Run], tag: str) -> str:
+    shares = [share for run in runs if (share := run.last(tag)) is not None]
+    return f"{100 * np.median(shares):.1f} %" if shares else "-"
+
+
+def _first_nonfinite(runs: Sequence[Run]) -> str:
+    found = [run.first_nonfinite for run in runs if run.first_nonfinite is not None]
+    if not found:
+        return "never"
+    step, layer = min(found)
+    where = f"step {step}, {layer}"
+    return where if len(runs) == 1 else f"{where} ({len(found)} of {len(runs)} runs)"
+
+
+def _notes(name: str, runs: Sequence[Run]) -> list[str]:
+    """What happened to a variant that did not stay finite: diverging is not dying."""
+    found = [run.first_nonfinite for run in runs if run.first_nonfinite is not None]
+    if not found:
+        return []
+    step, layer = min(found)
+    who = name if len(runs) == 1 else f"{name} ({len(found)} of {len(runs)} runs)"
+    return [
+        f"{who} diverged: after {step} step(s) {layer} put out the first NaN or infinity. At the end "
+        f"{_share(runs, 'val_health/act_nonfinite')} of its activations are not finite and "
+        f"{_share(runs, 'val_health/act_dead')} of its units are dead. Diverged is not dead: "
+        "a dead unit puts out zero, these put out NaN."
+    ]
+
+
+def _title(root: Path) -> str:
+    """The experiment's name, above the directory named by the time."""
+    return root.parent.name if root.name[:1].isdigit() else root.name
+
+
+def _write_image(directory: Path, png: Path) -> None:
+    import matplotlib.image
+    from torch.utils.tensorboard import SummaryWriter
+
+    for old in directory.glob(f"events.out.tfevents.*{COMPARISON_SUFFIX}"):
+        old.unlink()
+    pixels = (matplotlib.image.imread(png)[:, :, :3] * 255).round().astype(np.uint8)
+    with SummaryWriter(str(directory), filename_suffix=COMPARISON_SUFFIX) as writer:
+        writer.add_image("comparison", pixels, dataformats="HWC")

@@ -1,0 +1,240 @@
+"""The figure of a comparison: costs, fits, and how the values of every layer are distributed over the steps."""
+
+from collections.abc import Mapping, Sequence
+from textwrap import fill
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from bnlightning._runs import HistogramAt, Run
+
+Variants = Mapping[str, Sequence[Run]]
+
+_MAX_COLUMNS = 8
+_MAX_STEPS = 6
+_BINS = 40
+# Told apart in grey, too: by lightness and by line style.
+_STYLES = (("#c44e00", (0, (5, 2))), ("#08306b", "solid"), ("#41ab5d", (0, (1, 1))), ("#8c6bb1", (0, (5, 1, 1, 1))))
+_ORDER_OF_MAGNITUDE = 30.0
+
+
+def draw(variants: Variants, metric: str, title: str, notes: Sequence[str]) -> Figure:
+    """Draw the runs of each variant; the first seed's where a panel can show only one."""
+    layers = _layers(variants)
+    rows = len(variants) if layers else 0
+    heights = [0.5, 3.6, *[0.75, *[1.75] * rows], 0.35 + 0.42 * len(notes)]
+    figure = Figure(figsize=(15.0, sum(heights)), dpi=100, facecolor="white")
+    figure.text(0.03, 1 - 0.3 / sum(heights), title, fontsize=15, weight="bold", va="center")
+    page = figure.add_gridspec(
+        len(heights), 1, height_ratios=heights, left=0.06, right=0.985, top=1.0, bottom=0.0, hspace=0.0
+    )
+    top = page[1].subgridspec(1, 2, width_ratios=[1.15, 1.0], wspace=0.16)
+    _draw_costs(figure.add_subplot(top[0]), variants, metric)
+    _draw_fits(figure.add_subplot(top[1]), variants)
+    if rows:
+        _draw_heading(figure.add_subplot(page[2]), variants)
+    for row, (name, runs) in enumerate(variants.items() if rows else ()):
+        cells = page[3 + row].subgridspec(1, len(layers), wspace=0.12)
+        for column, layer in enumerate(layers):
+            axes = figure.add_subplot(cells[column])
+            _draw_layer(axes, runs[0], layer, labelled=column == 0)
+            if row == 0:
+                axes.set_title(layer.partition("/")[2], fontsize=9.5, pad=4)
+            if column == 0:
+                axes.set_ylabel(name, fontsize=12, weight="bold", labelpad=24, color=_style(row)[0])
+    for index, note in enumerate(notes):
+        y = (0.42 * (len(notes) - index)) / sum(heights)
+        figure.text(0.03, y, fill(note, 190), fontsize=10.5, va="center")
+    return figure
+
+
+def _style(index: int) -> tuple[str, object]:
+    return _STYLES[index % len(_STYLES)]
+
+
+def _draw_costs(axes: Axes, variants: Variants, metric: str) -> None:
+    curves = {name: _curves(runs, metric) for name, runs in variants.items()}
+    curves = {name: curve for name, curve in curves.items() if len(curve[0])}
+    low, high = _cost_range([costs for _, costs in curves.values()])
+    for index, (name, (steps, costs)) in enumerate(curves.items()):
+        color, line = _style(list(variants).index(name))
+        lower, median, upper = np.quantile(costs, [0.25, 0.5, 0.75], axis=0, method="nearest")
+        shown = np.where(np.isfinite(median), np.minimum(median, high), np.nan)
+        axes.plot(steps, shown, color=color, linestyle=line, linewidth=2.2, label=name)
+        if len(costs) > 1:
+            axes.fill_between(steps, np.minimum(lower, high), np.minimum(upper, high), color=color, alpha=0.18, lw=0)
+        _mark_end(axes, name, steps, median, high, color, level=index)
+    axes.set_ylim(low, high * 1.02)
+    if high > _ORDER_OF_MAGNITUDE * max(low, 1e-300) or low > 0 and high / low > 5:
+        axes.set_yscale("log")
+        axes.set_ylim(low, high * 1.1)
+    seeds = max(len(runs) for runs in variants.values())
+    axes.set_title(
+        "Cost on all points" + (f", median and quartiles of {seeds} seeds" if seeds > 1 else ""), fontsize=11, loc="left"
+    )
+    axes.set_xlabel("training steps")
+    axes.set_ylabel(metric)
+    axes.grid(alpha=0.25)
+    axes.legend(loc="upper right", fontsize=11, handlelength=3.5)
+
+
+def _curves(runs: Sequence[Run], metric: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The steps all runs have, and their costs there, one run a row; not finite counts as infinite."""
+    logged = [run.scalars[metric] for run in runs if metric in run.scalars]
+    if not logged:
+        return np.array([], dtype=np.int64), np.zeros((0, 0))
+    steps = sorted(set.intersection(*(set(steps.tolist()) for steps, _ in logged)))
+    costs = [dict(zip(steps.tolist(), values.tolist(), strict=True)) for steps, values in logged]
+    table = np.array([[cost[step] for step in steps] for cost in costs])
+    return np.array(steps), np.where(np.isfinite(table), table, np.inf)
+
+
+def _cost_range(curves: Sequence[NDArray[np.float64]]) -> tuple[float, float]:
+    """Limits that hold every curve, less the few values that would flatten all others."""
+    finite = np.concatenate([costs[np.isfinite(costs)] for costs in curves])
+    if not len(finite):
+        return 0.0, 1.0
+    typical = [np.median(costs[np.isfinite(costs)]) for costs in curves if np.isfinite(costs).mean() > 0.5]
+    ceiling = _ORDER_OF_MAGNITUDE * max(typical) if typical else finite.max()
+    return float(finite.min()) * 0.9, float(finite[finite <= ceiling].max(initial=finite.min()))
+
+
+def _mark_end(
+    axes: Axes, name: str, steps: NDArray[np.int64], costs: NDArray[np.float64], high: float, color: str, level: int
+) -> None:
+    """Say where a curve leaves the picture: for good, because it diverged, or for some steps only."""
+    y = 0.93 - 0.11 * level
+    diverged = ~np.isfinite(costs)
+    if diverged.any():
+        first = int(np.argmax(diverged))
+        last = f", last {costs[first - 1]:.2g} at step {steps[first - 1]}" if first else ""
+        text = f"× {name}: NaN or infinite from step {steps[first]} on{last}"
+        axes.axvspan(steps[first], steps[-1], ymin=y - 0.045, ymax=y + 0.045, color=color, alpha=0.16, lw=0)
+        axes.plot([steps[first]], [y], "x", color=color, markersize=11, mew=3, transform=axes.get_xaxis_transform())
+        axes.text(0.06, y, text, color=color, fontsize=10.5, weight="bold", va="center", transform=axes.transAxes)
+    elif (costs > high).any():
+        worst = int(np.argmax(costs))
+        text = f"↑ {name}: {costs[worst]:.2g} at step {steps[worst]}"
+        axes.text(0.06, y, text, color=color, fontsize=10.5, va="center", transform=axes.transAxes)
+
+
+def _draw_fits(axes: Axes, variants: Variants) -> None:
+    shown = {name: runs[0].predictions[-1] for name, runs in variants.items() if runs[0].predictions}
+    if not shown:
+        axes.set_axis_off()
+        return
+    _, points = next(iter(shown.values()))
+    axes.plot(points[:, 0], points[:, 1], ".", color="#b8b8b8", markersize=2.5, label="data", zorder=0)
+    low, high = np.quantile(points[:, 1], [0.001, 0.999])
+    axes.set_ylim(low - 0.08 * (high - low), high + 0.08 * (high - low))
+    for name, (_, points) in shown.items():
+        color, line = _style(list(variants).index(name))
+        order = np.argsort(points[:, 0], kind="stable")
+        x, prediction = points[order, 0], points[order, 2]
+        if np.isfinite(prediction).all():
+            axes.plot(x, prediction, color=color, linestyle=line, linewidth=2.4, label=name)
+        else:
+            axes.plot([], [], "x", color=color, mew=3, markersize=9, label=f"{name}: prediction is NaN")
+    step = max(step for step, _ in shown.values())
+    seed = next(iter(variants.values()))[0].seed
+    which = f", seed {seed}" if seed is not None and max(map(len, variants.values())) > 1 else ""
+    axes.set_title(f"Data and fit after {step} steps{which}", fontsize=11, loc="left")
+    axes.set_xlabel("x")
+    axes.set_ylabel("y")
+    axes.legend(loc="upper left", fontsize=11, handlelength=3.5)
+
+
+def _draw_heading(axes: Axes, variants: Variants) -> None:
+    axes.set_axis_off()
+    seed = next(iter(variants.values()))[0].seed
+    which = f", seed {seed}" if seed is not None and max(map(len, variants.values())) > 1 else ""
+    text = (
+        f"How the values of each layer are distributed on the evaluated points, training going down{which}; "
+        "every ridge scaled to its own maximum"
+    )
+    axes.text(0.0, 0.42, text, fontsize=11, transform=axes.transAxes, va="center")
+
+
+def _layers(variants: Variants) -> list[str]:
+    """The histogram tags that are drawn: of evaluations, if there are any; evenly chosen if there are many."""
+    tags = list(dict.fromkeys(tag for runs in variants.values() for tag in runs[0].histograms if "act_hist/" in tag))
+    tags = [tag for tag in tags if tag.startswith("val_")] or tags
+    chosen = np.linspace(0, len(tags) - 1, min(len(tags), _MAX_COLUMNS)).round().astype(int)
+    return [tags[index] for index in chosen]
+
+
+def _draw_layer(axes: Axes, run: Run, tag: str, labelled: bool) -> None:
+    """One ridge a step, the first step at the top."""
+    by_step = {histogram.step: histogram for histogram in run.histograms.get(tag, [])}
+    steps = _steps(run, tag)
+    low, high = _value_range(list(by_step.values()))
+    for position, step in enumerate(steps):
+        base = len(steps) - 1 - position
+        shade = str(0.72 - 0.52 * position / max(len(steps) - 1, 1))
+        axes.plot([low, high], [base, base], color="#999999", linewidth=0.5, zorder=position)
+        histogram = by_step.get(step)
+        if histogram is None:
+            axes.text((low + high) / 2, base + 0.1, "NaN", ha="center", fontsize=8, color="#b00020", weight="bold")
+            continue
+        edges, density = _rebin(histogram, low, high)
+        ridge = base + 1.25 * density / max(density.max(), 1e-300)
+        axes.stairs(ridge, edges, baseline=base, fill=True, color=shade, alpha=0.92, zorder=position)
+        axes.stairs(ridge, edges, baseline=base, color="black", linewidth=0.5, zorder=position)
+    axes.set_xlim(low, high)
+    axes.set_ylim(-0.15, len(steps) + 0.45)
+    axes.set_xticks([low, high], [f"{low:.3g}", f"{high:.3g}"], fontsize=7.5)
+    for label, side in zip(axes.get_xticklabels(), ("left", "right"), strict=True):
+        label.set_horizontalalignment(side)
+    axes.set_yticks(range(len(steps)), [f"step {step}" for step in reversed(steps)] if labelled else [], fontsize=7.5)
+    axes.tick_params(length=0, pad=2)
+    for side in ("top", "right", "left", "bottom"):
+        axes.spines[side].set_visible(False)
+    text = _health(run, tag)
+    if text:
+        axes.text(0.5, 0.99, text, transform=axes.transAxes, ha="center", va="top", fontsize=8, weight="bold")
+
+
+def _steps(run: Run, tag: str) -> list[int]:
+    """The steps at which the layer was sampled (also without a finite value), at most a few."""
+    logged = run.scalars.get(tag.replace("act_hist/", "act_nonfinite/"))
+    steps = logged[0] if logged is not None else np.array([histogram.step for histogram in run.histograms[tag]])
+    chosen = np.linspace(0, len(steps) - 1, min(len(steps), _MAX_STEPS)).round().astype(int)
+    return [int(steps[index]) for index in chosen]
+
+
+def _health(run: Run, tag: str) -> str:
+    """The last thing worth knowing of a layer, worst first."""
+    shares = {
+        what: run.last(tag.replace("act_hist/", f"act_{key}/"))
+        for key, what in (("nonfinite", "NaN/inf"), ("dead", "dead"), ("saturated", "saturated"), ("zero", "zero"))
+    }
+    for what, share in shares.items():
+        if share is not None and (share > 0 or what == "saturated"):
+            return f"{100 * share:.0f} % {what}"
+    return ""
+
+
+def _value_range(histograms: Sequence[HistogramAt]) -> tuple[float, float]:
+    """[-1, 1] or [0, 1] for values that stay there, otherwise where nearly all values of nearly all steps are."""
+    if not histograms:
+        return 0.0, 1.0
+    low, high = min(h.edges[0] for h in histograms), max(h.edges[-1] for h in histograms)
+    if -1 <= low and high <= 1 and high - low > 0.5:
+        return (-1.0 if low < 0 else 0.0), 1.0
+    lows, highs = zip(*(_quantiles(histogram, 0.005, 0.995) for histogram in histograms), strict=True)
+    low, high = float(np.median(lows)), float(np.median(highs))
+    return (low, high) if high > low else (low - 0.5, low + 0.5)
+
+
+def _quantiles(histogram: HistogramAt, *quantiles: float) -> list[float]:
+    cumulative = np.concatenate([[0.0], np.cumsum(histogram.counts)])
+    return [float(np.interp(q * cumulative[-1], cumulative, histogram.edges)) for q in quantiles]
+
+
+def _rebin(histogram: HistogramAt, low: float, high: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Counts in equally wide bins, each original bin spread evenly over its width."""
+    edges = np.linspace(low, high, _BINS + 1)
+    cumulative = np.concatenate([[0.0], np.cumsum(histogram.counts)])
+    return edges, np.diff(np.interp(edges, histogram.edges, cumulative))

@@ -1,0 +1,123 @@
+"""Finished runs, read back from their TensorBoard files."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lightning.pytorch.core.saving import load_hparams_from_yaml
+from numpy.typing import NDArray
+
+COMPARISON_SUFFIX = ".comparison"
+"""Ends the name of the event file that a comparison writes, so that it is not taken for a run."""
+
+_SEED = re.compile(r"(?:^|,)seed=(\d+)(?=,|$)")
+
+
+@dataclass(frozen=True)
+class HistogramAt:
+    """A histogram of one step: counts between ascending edges, one more of these."""
+
+    step: int
+    edges: NDArray[np.float64]
+    counts: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one training run wrote.
+
+    Args:
+        path: Its directory.
+        variant: The directory's name below the compared one, less the seed.
+        seed: From the directory's name or from ``hparams.yaml``; ``None`` if neither tells.
+        scalars: Steps and values by tag.
+        histograms: By tag, steps rising.
+        predictions: ``(step, array of shape (N, 3) with columns x, y, prediction)``, steps rising.
+        first_nonfinite: Step and module path of the first non-finite output, if there was one.
+        seconds: From the first to the last event.
+    """
+
+    path: Path
+    variant: str
+    seed: int | None
+    scalars: dict[str, tuple[NDArray[np.int64], NDArray[np.float64]]]
+    histograms: dict[str, list[HistogramAt]]
+    predictions: list[tuple[int, NDArray[np.float32]]]
+    first_nonfinite: tuple[int, str] | None
+    seconds: float
+
+    def last(self, tag: str) -> float | None:
+        """The last value of a scalar."""
+        return float(self.scalars[tag][1][-1]) if tag in self.scalars else None
+
+
+def find_runs(directory: Path) -> list[Path]:
+    """The directories at or below ``directory`` with an event file of a run, sorted."""
+    files = directory.rglob("events.out.tfevents.*")
+    return sorted({file.parent for file in files if not file.name.endswith(COMPARISON_SUFFIX)})
+
+
+def read_run(path: Path, root: Path) -> Run:
+    """Read the event files in ``path``, a directory at or below ``root``."""
+    # Takes 0.2 s, which importing the package should not.
+    from tensorboard.backend.event_processing import event_accumulator as ea
+
+    keep_all = {ea.SCALARS: 0, ea.HISTOGRAMS: 0, ea.TENSORS: 0, ea.IMAGES: 1, ea.AUDIO: 1, ea.COMPRESSED_HISTOGRAMS: 1}
+    events = ea.EventAccumulator(str(path), size_guidance=keep_all)
+    events.Reload()
+    tags = events.Tags()
+    name = path.relative_to(root).as_posix() if path != root else path.name
+    times: list[float] = []
+    scalars = {}
+    for tag in tags[ea.SCALARS]:
+        items = events.Scalars(tag)
+        times += [items[0].wall_time, items[-1].wall_time]
+        scalars[tag] = (np.array([item.step for item in items]), np.array([item.value for item in items]))
+    return Run(
+        path=path,
+        variant=_SEED.sub("", name).strip(",") or name,
+        seed=_seed(name, path),
+        scalars=scalars,
+        histograms={tag: _histograms(events.Histograms(tag)) for tag in tags[ea.HISTOGRAMS]},
+        predictions=_tensors(events, tags[ea.TENSORS], "val_prediction"),
+        first_nonfinite=_first_nonfinite(events, tags[ea.TENSORS]),
+        seconds=max(times, default=0.0) - min(times, default=0.0),
+    )
+
+
+def _histograms(items: Sequence[Any]) -> list[HistogramAt]:
+    return [
+        HistogramAt(
+            item.step,
+            np.array([item.histogram_value.min, *item.histogram_value.bucket_limit]),
+            np.array(item.histogram_value.bucket),
+        )
+        for item in items
+    ]
+
+
+def _tensors(events: Any, tags: Sequence[str], tag: str) -> list[tuple[int, NDArray[np.float32]]]:
+    from tensorboard.util import tensor_util
+
+    if tag not in tags:
+        return []
+    return [(item.step, tensor_util.make_ndarray(item.tensor_proto)) for item in events.Tensors(tag)]
+
+
+def _first_nonfinite(events: Any, tags: Sequence[str]) -> tuple[int, str] | None:
+    tag = "health/first_nonfinite_layer/text_summary"
+    if tag not in tags:
+        return None
+    item = events.Tensors(tag)[0]
+    return item.step, item.tensor_proto.string_val[0].decode()
+
+
+def _seed(name: str, path: Path) -> int | None:
+    match = _SEED.search(name)
+    if match:
+        return int(match[1])
+    seed = load_hparams_from_yaml(str(path / "hparams.yaml"), use_omegaconf=False).get("seed")
+    return seed if isinstance(seed, int) else None

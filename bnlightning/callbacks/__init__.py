@@ -1,0 +1,5 @@
+"""Lightning callbacks for any LightningModule."""
+
+from bnlightning.callbacks.activation_monitor import ActivationMonitor as ActivationMonitor
+from bnlightning.callbacks.activation_monitor import saturation_limits as saturation_limits
+from bnlightning.callbacks.prediction_monitor import PredictionMonitor as PredictionMonitor

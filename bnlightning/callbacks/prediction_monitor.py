@@ -1,0 +1,93 @@
+"""What a regression predicts, point by point, in TensorBoard's files."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from bnlightning._check import check_integer
+
+
+class PredictionMonitor(Callback):
+    """Keep the evaluated points and the predictions for them, so that a finished run can be drawn.
+
+    For any LightningModule whose ``validation_step`` takes batches ``(x, y)`` with one number a sample in each and
+    returns a mapping with the ``prediction``.
+
+    Logged, at the number of optimizer steps taken before the evaluation, to TensorBoard loggers:
+    ``val_prediction``, a float32 tensor of shape ``(N, 3)`` with columns x, y and prediction, over all batches of the
+    evaluation and all ranks, or the first ``max_points`` of each rank.
+
+    Args:
+        every_n_steps: Evaluations that begin at least so many optimizer steps after the last one kept are kept.
+        max_points: Upper bound of N on each rank.
+
+    Raises:
+        ValueError: If an argument is below 1; in the evaluation, if the module gives no ``prediction``.
+    """
+
+    def __init__(self, every_n_steps: int = 50, max_points: int = 5000) -> None:
+        check_integer("every_n_steps", every_n_steps, at_least=1)
+        check_integer("max_points", max_points, at_least=1)
+        self.every_n_steps = every_n_steps
+        self.max_points = max_points
+        self._last_step: int | None = None
+        self._points: list[Tensor] | None = None
+
+    def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        step, last = trainer.global_step, self._last_step
+        due = last is None or step < last or step - last >= self.every_n_steps
+        if due and not trainer.sanity_checking:
+            self._last_step, self._points = step, []
+
+    def on_validation_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self._points is None or sum(map(len, self._points)) >= self.max_points:
+            return
+        if not isinstance(outputs, Mapping) or "prediction" not in outputs:
+            raise ValueError(
+                f"{type(pl_module).__name__}.validation_step returned {type(outputs).__name__} without a prediction: "
+                'PredictionMonitor needs a mapping such as {"loss": loss, "prediction": prediction}.'
+            )
+        x, y = batch
+        columns = [part.detach().reshape(len(part), -1)[:, :1].float() for part in (x, y, outputs["prediction"])]
+        self._points.append(torch.cat(columns, dim=1))
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        points, self._points = self._points, None
+        if points is None:
+            return
+        local = torch.cat(points)[: self.max_points]
+        everything = _gather(local).cpu()
+        if not trainer.is_global_zero:
+            return
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_tensor("val_prediction", everything, global_step=trainer.global_step)
+
+
+def _gather(points: Tensor) -> Tensor:
+    """The points of all ranks, which may differ in number, one rank after the other."""
+    dist = torch.distributed
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return points
+    number = torch.tensor([len(points)], device=points.device)
+    numbers = [torch.zeros_like(number) for _ in range(dist.get_world_size())]
+    dist.all_gather(numbers, number)
+    longest = int(torch.stack(numbers).max())
+    padded = points.new_zeros(longest, points.shape[1])
+    padded[: len(points)] = points
+    parts = [torch.empty_like(padded) for _ in numbers]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[: int(size)] for part, size in zip(parts, numbers, strict=True)])

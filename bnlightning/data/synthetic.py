@@ -1,0 +1,84 @@
+"""Data made up by a formula."""
+
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+
+from bnlightning._check import check_integer, check_number
+from bnlightning.data.batches import TensorBatches
+
+
+class SyntheticRegressionDataModule(lightning.LightningDataModule):
+    """Points on the parabola y = x² - 5 with normal noise.
+
+    Training goes through the points in one fixed order, again in every epoch; evaluation is on all of them in one
+    batch, there is no split. The points depend on ``seed`` alone and are those that ``numpy.random.seed(seed)``
+    followed by linspace, shuffle and normal gives, as the published scripts do it.
+
+    Args:
+        num_points: Number of points, evenly spaced.
+        x_min: The smallest x.
+        x_max: The largest x.
+        noise_std: Standard deviation of the noise on y.
+        shuffle: Whether to shuffle the points, once; otherwise x rises.
+        batch_size: Points of a training step on one rank; ``None`` takes all of them.
+        seed: Of the order and the noise, from 0 to 2**32 - 1.
+
+    Shape:
+        Batches ``(x, y)`` of ``(N, 1)`` each, float32.
+
+    Raises:
+        ValueError: If an argument is out of range; the message says which and what would do.
+    """
+
+    def __init__(
+        self,
+        num_points: int = 2500,
+        x_min: float = -7.0,
+        x_max: float = 10.0,
+        noise_std: float = 8.0,
+        shuffle: bool = True,
+        batch_size: int | None = 10,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        check_integer("num_points", num_points, at_least=2)
+        check_number("x_min", x_min)
+        check_number("x_max", x_max, above=x_min)
+        check_number("noise_std", noise_std, at_least=0.0)
+        check_integer("seed", seed, at_least=0)
+        if batch_size is not None:
+            check_integer("batch_size", batch_size, at_least=1)
+        self.save_hyperparameters()
+        self.batch_size = batch_size if batch_size is not None else num_points
+
+    def target(self, x: Any) -> Any:
+        """The noiseless y for a float64 numpy array of x; the place to override for another curve."""
+        return x**2 - 5
+
+    def setup(self, stage: str) -> None:
+        """Make the points, the same on every rank."""
+        hparams = self.hparams
+        # The legacy generator, because its stream is the published scripts'.
+        rng = np.random.RandomState(hparams["seed"])
+        x = np.linspace(hparams["x_min"], hparams["x_max"], hparams["num_points"])
+        if hparams["shuffle"]:
+            rng.shuffle(x)
+        y = self.target(x) + rng.normal(0.0, hparams["noise_std"], x.shape)
+        self.x = torch.as_tensor(x, dtype=torch.float32)[:, None]
+        self.y = torch.as_tensor(y, dtype=torch.float32)[:, None]
+
+    def train_dataloader(self) -> TensorBatches:
+        """Batches of ``batch_size`` points a rank, in the points' order."""
+        return self._batches(self.batch_size)
+
+    def val_dataloader(self) -> TensorBatches:
+        """All points in one batch, divided among the ranks."""
+        return self._batches(len(self.x))
+
+    def _batches(self, batch_size: int) -> TensorBatches:
+        trainer = self.trainer
+        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+        return TensorBatches(self.x, self.y, batch_size=batch_size, rank=rank, world_size=world_size)

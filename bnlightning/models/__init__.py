@@ -1,0 +1,3 @@
+"""LightningModules to run and to subclass."""
+
+from bnlightning.models.regression import LitRegressor as LitRegressor

@@ -1,0 +1,153 @@
+r"""Batch normalisation as functions: the formulas derived by hand, and the same through torch's kernels.
+
+Both functions take ``input`` of shape ``(N, C)`` or ``(N, C, ...)`` and normalise every channel :math:`c` over its
+:math:`n` values, the batch and all trailing dimensions:
+
+.. math::
+    \mu = \frac1n \sum_i x_i \qquad
+    \sigma^2 = \frac1n \sum_i (x_i - \mu)^2 \qquad
+    \hat x_i = \frac{x_i - \mu}{\sqrt{\sigma^2 + \epsilon}} \qquad
+    y_i = \gamma \hat x_i + \beta
+
+(Ioffe and Szegedy, "Batch Normalization", 2015, algorithm 1).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class _BatchNorm(torch.autograd.Function):
+    r"""Batch normalisation with the batch's own statistics and a backward pass derived by hand.
+
+    Write :math:`g_i = \partial L / \partial y_i` and :math:`s = (\sigma^2 + \epsilon)^{-1/2}`. The loss reaches
+    :math:`\gamma` and :math:`\beta` through every :math:`y_i` of the channel:
+
+    .. math::
+        \frac{\partial L}{\partial \gamma} = \sum_i g_i \hat x_i \qquad
+        \frac{\partial L}{\partial \beta} = \sum_i g_i
+
+    It reaches :math:`x_i` on three paths. Directly, :math:`\partial \hat x_j / \partial x_i = s` for :math:`j = i`;
+    through the mean, :math:`\partial \mu / \partial x_i = 1/n` moves every :math:`\hat x_j` by :math:`-s/n`; through
+    the variance, :math:`\partial \sigma^2 / \partial x_i = 2 (x_i - \mu) / n` scales every :math:`\hat x_j` by
+    :math:`-\tfrac12 s^2`, that is :math:`-s \hat x_i \hat x_j / n` (the variance's own dependence on the mean adds
+    nothing, since :math:`\sum_j (x_j - \mu) = 0`). Summed over :math:`j` with weights :math:`\gamma g_j`:
+
+    .. math::
+        \frac{\partial L}{\partial x_i} = \gamma s \Big( g_i - \frac1n \sum_j g_j
+            - \hat x_i \, \frac1n \sum_j g_j \hat x_j \Big)
+
+    Only the input is kept for the backward pass, not the normalised input: it is one multiplication away.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dims = _reduced_dims(input)
+        x = input.to(_statistics_dtype(input))
+        mean = x.mean(dim=dims)
+        centred = x - _over_channels(mean, x)
+        var = centred.square().mean(dim=dims)
+        scale = (var + eps).rsqrt()
+        if weight is not None:
+            scale = scale * weight
+        output = centred * _over_channels(scale, x)
+        if bias is not None:
+            output = output + _over_channels(bias, x)
+        ctx.save_for_backward(input, weight, mean, var)
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mean, var)
+        return output.to(input.dtype), mean, var
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: Any, grad_output: Tensor, _grad_mean: None, _grad_var: None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        input, weight, mean, var = ctx.saved_tensors
+        dims = _reduced_dims(input)
+        grad = grad_output.to(mean.dtype)
+        invstd = (var + ctx.eps).rsqrt()
+        normalised = (input.to(mean.dtype) - _over_channels(mean, grad)) * _over_channels(invstd, grad)
+        grad_bias = grad.sum(dim=dims)
+        grad_weight = (grad * normalised).sum(dim=dims)
+        grad_input = None
+        if ctx.needs_input_grad[0]:
+            n = grad.numel() // grad.shape[1]
+            scale = invstd if weight is None else invstd * weight
+            grad_input = grad - _over_channels(grad_bias / n, grad) - normalised * _over_channels(grad_weight / n, grad)
+            grad_input = (grad_input * _over_channels(scale, grad)).to(input.dtype)
+        return (
+            grad_input,
+            grad_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None,
+            grad_bias if ctx.needs_input_grad[2] else None,
+            None,
+        )
+
+
+def batch_norm_reference(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise with the batch's statistics, by the formulas of this module and a backward pass derived by hand.
+
+    Args:
+        input: Shape ``(N, C)`` or ``(N, C, ...)``, any floating dtype; half precision is computed in float32.
+        weight: Scale of shape ``(C,)``, or ``None`` for 1.
+        bias: Shift of shape ``(C,)``, or ``None`` for 0.
+        eps: Added to the variance.
+
+    Returns:
+        The output, with the shape and dtype of ``input``; the mean and the biased variance of the batch, of shape
+        ``(C,)``, over the samples of this process alone. No gradient flows through the two statistics.
+
+    Raises:
+        ValueError: If a channel has fewer than two values.
+    """
+    _check_enough_values(input)
+    return _BatchNorm.apply(input, weight, bias, eps)
+
+
+def batch_norm_fast(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same as :func:`batch_norm_reference`, by torch's own kernels; can be differentiated twice.
+
+    The kernels write their statistics into running buffers. With a momentum of 1 and buffers made for this call these
+    are the batch's statistics themselves (the variance unbiased), so any rule of averaging can follow.
+    """
+    n = _check_enough_values(input)
+    dtype = weight.dtype if weight is not None else _statistics_dtype(input)
+    mean = torch.empty(input.shape[1], dtype=dtype, device=input.device)
+    var = torch.empty_like(mean)
+    # A momentum of 1 multiplies the old value by 0, and 0 * NaN is NaN: uninitialised memory must not stay.
+    mean.zero_()
+    var.zero_()
+    output = F.batch_norm(input, mean, var, weight, bias, True, 1.0, eps)
+    return output, mean, var * ((n - 1) / n)
+
+
+def _check_enough_values(input: Tensor) -> int:
+    """The number of values per channel, at least 2."""
+    n = input.numel() // max(input.shape[1], 1)
+    if n < 2:
+        raise ValueError(
+            f"input of shape {tuple(input.shape)} has {n} value(s) per channel, and batch normalisation in training "
+            "needs at least 2: use a larger batch, drop the incomplete last batch, or call .eval()."
+        )
+    return n
+
+
+def _statistics_dtype(input: Tensor) -> torch.dtype:
+    return torch.float32 if input.dtype in (torch.float16, torch.bfloat16) else input.dtype
+
+
+def _reduced_dims(input: Tensor) -> list[int]:
+    return [dim for dim in range(input.dim()) if dim != 1]
+
+
+def _over_channels(values: Tensor, like: Tensor) -> Tensor:
+    """View ``(C,)`` as ``(1, C, 1, ...)``, to broadcast over ``like``."""
+    return values.view(1, -1, *[1] * (like.dim() - 2))

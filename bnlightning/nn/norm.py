@@ -1,0 +1,40 @@
+"""Normalisation layers by name."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from bnlightning._check import check_choice
+from bnlightning.nn.batch_norm import BatchNorm1d
+
+NORM_LAYERS: dict[str, Callable[..., nn.Module]] = {
+    "none": nn.Identity,
+    "custom": BatchNorm1d,
+    "torch": nn.BatchNorm1d,
+}
+"""``none``: the identity, so that the module paths of a network do not depend on its normalisation; ``custom``: ours;
+``torch``: torch's."""
+
+
+def get_norm_layer(norm: str, **options: Any) -> Callable[[int], nn.Module]:
+    """The constructor of a normalisation layer, to be called with the number of features.
+
+    Args:
+        norm: A key of :data:`NORM_LAYERS`.
+        **options: Keyword arguments of the layer. So that one set of options serves every choice, ``none`` leaves all
+            of them aside and ``torch`` the two that choose among variants of our layer, ``convention`` and ``backend``.
+
+    Raises:
+        ValueError: For an unknown name, or for options that the layer does not know.
+    """
+    check_choice("norm", norm, NORM_LAYERS)
+    if norm == "torch":
+        options = {name: value for name, value in options.items() if name not in ("convention", "backend")}
+    layer = partial(NORM_LAYERS[norm], **options)
+    try:
+        layer(1)
+    except TypeError as error:
+        raise ValueError(f"norm_options={options!r} do not fit norm={norm!r}: {error}.") from error
+    return layer
