@@ -161,11 +161,12 @@ def _notes(name: str, runs: Sequence[Run]) -> list[str]:
         return []
     step, layer = min(found)
     who = name if len(runs) == 1 else f"{name} ({len(found)} of {len(runs)} runs)"
+    steps = "1 training step" if step == 1 else f"{step} training steps"
     return [
-        f"{who} diverged: after {step} step(s) {layer} put out the first NaN or infinity. At the end "
+        f"{who} diverged: after {steps} {layer} put out the first NaN or infinity. At the end "
         f"{_share(runs, 'val_health/act_nonfinite')} of its activations are not finite and "
         f"{_share(runs, 'val_health/act_dead')} of its units are dead. Diverged is not dead: "
-        "a dead unit puts out zero, these put out NaN."
+        "a dead unit puts out zero for every input, these put out NaN."
     ]
 
 

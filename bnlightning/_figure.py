@@ -24,11 +24,11 @@ def draw(variants: Variants, metric: str, title: str, notes: Sequence[str]) -> F
     """Draw the runs of each variant; the first seed's where a panel can show only one."""
     layers = _layers(variants)
     rows = len(variants) if layers else 0
-    heights = [0.5, 3.6, *[0.75, *[1.75] * rows], 0.35 + 0.42 * len(notes)]
+    heights = [0.85, 3.4, 0.95 if rows else 0.6, *[2.1] * rows, 0.15 + 0.42 * len(notes)]
     figure = Figure(figsize=(15.0, sum(heights)), dpi=100, facecolor="white")
-    figure.text(0.03, 1 - 0.3 / sum(heights), title, fontsize=15, weight="bold", va="center")
+    figure.text(0.015, 1 - 0.3 / sum(heights), title, fontsize=15, weight="bold", va="center")
     page = figure.add_gridspec(
-        len(heights), 1, height_ratios=heights, left=0.06, right=0.985, top=1.0, bottom=0.0, hspace=0.0
+        len(heights), 1, height_ratios=heights, left=0.075, right=0.985, top=1.0, bottom=0.0, hspace=0.0
     )
     top = page[1].subgridspec(1, 2, width_ratios=[1.15, 1.0], wspace=0.16)
     _draw_costs(figure.add_subplot(top[0]), variants, metric)
@@ -36,14 +36,14 @@ def draw(variants: Variants, metric: str, title: str, notes: Sequence[str]) -> F
     if rows:
         _draw_heading(figure.add_subplot(page[2]), variants)
     for row, (name, runs) in enumerate(variants.items() if rows else ()):
-        cells = page[3 + row].subgridspec(1, len(layers), wspace=0.12)
+        # Room above for what is written over each cell, and below for the ticks.
+        cells = page[3 + row].subgridspec(3, len(layers), wspace=0.12, hspace=0.0, height_ratios=[0.4, 1.5, 0.2])
         for column, layer in enumerate(layers):
-            axes = figure.add_subplot(cells[column])
+            axes = figure.add_subplot(cells[1, column])
             _draw_layer(axes, runs[0], layer, labelled=column == 0)
-            if row == 0:
-                axes.set_title(layer.partition("/")[2], fontsize=9.5, pad=4)
+            axes.set_title(f"{layer.partition('/')[2]}\n{_health(runs[0], layer)}", fontsize=9, pad=2)
             if column == 0:
-                axes.set_ylabel(name, fontsize=12, weight="bold", labelpad=24, color=_style(row)[0])
+                axes.set_ylabel(name, fontsize=12, weight="bold", labelpad=4, color=_style(row)[0])
     for index, note in enumerate(notes):
         y = (0.42 * (len(notes) - index)) / sum(heights)
         figure.text(0.03, y, fill(note, 190), fontsize=10.5, va="center")
@@ -58,14 +58,17 @@ def _draw_costs(axes: Axes, variants: Variants, metric: str) -> None:
     curves = {name: _curves(runs, metric) for name, runs in variants.items()}
     curves = {name: curve for name, curve in curves.items() if len(curve[0])}
     low, high = _cost_range([costs for _, costs in curves.values()])
-    for index, (name, (steps, costs)) in enumerate(curves.items()):
+    for name, (steps, costs) in curves.items():
         color, line = _style(list(variants).index(name))
         lower, median, upper = np.quantile(costs, [0.25, 0.5, 0.75], axis=0, method="nearest")
         shown = np.where(np.isfinite(median), np.minimum(median, high), np.nan)
-        axes.plot(steps, shown, color=color, linestyle=line, linewidth=2.2, label=name)
+        outcome = _outcome(variants[name], steps, median, high)
+        axes.plot(steps, shown, color=color, linestyle=line, linewidth=2.2, label=f"{name}{outcome}")
         if len(costs) > 1:
             axes.fill_between(steps, np.minimum(lower, high), np.minimum(upper, high), color=color, alpha=0.18, lw=0)
-        _mark_end(axes, name, steps, median, high, color, level=index)
+        if not np.isfinite(median).all():
+            end = steps[np.argmin(np.isfinite(median))]
+            axes.plot([end], [0.96], "x", color=color, markersize=12, mew=3, transform=axes.get_xaxis_transform())
     axes.set_ylim(low, high * 1.02)
     if high > _ORDER_OF_MAGNITUDE * max(low, 1e-300) or low > 0 and high / low > 5:
         axes.set_yscale("log")
@@ -77,7 +80,7 @@ def _draw_costs(axes: Axes, variants: Variants, metric: str) -> None:
     axes.set_xlabel("training steps")
     axes.set_ylabel(metric)
     axes.grid(alpha=0.25)
-    axes.legend(loc="upper right", fontsize=11, handlelength=3.5)
+    axes.legend(loc="best", fontsize=11, handlelength=3.5)
 
 
 def _curves(runs: Sequence[Run], metric: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -101,23 +104,16 @@ def _cost_range(curves: Sequence[NDArray[np.float64]]) -> tuple[float, float]:
     return float(finite.min()) * 0.9, float(finite[finite <= ceiling].max(initial=finite.min()))
 
 
-def _mark_end(
-    axes: Axes, name: str, steps: NDArray[np.int64], costs: NDArray[np.float64], high: float, color: str, level: int
-) -> None:
-    """Say where a curve leaves the picture: for good, because it diverged, or for some steps only."""
-    y = 0.93 - 0.11 * level
-    diverged = ~np.isfinite(costs)
-    if diverged.any():
-        first = int(np.argmax(diverged))
-        last = f", last {costs[first - 1]:.2g} at step {steps[first - 1]}" if first else ""
-        text = f"× {name}: NaN or infinite from step {steps[first]} on{last}"
-        axes.axvspan(steps[first], steps[-1], ymin=y - 0.045, ymax=y + 0.045, color=color, alpha=0.16, lw=0)
-        axes.plot([steps[first]], [y], "x", color=color, markersize=11, mew=3, transform=axes.get_xaxis_transform())
-        axes.text(0.06, y, text, color=color, fontsize=10.5, weight="bold", va="center", transform=axes.transAxes)
-    elif (costs > high).any():
-        worst = int(np.argmax(costs))
-        text = f"↑ {name}: {costs[worst]:.2g} at step {steps[worst]}"
-        axes.text(0.06, y, text, color=color, fontsize=10.5, va="center", transform=axes.transAxes)
+def _outcome(runs: Sequence[Run], steps: NDArray[np.int64], costs: NDArray[np.float64], high: float) -> str:
+    """Why a curve leaves the picture, if it does: for good, because it diverged, or for some steps only."""
+    worst = int(np.argmax(np.where(np.isfinite(costs), costs, -1.0)))
+    outside = f"{costs[worst]:.2g} at step {steps[worst]}" if np.isfinite(costs[worst]) and costs[worst] > high else ""
+    diverged = np.flatnonzero(~np.isfinite(costs))
+    if not len(diverged):
+        return f" (above: {outside})" if outside else ""
+    found = [run.first_nonfinite[0] for run in runs if run.first_nonfinite is not None]
+    first = min([*found, int(steps[diverged[0]])])
+    return f" diverged (×): NaN from step {first} on" + (f", {outside}" if outside else "")
 
 
 def _draw_fits(axes: Axes, variants: Variants) -> None:
@@ -152,9 +148,9 @@ def _draw_heading(axes: Axes, variants: Variants) -> None:
     which = f", seed {seed}" if seed is not None and max(map(len, variants.values())) > 1 else ""
     text = (
         f"How the values of each layer are distributed on the evaluated points, training going down{which}; "
-        "every ridge scaled to its own maximum"
+        "every ridge in its own scale, lone spikes cut"
     )
-    axes.text(0.0, 0.42, text, fontsize=11, transform=axes.transAxes, va="center")
+    axes.text(0.0, 0.1, text, fontsize=11, transform=axes.transAxes, va="center")
 
 
 def _layers(variants: Variants) -> list[str]:
@@ -179,7 +175,7 @@ def _draw_layer(axes: Axes, run: Run, tag: str, labelled: bool) -> None:
             axes.text((low + high) / 2, base + 0.1, "NaN", ha="center", fontsize=8, color="#b00020", weight="bold")
             continue
         edges, density = _rebin(histogram, low, high)
-        ridge = base + 1.25 * density / max(density.max(), 1e-300)
+        ridge = base + 1.25 * _scaled(density)
         axes.stairs(ridge, edges, baseline=base, fill=True, color=shade, alpha=0.92, zorder=position)
         axes.stairs(ridge, edges, baseline=base, color="black", linewidth=0.5, zorder=position)
     axes.set_xlim(low, high)
@@ -191,9 +187,13 @@ def _draw_layer(axes: Axes, run: Run, tag: str, labelled: bool) -> None:
     axes.tick_params(length=0, pad=2)
     for side in ("top", "right", "left", "bottom"):
         axes.spines[side].set_visible(False)
-    text = _health(run, tag)
-    if text:
-        axes.text(0.5, 0.99, text, transform=axes.transAxes, ha="center", va="top", fontsize=8, weight="bold")
+
+
+def _scaled(density: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Scaled to a maximum of 1; a lone spike, such as a ReLU's zeros, is cut, lest it flatten everything else."""
+    second, first = np.sort(density)[-2:]
+    scale = max(second, first / 8, 1e-300) * (1.0 if first < 3 * second else 1.6)
+    return np.minimum(density / scale, 1.0)
 
 
 def _steps(run: Run, tag: str) -> list[int]:
@@ -211,7 +211,7 @@ def _health(run: Run, tag: str) -> str:
         for key, what in (("nonfinite", "NaN/inf"), ("dead", "dead"), ("saturated", "saturated"), ("zero", "zero"))
     }
     for what, share in shares.items():
-        if share is not None and (share > 0 or what == "saturated"):
+        if share is not None and (share >= 0.005 or what == "saturated"):
             return f"{100 * share:.0f} % {what}"
     return ""
 
@@ -225,6 +225,8 @@ def _value_range(histograms: Sequence[HistogramAt]) -> tuple[float, float]:
         return (-1.0 if low < 0 else 0.0), 1.0
     lows, highs = zip(*(_quantiles(histogram, 0.005, 0.995) for histogram in histograms), strict=True)
     low, high = float(np.median(lows)), float(np.median(highs))
+    if 0 <= low < 0.05 * high:
+        low = 0.0
     return (low, high) if high > low else (low - 0.5, low + 0.5)
 
 

@@ -118,6 +118,8 @@ def main() -> None:
     """The command line."""
     # The batches come from memory: workers would only be in their way.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # Lightning 2.6 with torch 2.15.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
     try:
         _application()
     except SystemExit:
