@@ -1,5 +1,6 @@
 """Checks of what a user passed: each raises one message with the argument's name, the value received and the cure."""
 
+import math
 from collections.abc import Collection
 from numbers import Integral, Real
 from typing import Any
@@ -13,7 +14,7 @@ def check_integer(name: str, value: Any, *, at_least: int) -> None:
 
 def check_number(name: str, value: Any, *, above: float | None = None, at_least: float | None = None) -> None:
     """Raise ``ValueError`` unless ``value`` is a finite number within the bounds."""
-    is_number = isinstance(value, Real) and not isinstance(value, bool) and abs(value) < float("inf")
+    is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     if is_number and (above is None or value > above) and (at_least is None or value >= at_least):
         return
     bound = f" above {above:g}" if above is not None else f" of at least {at_least:g}" if at_least is not None else ""

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnlightning._figure import draw
-from bnlightning._runs import COMPARISON_SUFFIX, Run, find_runs, read_run
+from bnlightning._runs import COMPARISON_SUFFIX, Run, find_runs, quartiles, read_run
 
 COLUMNS = ("variant", "seeds", "final cost", "dead", "saturated", "non-finite", "first non-finite", "seconds")
 
@@ -26,8 +26,8 @@ class Comparison:
     Args:
         directory: The compared directory.
         rows: One mapping from column to text a variant. ``final cost``: median of the last ``val/loss`` over the
-            seeds, with the quartiles; ``dead``, ``saturated``, ``non-finite``: the last ``val_health/act_*``, median over the
-            seeds; ``seconds``: a run's time from its first to its last event, median over the seeds.
+            seeds, with the quartiles; ``dead``, ``saturated``, ``non-finite``: the last ``val_health/act_*``, median
+            over the seeds; ``seconds``: a run's time from its first to its last event, median over the seeds.
         notes: What the table says, in sentences.
         figure: The path of ``comparison.png``.
     """
@@ -133,8 +133,7 @@ def _seeds(runs: Sequence[Run]) -> str:
 def _cost(costs: NDArray[np.float64]) -> str:
     if not len(costs):
         return "none"
-    # A run that diverged is worse than any that did not: infinite, for the order.
-    low, median, high = np.quantile(np.where(np.isfinite(costs), costs, np.inf), [0.25, 0.5, 0.75], method="nearest")
+    low, median, high = quartiles(costs)
     if not np.isfinite(median):
         return "not finite"
     return f"{median:.4g}" if len(costs) == 1 else f"{median:.4g} [{low:.4g}, {high:.4g}]"

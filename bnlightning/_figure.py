@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from bnlightning._runs import HistogramAt, Run
+from bnlightning._runs import HistogramAt, Run, quartiles
 
 Variants = Mapping[str, Sequence[Run]]
 
@@ -60,7 +60,7 @@ def _draw_costs(axes: Axes, variants: Variants, metric: str) -> None:
     low, high = _cost_range([costs for _, costs in curves.values()])
     for name, (steps, costs) in curves.items():
         color, line = _style(list(variants).index(name))
-        lower, median, upper = np.quantile(costs, [0.25, 0.5, 0.75], axis=0, method="nearest")
+        lower, median, upper = quartiles(costs)
         shown = np.where(np.isfinite(median), np.minimum(median, high), np.nan)
         outcome = _outcome(variants[name], steps, median, high)
         axes.plot(steps, shown, color=color, linestyle=line, linewidth=2.2, label=f"{name}{outcome}")
@@ -70,12 +70,14 @@ def _draw_costs(axes: Axes, variants: Variants, metric: str) -> None:
             end = steps[np.argmin(np.isfinite(median))]
             axes.plot([end], [0.96], "x", color=color, markersize=12, mew=3, transform=axes.get_xaxis_transform())
     axes.set_ylim(low, high * 1.02)
-    if high > _ORDER_OF_MAGNITUDE * max(low, 1e-300) or low > 0 and high / low > 5:
+    if high > _ORDER_OF_MAGNITUDE * max(low, 1e-300) or (low > 0 and high / low > 5):
         axes.set_yscale("log")
         axes.set_ylim(low, high * 1.1)
     seeds = max(len(runs) for runs in variants.values())
     axes.set_title(
-        "Cost on all points" + (f", median and quartiles of {seeds} seeds" if seeds > 1 else ""), fontsize=11, loc="left"
+        "Cost on all points" + (f", median and quartiles of {seeds} seeds" if seeds > 1 else ""),
+        fontsize=11,
+        loc="left",
     )
     axes.set_xlabel("training steps")
     axes.set_ylabel(metric)
@@ -113,7 +115,7 @@ def _outcome(runs: Sequence[Run], steps: NDArray[np.int64], costs: NDArray[np.fl
         return f" (above: {outside})" if outside else ""
     found = [run.first_nonfinite[0] for run in runs if run.first_nonfinite is not None]
     first = min([*found, int(steps[diverged[0]])])
-    return f" diverged (×): NaN from step {first} on" + (f", {outside}" if outside else "")
+    return f" diverged (×): NaN or infinite from step {first} on" + (f", {outside}" if outside else "")
 
 
 def _draw_fits(axes: Axes, variants: Variants) -> None:
@@ -174,6 +176,10 @@ def _draw_layer(axes: Axes, run: Run, tag: str, labelled: bool) -> None:
         if histogram is None:
             axes.text((low + high) / 2, base + 0.1, "NaN", ha="center", fontsize=8, color="#b00020", weight="bold")
             continue
+        if _quantiles(histogram, 0.9)[0] - high > 10 * (high - low):
+            text = f"up to {histogram.edges[-1]:.0e}"
+            axes.text((low + high) / 2, base + 0.1, text, ha="center", fontsize=8, color="#b00020", weight="bold")
+            continue
         edges, density = _rebin(histogram, low, high)
         ridge = base + 1.25 * _scaled(density)
         axes.stairs(ridge, edges, baseline=base, fill=True, color=shade, alpha=0.92, zorder=position)
@@ -181,8 +187,9 @@ def _draw_layer(axes: Axes, run: Run, tag: str, labelled: bool) -> None:
     axes.set_xlim(low, high)
     axes.set_ylim(-0.15, len(steps) + 0.45)
     axes.set_xticks([low, high], [f"{low:.3g}", f"{high:.3g}"], fontsize=7.5)
-    for label, side in zip(axes.get_xticklabels(), ("left", "right"), strict=True):
-        label.set_horizontalalignment(side)
+    first, last = axes.get_xticklabels()
+    first.set_horizontalalignment("left")
+    last.set_horizontalalignment("right")
     axes.set_yticks(range(len(steps)), [f"step {step}" for step in reversed(steps)] if labelled else [], fontsize=7.5)
     axes.tick_params(length=0, pad=2)
     for side in ("top", "right", "left", "bottom"):
@@ -221,7 +228,7 @@ def _value_range(histograms: Sequence[HistogramAt]) -> tuple[float, float]:
     if not histograms:
         return 0.0, 1.0
     low, high = min(h.edges[0] for h in histograms), max(h.edges[-1] for h in histograms)
-    if -1 <= low and high <= 1 and high - low > 0.5:
+    if low >= -1 and high <= 1 and high - low > 0.5:
         return (-1.0 if low < 0 else 0.0), 1.0
     lows, highs = zip(*(_quantiles(histogram, 0.005, 0.995) for histogram in histograms), strict=True)
     low, high = float(np.median(lows)), float(np.median(highs))

@@ -88,6 +88,18 @@ def read_run(path: Path, root: Path) -> Run:
     )
 
 
+def quartiles(costs: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The quartiles over the first dimension, three along a new first one.
+
+    A run that diverged is worse than any that did not: it counts as infinite, for the order.
+    """
+    ordered = np.where(np.isfinite(costs), costs, np.inf)
+    if np.isfinite(ordered).all():
+        return np.quantile(ordered, [0.25, 0.5, 0.75], axis=0)
+    # Between a number and infinity there is nothing to interpolate.
+    return np.quantile(ordered, [0.25, 0.5, 0.75], axis=0, method="nearest")
+
+
 def _histograms(items: Sequence[Any]) -> list[HistogramAt]:
     return [
         HistogramAt(

@@ -39,7 +39,9 @@ class CompareRuns(Callback):
             with tempfile.TemporaryFile(dir=directory):
                 pass
         except OSError as error:
-            sys.exit(f"output_dir={str(directory)!r} cannot be written ({error.strerror}): give another, output_dir=PATH.")
+            sys.exit(
+                f"output_dir={str(directory)!r} cannot be written ({error.strerror}): give another, output_dir=PATH."
+            )
         os.environ[_OUTPUT_DIR] = str(directory)
         swept = [key for key in _swept_keys(config) if key != "model.norm"]
         name = ",".join(["${model.norm}", *(f"{key.split('.')[-1]}=${{{key}}}" for key in swept)])
@@ -84,9 +86,13 @@ def train(config: DictConfig) -> None:
         raise
 
 
+def _is_rank_zero() -> bool:
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
 def _discard_run() -> None:
     """Remove the directory of a run that never trained."""
-    if rank_zero_only.rank == 0:
+    if _is_rank_zero():
         shutil.rmtree(HydraConfig.get().runtime.output_dir, ignore_errors=True)
 
 
@@ -124,7 +130,7 @@ def main() -> None:
         _application()
     except SystemExit:
         directory = Path(os.environ.get(_OUTPUT_DIR, ""))
-        if _OUTPUT_DIR in os.environ and directory.is_dir() and rank_zero_only.rank == 0:
+        if _OUTPUT_DIR in os.environ and directory.is_dir() and _is_rank_zero():
             _discard_empty(directory)
         raise
 

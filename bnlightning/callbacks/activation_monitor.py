@@ -205,9 +205,7 @@ class ActivationMonitor(Callback):
             with torch.no_grad():
                 self._finite_check.update(position, args, output)
 
-    def _begin_evaluation(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
-    ) -> None:
+    def _begin_evaluation(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         if trainer.sanity_checking:
             return
         if not self._handles:
@@ -273,7 +271,6 @@ class _FiniteCheck:
         self.step, self._previous, self._first_call = step, None, True
 
     def update(self, position: int, args: tuple[Any, ...], output: Tensor) -> None:
-        assert self.step is not None
         finite_input = self._finite_input(args, output)
         finite_output = _is_finite(output)
         if self._first_call:
@@ -293,6 +290,7 @@ class _FiniteCheck:
         return torch.stack([_is_finite(tensor) for tensor in tensors]).all()
 
     def _record(self, position: int, bad: Tensor) -> None:
+        assert self.step is not None
         now = torch.where(bad, self.step, _NEVER)
         self._found[position] = torch.minimum(self._found[position], now)
 

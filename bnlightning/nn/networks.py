@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from torch import nn
 
@@ -57,12 +58,14 @@ class MLP(nn.Sequential):
         normalize_input: bool = False,
     ) -> None:
         if len(features) < 2:
-            raise ValueError(f"features={list(features)!r} is not possible: give the input's and the output's at least.")
+            raise ValueError(
+                f"features={list(features)!r} is not possible: give the input's and the output's at least."
+            )
         for number in features:
             check_integer("features", number, at_least=1)
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         layers["input_norm"] = norm_layer(features[0]) if normalize_input else nn.Identity()
-        for index, (fan_in, fan_out) in enumerate(zip(features[:-2], features[1:-1], strict=True), start=1):
+        for index, (fan_in, fan_out) in enumerate(pairwise(features[:-1]), start=1):
             layers[f"linear{index}"] = nn.Linear(fan_in, fan_out)
             layers[f"norm{index}"] = norm_layer(fan_out)
             layers[f"act{index}"] = act_layer()

@@ -1,0 +1,115 @@
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from bnlightning.nn.functional import batch_norm_fast, batch_norm_reference
+
+SHAPES = [(2, 3), (8, 5), (10, 30), (4, 3, 7), (3, 2, 4, 5), (2, 3, 2, 3, 2)]
+BACKENDS = [batch_norm_reference, batch_norm_fast]
+
+
+def numpy_batch_norm(x, weight, bias, eps):
+    """Batch normalisation and its gradients for dL/dy = cos(y), in float64 and with loops over the channels."""
+    y, dx, dw, db = np.empty_like(x), np.empty_like(x), [], []
+    mean, var = [], []
+    for c in range(x.shape[1]):
+        values = x[:, c].ravel()
+        n = len(values)
+        mu = values.sum() / n
+        sigma2 = ((values - mu) ** 2).sum() / n
+        std = np.sqrt(sigma2 + eps)
+        normal = (values - mu) / std
+        out = weight[c] * normal + bias[c]
+        grad = np.cos(out)
+        # The full Jacobian of the normalised values, row by row.
+        jacobian = (np.eye(n) - 1 / n - np.outer(normal, normal) / n) / std
+        y[:, c] = out.reshape(x[:, c].shape)
+        dx[:, c] = (weight[c] * jacobian.T @ grad).reshape(x[:, c].shape)
+        dw.append((grad * normal).sum())
+        db.append(grad.sum())
+        mean.append(mu)
+        var.append(sigma2)
+    return y, dx, np.array(dw), np.array(db), np.array(mean), np.array(var)
+
+
+def inputs(shape, dtype=torch.float64, mean=1.0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64) * 2 + mean
+    weight = torch.rand(shape[1], generator=generator, dtype=torch.float64) + 0.5
+    bias = torch.randn(shape[1], generator=generator, dtype=torch.float64)
+    return tuple(t.to(dtype).requires_grad_() for t in (x, weight, bias))
+
+
+@pytest.mark.parametrize("batch_norm", BACKENDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_forward_and_backward_agree_with_float64_numpy(batch_norm, shape):
+    x, weight, bias = inputs(shape)
+    output, mean, var = batch_norm(x, weight, bias, 1e-3)
+    output.sin().sum().backward()
+    expected = numpy_batch_norm(x.detach().numpy(), weight.detach().numpy(), bias.detach().numpy(), 1e-3)
+    for got, want in zip((output, x.grad, weight.grad, bias.grad, mean, var), expected, strict=True):
+        np.testing.assert_allclose(got.detach().numpy(), want, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("batch_norm", BACKENDS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("affine", [True, False])
+def test_agrees_with_torchs_layer(batch_norm, shape, affine):
+    x, weight, bias = inputs(shape, torch.float32)
+    weight, bias = (weight, bias) if affine else (None, None)
+    mine = x.detach().clone().requires_grad_()
+    expected = torch.nn.functional.batch_norm(x, None, None, weight, bias, training=True, eps=1e-5)
+    output, _, _ = batch_norm(mine, weight, bias, 1e-5)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+    output.sin().sum().backward()
+    expected.sin().sum().backward()
+    torch.testing.assert_close(mine.grad, x.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_norm", BACKENDS)
+def test_gradcheck(batch_norm):
+    x, weight, bias = inputs((5, 3))
+    assert torch.autograd.gradcheck(lambda *a: batch_norm(*a, 1e-5)[0], (x, weight, bias))
+
+
+def test_fast_can_be_differentiated_twice_and_reference_says_that_it_cannot():
+    x, weight, bias = inputs((5, 3))
+    assert torch.autograd.gradgradcheck(lambda *a: batch_norm_fast(*a, 1e-5)[0], (x, weight, bias))
+    (grad,) = torch.autograd.grad(batch_norm_reference(x, weight, bias, 1e-5)[0].sin().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])
+def test_reference_gives_only_the_gradients_asked_for(needs):
+    tensors = [t.detach().requires_grad_(need) for t, need in zip(inputs((6, 2)), needs, strict=True)]
+    batch_norm_reference(*tensors, 1e-5)[0].sin().sum().backward()
+    assert [t.grad is not None for t in tensors] == list(needs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("batch_norm", BACKENDS)
+def test_half_precision_keeps_float32_statistics(batch_norm, dtype):
+    x, _, _ = inputs((64, 4), torch.float32, mean=100.0)
+    half = x.detach().to(dtype)
+    output, mean, var = batch_norm(half, None, None, 1e-5)
+    assert output.dtype == dtype and mean.dtype == var.dtype == torch.float32
+    exact = half.double()
+    torch.testing.assert_close(mean.double(), exact.mean(0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(var.double(), exact.var(0, correction=0), rtol=1e-5, atol=0)
+
+
+def test_reference_is_accurate_where_the_mean_is_large():
+    x, _, _ = inputs((200, 30), torch.float32, mean=1e3)
+    exact = x.detach().double()
+    output, _, var = batch_norm_reference(x, None, None, 1e-5)
+    want = (exact - exact.mean(0)) / (exact.var(0, correction=0) + 1e-5).sqrt()
+    torch.testing.assert_close(var.double(), exact.var(0, correction=0), rtol=1e-6, atol=0)
+    assert (output.double() - want).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("batch_norm", BACKENDS)
+def test_one_value_per_channel_is_refused(batch_norm):
+    with pytest.raises(ValueError, match=r"shape \(1, 3\) has 1 value.*larger batch"):
+        batch_norm(torch.ones(1, 3), None, None, 1e-5)
