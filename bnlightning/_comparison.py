@@ -25,14 +25,18 @@ class Comparison:
 
     Args:
         directory: The compared directory.
+        runs: What was read, a run each, for numbers of your own.
         rows: One mapping from column to text a variant. ``final cost``: median of the last ``val/loss`` over the
             seeds, with the quartiles; ``dead``, ``saturated``, ``non-finite``: the last ``val_health/act_*``, median
-            over the seeds; ``seconds``: a run's time from its first to its last event, median over the seeds.
+            over the seeds (without an evaluation ``health/act_*``, of training batches); ``first non-finite``: the
+            earliest step seen, after so many training steps, and the module; ``seconds``: a run's time from its first
+            to its last event, median over the seeds.
         notes: What the table says, in sentences.
         figure: The path of ``comparison.png``.
     """
 
     directory: Path
+    runs: list[Run]
     rows: list[dict[str, str]]
     notes: list[str]
     figure: Path
@@ -42,7 +46,8 @@ class Comparison:
         """The table and the notes in Markdown."""
         lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
         lines += ["| " + " | ".join(row[column] for column in COLUMNS) + " |" for row in self.rows]
-        return "\n".join([*lines, "", *(f"- {note}" for note in self.notes)]) + "\n"
+        notes = ["", *(f"- {note}" for note in self.notes)] if self.notes else []
+        return "\n".join([*lines, *notes]) + "\n"
 
     def print(self) -> None:
         """Print the table, the path of the figure and the command that opens TensorBoard on the runs."""
@@ -86,7 +91,7 @@ def compare_runs(directory: str | Path, metric: str = "val/loss") -> Comparison:
     variants = _by_variant(runs)
     rows = [_row(name, group, metric) for name, group in variants.items()]
     notes = [note for name, group in variants.items() for note in _notes(name, group)]
-    comparison = Comparison(root, rows, notes, root / "comparison.png")
+    comparison = Comparison(root, runs, rows, notes, root / "comparison.png")
     figure = draw(variants, metric, title=_title(root), notes=notes)
     figure.savefig(comparison.figure)
     _write_image(root, comparison.figure)
@@ -113,9 +118,9 @@ def _row(name: str, runs: Sequence[Run], metric: str) -> dict[str, str]:
         "variant": name,
         "seeds": _seeds(runs),
         "final cost": _cost(costs),
-        "dead": _share(runs, "val_health/act_dead"),
-        "saturated": _share(runs, "val_health/act_saturated"),
-        "non-finite": _share(runs, "val_health/act_nonfinite"),
+        "dead": _share(runs, "health/act_dead"),
+        "saturated": _share(runs, "health/act_saturated"),
+        "non-finite": _share(runs, "health/act_nonfinite"),
         "first non-finite": _first_nonfinite(runs),
         "seconds": f"{np.median([run.seconds for run in runs]):.1f}",
     }
@@ -124,7 +129,7 @@ def _row(name: str, runs: Sequence[Run], metric: str) -> dict[str, str]:
 def _seeds(runs: Sequence[Run]) -> str:
     seeds = [run.seed for run in runs if run.seed is not None]
     if len(seeds) < len(runs):
-        return f"{len(runs)} runs"
+        return "1 run" if len(runs) == 1 else f"{len(runs)} runs"
     if len(seeds) > 2 and seeds == list(range(seeds[0], seeds[-1] + 1)):
         return f"{seeds[0]} to {seeds[-1]}"
     return ", ".join(map(str, seeds))
@@ -140,14 +145,15 @@ def _cost(costs: NDArray[np.float64]) -> str:
 
 
 def _share(runs: Sequence[Run], tag: str) -> str:
-    shares = [share for run in runs if (share := run.last(tag)) is not None]
+    evaluated = any(f"val_{tag}" in run.scalars for run in runs)
+    shares = [share for run in runs if (share := run.last(f"val_{tag}" if evaluated else tag)) is not None]
     return f"{100 * np.median(shares):.1f} %" if shares else "-"
 
 
 def _first_nonfinite(runs: Sequence[Run]) -> str:
     found = [run.first_nonfinite for run in runs if run.first_nonfinite is not None]
     if not found:
-        return "never"
+        return "none seen"
     step, layer = min(found)
     where = f"step {step}, {layer}"
     return where if len(runs) == 1 else f"{where} ({len(found)} of {len(runs)} runs)"
@@ -163,8 +169,8 @@ def _notes(name: str, runs: Sequence[Run]) -> list[str]:
     steps = "1 training step" if step == 1 else f"{step} training steps"
     return [
         f"{who} diverged: after {steps} {layer} put out the first NaN or infinity. At the end "
-        f"{_share(runs, 'val_health/act_nonfinite')} of its activations are not finite and "
-        f"{_share(runs, 'val_health/act_dead')} of its units are dead. Diverged is not dead: "
+        f"{_share(runs, 'health/act_nonfinite')} of its activations are not finite and "
+        f"{_share(runs, 'health/act_dead')} of its units are dead. Diverged is not dead: "
         "a dead unit puts out zero for every input, these put out NaN."
     ]
 

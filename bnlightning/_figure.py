@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from textwrap import fill
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,7 +17,13 @@ _MAX_COLUMNS = 8
 _MAX_STEPS = 6
 _BINS = 40
 # Told apart in grey, too: by lightness and by line style.
-_STYLES = (("#c44e00", (0, (5, 2))), ("#08306b", "solid"), ("#41ab5d", (0, (1, 1))), ("#8c6bb1", (0, (5, 1, 1, 1))))
+_STYLES = {
+    "none": ("#c44e00", (0, (5, 2))),
+    "custom": ("#08306b", "solid"),
+    "torch": ("#41ab5d", (0, (1, 1))),
+    "other": ("#8c6bb1", (0, (5, 1, 1, 1))),
+    "another": ("#636363", (0, (3, 1, 1, 1, 1, 1))),
+}
 _ORDER_OF_MAGNITUDE = 30.0
 
 
@@ -24,7 +31,7 @@ def draw(variants: Variants, metric: str, title: str, notes: Sequence[str]) -> F
     """Draw the runs of each variant; the first seed's where a panel can show only one."""
     layers = _layers(variants)
     rows = len(variants) if layers else 0
-    heights = [0.85, 3.4, 0.95 if rows else 0.6, *[2.1] * rows, 0.15 + 0.42 * len(notes)]
+    heights = [0.85, 3.4, 1.15 if rows else 0.6, *[2.1] * rows, 0.15 + 0.42 * len(notes)]
     figure = Figure(figsize=(15.0, sum(heights)), dpi=100, facecolor="white")
     figure.text(0.015, 1 - 0.3 / sum(heights), title, fontsize=15, weight="bold", va="center")
     page = figure.add_gridspec(
@@ -34,7 +41,7 @@ def draw(variants: Variants, metric: str, title: str, notes: Sequence[str]) -> F
     _draw_costs(figure.add_subplot(top[0]), variants, metric)
     _draw_fits(figure.add_subplot(top[1]), variants)
     if rows:
-        _draw_heading(figure.add_subplot(page[2]), variants)
+        _draw_heading(figure.add_subplot(page[2]), variants, layers)
     for row, (name, runs) in enumerate(variants.items() if rows else ()):
         # Room above for what is written over each cell, and below for the ticks.
         cells = page[3 + row].subgridspec(3, len(layers), wspace=0.12, hspace=0.0, height_ratios=[0.4, 1.5, 0.2])
@@ -43,15 +50,20 @@ def draw(variants: Variants, metric: str, title: str, notes: Sequence[str]) -> F
             _draw_layer(axes, runs[0], layer, labelled=column == 0)
             axes.set_title(f"{layer.partition('/')[2]}\n{_health(runs[0], layer)}", fontsize=9, pad=2)
             if column == 0:
-                axes.set_ylabel(name, fontsize=12, weight="bold", labelpad=4, color=_style(row)[0])
+                axes.set_ylabel(name, fontsize=12, weight="bold", labelpad=4, color=_style(name, variants)[0])
     for index, note in enumerate(notes):
         y = (0.42 * (len(notes) - index)) / sum(heights)
         figure.text(0.03, y, fill(note, 190), fontsize=10.5, va="center")
     return figure
 
 
-def _style(index: int) -> tuple[str, object]:
-    return _STYLES[index % len(_STYLES)]
+def _style(name: str, variants: Variants) -> tuple[str, Any]:
+    """A normalisation's own color and line, whatever it is compared with; other variants take what is left."""
+    if name in _STYLES:
+        return _STYLES[name]
+    left = [style for known, style in _STYLES.items() if known not in variants]
+    others = [variant for variant in variants if variant not in _STYLES]
+    return left[others.index(name) % len(left)]
 
 
 def _draw_costs(axes: Axes, variants: Variants, metric: str) -> None:
@@ -59,7 +71,7 @@ def _draw_costs(axes: Axes, variants: Variants, metric: str) -> None:
     curves = {name: curve for name, curve in curves.items() if len(curve[0])}
     low, high = _cost_range([costs for _, costs in curves.values()])
     for name, (steps, costs) in curves.items():
-        color, line = _style(list(variants).index(name))
+        color, line = _style(name, variants)
         lower, median, upper = quartiles(costs)
         shown = np.where(np.isfinite(median), np.minimum(median, high), np.nan)
         outcome = _outcome(variants[name], steps, median, high)
@@ -67,7 +79,7 @@ def _draw_costs(axes: Axes, variants: Variants, metric: str) -> None:
         if len(costs) > 1:
             axes.fill_between(steps, np.minimum(lower, high), np.minimum(upper, high), color=color, alpha=0.18, lw=0)
         if not np.isfinite(median).all():
-            end = steps[np.argmin(np.isfinite(median))]
+            end = _first_nonfinite(variants[name], steps, median)
             axes.plot([end], [0.96], "x", color=color, markersize=12, mew=3, transform=axes.get_xaxis_transform())
     axes.set_ylim(low, high * 1.02)
     if high > _ORDER_OF_MAGNITUDE * max(low, 1e-300) or (low > 0 and high / low > 5):
@@ -75,7 +87,7 @@ def _draw_costs(axes: Axes, variants: Variants, metric: str) -> None:
         axes.set_ylim(low, high * 1.1)
     seeds = max(len(runs) for runs in variants.values())
     axes.set_title(
-        "Cost on all points" + (f", median and quartiles of {seeds} seeds" if seeds > 1 else ""),
+        "Cost" + (f", median and quartiles of {seeds} seeds" if seeds > 1 else ""),
         fontsize=11,
         loc="left",
     )
@@ -113,9 +125,14 @@ def _outcome(runs: Sequence[Run], steps: NDArray[np.int64], costs: NDArray[np.fl
     diverged = np.flatnonzero(~np.isfinite(costs))
     if not len(diverged):
         return f" (above: {outside})" if outside else ""
-    found = [run.first_nonfinite[0] for run in runs if run.first_nonfinite is not None]
-    first = min([*found, int(steps[diverged[0]])])
+    first = _first_nonfinite(runs, steps, costs)
     return f" diverged (×): NaN or infinite from step {first} on" + (f", {outside}" if outside else "")
+
+
+def _first_nonfinite(runs: Sequence[Run], steps: NDArray[np.int64], costs: NDArray[np.float64]) -> int:
+    """The step, from the monitor, which may see it before the next evaluation does."""
+    found = [run.first_nonfinite[0] for run in runs if run.first_nonfinite is not None]
+    return min([*found, int(steps[np.argmin(np.isfinite(costs))])])
 
 
 def _draw_fits(axes: Axes, variants: Variants) -> None:
@@ -126,13 +143,15 @@ def _draw_fits(axes: Axes, variants: Variants) -> None:
     _, points = next(iter(shown.values()))
     axes.plot(points[:, 0], points[:, 1], ".", color="#b8b8b8", markersize=2.5, label="data", zorder=0)
     low, high = np.quantile(points[:, 1], [0.001, 0.999])
-    axes.set_ylim(low - 0.08 * (high - low), high + 0.08 * (high - low))
+    bottom, top = low - 0.08 * (high - low), high + 0.08 * (high - low)
+    axes.set_ylim(bottom, top)
     for name, (_, points) in shown.items():
-        color, line = _style(list(variants).index(name))
+        color, line = _style(name, variants)
         order = np.argsort(points[:, 0], kind="stable")
         x, prediction = points[order, 0], points[order, 2]
         if np.isfinite(prediction).all():
-            axes.plot(x, prediction, color=color, linestyle=line, linewidth=2.4, label=name)
+            outside = " (off the axis)" if (prediction < bottom).all() or (prediction > top).all() else ""
+            axes.plot(x, prediction, color=color, linestyle=line, linewidth=2.4, label=name + outside)
         else:
             axes.plot([], [], "x", color=color, mew=3, markersize=9, label=f"{name}: prediction is NaN")
     step = max(step for step, _ in shown.values())
@@ -144,21 +163,25 @@ def _draw_fits(axes: Axes, variants: Variants) -> None:
     axes.legend(loc="upper left", fontsize=11, handlelength=3.5)
 
 
-def _draw_heading(axes: Axes, variants: Variants) -> None:
+def _draw_heading(axes: Axes, variants: Variants, layers: Sequence[str]) -> None:
     axes.set_axis_off()
     seed = next(iter(variants.values()))[0].seed
     which = f", seed {seed}" if seed is not None and max(map(len, variants.values())) > 1 else ""
+    where = "on the evaluated points" if layers[0].startswith("val_") else "in the sampled training batches"
     text = (
-        f"How the values of each layer are distributed on the evaluated points, training going down{which}; "
-        "every ridge in its own scale, lone spikes cut"
+        f"How the values of each layer are distributed {where}{which}: the first step at the top, each ridge in its "
+        "own scale, lone spikes cut;\nunder the layer's name what stands out at the last step"
     )
-    axes.text(0.0, 0.1, text, fontsize=11, transform=axes.transAxes, va="center")
+    axes.text(0.0, 0.1, text, fontsize=11, transform=axes.transAxes, va="bottom", linespacing=1.4)
 
 
 def _layers(variants: Variants) -> list[str]:
-    """The histogram tags that are drawn: of evaluations, if there are any; evenly chosen if there are many."""
-    tags = list(dict.fromkeys(tag for runs in variants.values() for tag in runs[0].histograms if "act_hist/" in tag))
+    """The histogram tags that are drawn: of evaluations, if there are any, and of layers that all variants have."""
+    by_variant = [[tag for tag in runs[0].histograms if "act_hist/" in tag] for runs in variants.values()]
+    tags = list(dict.fromkeys(tag for logged in by_variant for tag in logged))
     tags = [tag for tag in tags if tag.startswith("val_")] or tags
+    # Less those that one variant only has, such as a normalisation.
+    tags = [tag for tag in tags if all(tag in logged for logged in by_variant)] or tags
     chosen = np.linspace(0, len(tags) - 1, min(len(tags), _MAX_COLUMNS)).round().astype(int)
     return [tags[index] for index in chosen]
 
@@ -173,12 +196,9 @@ def _draw_layer(axes: Axes, run: Run, tag: str, labelled: bool) -> None:
         shade = str(0.72 - 0.52 * position / max(len(steps) - 1, 1))
         axes.plot([low, high], [base, base], color="#999999", linewidth=0.5, zorder=position)
         histogram = by_step.get(step)
-        if histogram is None:
-            axes.text((low + high) / 2, base + 0.1, "NaN", ha="center", fontsize=8, color="#b00020", weight="bold")
-            continue
-        if _quantiles(histogram, 0.9)[0] - high > 10 * (high - low):
-            text = f"up to {histogram.edges[-1]:.0e}"
-            axes.text((low + high) / 2, base + 0.1, text, ha="center", fontsize=8, color="#b00020", weight="bold")
+        words = _in_words(histogram, low, high)
+        if histogram is None or words:
+            _write_words(axes, (low + high) / 2, base, words)
             continue
         edges, density = _rebin(histogram, low, high)
         ridge = base + 1.25 * _scaled(density)
@@ -196,6 +216,23 @@ def _draw_layer(axes: Axes, run: Run, tag: str, labelled: bool) -> None:
         axes.spines[side].set_visible(False)
 
 
+def _in_words(histogram: HistogramAt | None, low: float, high: float) -> str:
+    """What a ridge would not show: no finite value, one value only, values far beyond the range."""
+    if histogram is None:
+        return "NaN"
+    middle, width = (histogram.edges[0] + histogram.edges[-1]) / 2, histogram.edges[-1] - histogram.edges[0]
+    if len(histogram.counts) == 1 and width <= max(3e-3 * abs(middle), 3e-6):
+        return f"all {middle:.3g}"
+    if _quantiles(histogram, 0.9)[0] - high > 10 * (high - low):
+        return f"up to {histogram.edges[-1]:.0e}"
+    return ""
+
+
+def _write_words(axes: Axes, x: float, base: float, words: str) -> None:
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
+    axes.text(x, base + 0.2, words, ha="center", fontsize=8, color="#b00020", weight="bold", bbox=box, zorder=99)
+
+
 def _scaled(density: NDArray[np.float64]) -> NDArray[np.float64]:
     """Scaled to a maximum of 1; a lone spike, such as a ReLU's zeros, is cut, lest it flatten everything else."""
     second, first = np.sort(density)[-2:]
@@ -206,7 +243,7 @@ def _scaled(density: NDArray[np.float64]) -> NDArray[np.float64]:
 def _steps(run: Run, tag: str) -> list[int]:
     """The steps at which the layer was sampled (also without a finite value), at most a few."""
     logged = run.scalars.get(tag.replace("act_hist/", "act_nonfinite/"))
-    steps = logged[0] if logged is not None else np.array([histogram.step for histogram in run.histograms[tag]])
+    steps = logged[0] if logged is not None else np.array([histogram.step for histogram in run.histograms.get(tag, [])])
     chosen = np.linspace(0, len(steps) - 1, min(len(steps), _MAX_STEPS)).round().astype(int)
     return [int(steps[index]) for index in chosen]
 

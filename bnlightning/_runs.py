@@ -1,6 +1,7 @@
 """Finished runs, read back from their TensorBoard files."""
 
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,8 @@ def read_run(path: Path, root: Path) -> Run:
         items = events.Scalars(tag)
         times += [items[0].wall_time, items[-1].wall_time]
         scalars[tag] = (np.array([item.step for item in items]), np.array([item.value for item in items]))
+    if any((np.diff(steps) < 0).any() for steps, _ in scalars.values()):
+        warnings.warn(f"{path} holds several trainings, which are read as one: give each a directory.", stacklevel=2)
     return Run(
         path=path,
         variant=_SEED.sub("", name).strip(",") or name,

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.hooks import RemovableHandle
 
 from bnlightning._check import check_integer
+from bnlightning.callbacks._cadence import EvaluationCadence
 from bnlightning.callbacks._window import ActivationWindow, LayerStatistics
 
 ACTIVATION_TYPES: tuple[type[nn.Module], ...] = tuple(
@@ -78,9 +79,9 @@ class ActivationMonitor(Callback):
 
     Args:
         every_n_steps: Distance of two samples in optimizer steps.
-        modules: What to watch: types of modules, or patterns of module paths such as ``"net.act*"``. By default all
-            activations and normalisations that are modules of their own; activations called as functions cannot be
-            seen.
+        modules: What to watch: a type of modules, a pattern of module paths such as ``"net.act*"``, or several of
+            these. By default all activations and normalisations that are modules of their own; activations called as
+            functions cannot be seen.
         check_finite_every_n_steps: At which training steps all leaf modules, watched or not, are checked for making
             the first non-finite value. By default the sampled ones. At 1 the very first one is found, for a few
             microseconds a module and step.
@@ -95,14 +96,14 @@ class ActivationMonitor(Callback):
     def __init__(
         self,
         every_n_steps: int = 50,
-        modules: Sequence[str | type[nn.Module]] | None = None,
+        modules: str | type[nn.Module] | Sequence[str | type[nn.Module]] | None = None,
         check_finite_every_n_steps: int | None = None,
     ) -> None:
         check_integer("every_n_steps", every_n_steps, at_least=1)
         if check_finite_every_n_steps is not None:
             check_integer("check_finite_every_n_steps", check_finite_every_n_steps, at_least=1)
         self.every_n_steps = every_n_steps
-        self.modules = list(modules) if modules is not None else None
+        self.modules = [modules] if isinstance(modules, str | type) else list(modules) if modules is not None else None
         self.check_finite_every_n_steps = check_finite_every_n_steps or every_n_steps
         self._handles: list[RemovableHandle] = []
         self._names: list[str] = []
@@ -110,17 +111,19 @@ class ActivationMonitor(Callback):
         self._limits: list[tuple[float, float] | None] = []
         self._window: ActivationWindow | None = None
         self._window_step = 0
-        self._last_evaluation: dict[str, int] = {}
+        self._cadence = EvaluationCadence(every_n_steps)
         self._finite_check: _FiniteCheck | None = None
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._cadence.start(trainer.global_step)
         self._attach(pl_module)
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._begin_evaluation(trainer, pl_module, "val")
+        if not trainer.sanity_checking and self._cadence.is_due(trainer.global_step):
+            self._begin_evaluation(trainer, pl_module)
 
     def on_test_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._begin_evaluation(trainer, pl_module, "test")
+        self._begin_evaluation(trainer, pl_module)
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._publish(trainer, "val_")
@@ -205,16 +208,10 @@ class ActivationMonitor(Callback):
             with torch.no_grad():
                 self._finite_check.update(position, args, output)
 
-    def _begin_evaluation(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        if trainer.sanity_checking:
-            return
+    def _begin_evaluation(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if not self._handles:
             self._attach(pl_module)
-        step, last = trainer.global_step, self._last_evaluation.get(stage)
-        # A step before the last one belongs to another fit.
-        if last is None or step < last or step - last >= self.every_n_steps or stage == "test":
-            self._last_evaluation[stage] = step
-            self._open_window(step, pl_module.device)
+        self._open_window(trainer.global_step, pl_module.device)
 
     def _open_window(self, step: int, device: torch.device) -> None:
         self._window, self._window_step = ActivationWindow(self._limits, device), step
@@ -222,7 +219,7 @@ class ActivationMonitor(Callback):
     def _publish(self, trainer: lightning.Trainer, prefix: str) -> None:
         """Reduce the window over the ranks, write it, close it."""
         window, self._window = self._window, None
-        if window is None or trainer.sanity_checking:
+        if window is None:
             return
         window.reduce()
         if trainer.is_global_zero:

@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from bnlightning._check import check_integer
+from bnlightning.callbacks._cadence import EvaluationCadence
 
 
 class PredictionMonitor(Callback):
@@ -35,14 +36,15 @@ class PredictionMonitor(Callback):
         check_integer("max_points", max_points, at_least=1)
         self.every_n_steps = every_n_steps
         self.max_points = max_points
-        self._last_step: int | None = None
+        self._cadence = EvaluationCadence(every_n_steps)
         self._points: list[Tensor] | None = None
 
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._cadence.start(trainer.global_step)
+
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        step, last = trainer.global_step, self._last_step
-        due = last is None or step < last or step - last >= self.every_n_steps
-        if due and not trainer.sanity_checking:
-            self._last_step, self._points = step, []
+        if not trainer.sanity_checking and self._cadence.is_due(trainer.global_step):
+            self._points = []
 
     def on_validation_batch_end(
         self,

@@ -26,6 +26,10 @@ class SyntheticRegressionDataModule(lightning.LightningDataModule):
         batch_size: Points of a training step on one rank; ``None`` takes all of them.
         seed: Of the order and the noise, from 0 to 2**32 - 1.
 
+    Attributes:
+        x: All points' x in the order of training, shape ``(num_points, 1)``, float32; there after :meth:`setup`.
+        y: Their y, likewise.
+
     Shape:
         Batches ``(x, y)`` of ``(N, 1)`` each, float32.
 

@@ -41,6 +41,7 @@ class LitRegressor(lightning.LightningModule):
 
     Raises:
         ValueError: If an argument is out of range or a name is not known; the message says which and what would do.
+            In :meth:`setup`, for batches of one point with batch normalisation.
     """
 
     def __init__(
@@ -71,6 +72,20 @@ class LitRegressor(lightning.LightningModule):
             normalize_input=normalize_input,
         )
         init_normal_(self.net, weight_std, bias)
+
+    def setup(self, stage: str) -> None:
+        """Refuse what would fail only in the first training step.
+
+        Raises:
+            ValueError: If the batches hold one point and batch normalisation needs two.
+        """
+        batch_size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
+        norm = self.hparams["norm"]
+        if stage == "fit" and batch_size == 1 and norm != "none":
+            raise ValueError(
+                f"batch_size=1 is not possible with norm={norm!r}: the variance of one point is 0. "
+                "Use data.batch_size=2 or more, or model.norm=none."
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """The network's y for ``x``."""

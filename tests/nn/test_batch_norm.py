@@ -27,7 +27,10 @@ def batches(shape, count=5):
 @pytest.mark.parametrize("momentum", [0.1, 1.0, None])
 @pytest.mark.parametrize("affine", [True, False])
 def test_by_default_the_same_numbers_as_torch(ours, torchs, shape, backend, momentum, affine):
-    mine, theirs = ours(4, momentum=momentum, affine=affine, backend=backend), torchs(4, momentum=momentum, affine=affine)
+    mine, theirs = (
+        ours(4, momentum=momentum, affine=affine, backend=backend),
+        torchs(4, momentum=momentum, affine=affine),
+    )
     for x in batches(shape):
         a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
         out, want = mine(a), theirs(b)

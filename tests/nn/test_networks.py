@@ -9,7 +9,7 @@ from bnlightning.nn import ACTIVATIONS, get_act_layer, get_norm_layer, init_norm
 def test_mlp_has_the_same_paths_whatever_its_normalisation():
     plain = MLP([1, 3, 4, 2])
     normalised = MLP([1, 3, 4, 2], norm_layer=BatchNorm1d, act_layer=nn.Tanh, normalize_input=True)
-    names = "input_norm linear1 norm1 act1 linear2 norm2 act2 output".split()
+    names = ["input_norm", "linear1", "norm1", "act1", "linear2", "norm2", "act2", "output"]
     assert [name for name, _ in plain.named_children()] == names
     assert [name for name, _ in normalised.named_children()] == names
     assert isinstance(plain.input_norm, nn.Identity) and isinstance(normalised.input_norm, BatchNorm1d)

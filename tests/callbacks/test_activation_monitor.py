@@ -1,0 +1,306 @@
+import copy
+import pickle
+
+import lightning
+import numpy as np
+import pytest
+import torch
+from helpers import quiet_trainer, read_events, scalar
+from lightning.pytorch.demos.boring_classes import BoringModel
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from bnlightning import ActivationMonitor, LitRegressor, SyntheticRegressionDataModule
+from bnlightning.callbacks import saturation_limits
+
+
+class Net(lightning.LightningModule):
+    """A user's module: two activations, one of them used as a function, and a normalisation."""
+
+    def __init__(self, act=nn.Tanh):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), act(), nn.Linear(8, 6), nn.ReLU())
+        self.head = nn.Linear(6, 1)
+
+    def forward(self, x):
+        return self.head(torch.sigmoid(self.body(x)))
+
+    def training_step(self, batch):
+        (x,) = batch
+        return self(x).square().mean()
+
+    def validation_step(self, batch):
+        self.training_step(batch)
+
+    test_step = validation_step
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def loader(samples=40, batch_size=8, seed=0):
+    x = torch.randn(samples, 3, generator=torch.Generator().manual_seed(seed))
+    return DataLoader(TensorDataset(x), batch_size=batch_size)
+
+
+# The loaders have no workers, as they need none, and many tests only train.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*but have no `val_dataloader`:UserWarning"),
+]
+
+
+class Capture(lightning.Callback):
+    """Keeps what modules put out, by the step and the phase, through hooks of its own."""
+
+    def __init__(self, *names):
+        self.names, self.outputs = names, {}
+
+    def setup(self, trainer, pl_module, stage):
+        for name in self.names:
+
+            def keep(module, args, output, name=name):
+                phase = "train" if trainer.training else trainer.state.stage.value
+                self.outputs.setdefault((phase, trainer.global_step, name), []).append(output.detach().clone())
+
+            pl_module.get_submodule(name).register_forward_hook(keep)
+
+
+def test_logs_what_numpy_makes_of_the_captured_outputs(tmp_path):
+    capture = Capture("body.1", "body.2", "body.4")
+    trainer = quiet_trainer(tmp_path, max_epochs=2, callbacks=[ActivationMonitor(every_n_steps=4), capture])
+    torch.manual_seed(0)
+    trainer.fit(Net(), loader(), loader(seed=1))
+    events = read_events(tmp_path)
+    # Ten training steps of two epochs, and an evaluation after each.
+    for prefix, phase, steps in (("", "train", [0, 4, 8]), ("val_", "validate", [5, 10])):
+        for name in capture.names:
+            assert list(scalar(events, f"{prefix}act_mean/{name}")) == steps
+            for step in steps:
+                values = torch.cat(capture.outputs[phase, step, name]).double().numpy()
+                expected = {
+                    "mean": values.mean(),
+                    "std": values.std(),
+                    "zero": (values == 0).mean(),
+                    "dead": (values == 0).all(axis=0).mean(),
+                    "nonfinite": 0.0,
+                }
+                if name == "body.2":
+                    expected["saturated"] = (np.abs(values) > 0.99).mean()
+                for key, want in expected.items():
+                    got = scalar(events, f"{prefix}act_{key}/{name}")[step]
+                    assert got == pytest.approx(want, rel=1e-5, abs=1e-6), (prefix, name, step, key)
+                histogram = next(h for h in events.Histograms(f"{prefix}act_hist/{name}") if h.step == step)
+                assert sum(histogram.histogram_value.bucket) == histogram.histogram_value.num == values.size
+                assert histogram.histogram_value.min == pytest.approx(values.min())
+                assert histogram.histogram_value.max == pytest.approx(values.max())
+                assert histogram.histogram_value.sum == pytest.approx(values.sum(), rel=1e-6, abs=1e-6)
+                assert histogram.histogram_value.sum_squares == pytest.approx((values**2).sum(), rel=1e-6)
+    assert "act_saturated/body.4" not in events.Tags()["scalars"]
+    assert not any("head" in tag or "body.0" in tag for tag in events.Tags()["histograms"])
+
+
+def test_training_is_bit_identical_with_and_without(tmp_path):
+    states = []
+    for callbacks in ([], [ActivationMonitor(every_n_steps=1, check_finite_every_n_steps=1)]):
+        torch.manual_seed(0)
+        model = Net()
+        model.body.append(nn.Dropout(0.5))
+        trainer = quiet_trainer(tmp_path / str(len(callbacks)), max_epochs=2, callbacks=callbacks)
+        trainer.fit(model, loader(), loader(seed=1))
+        states.append((model.state_dict(), trainer.optimizers[0].state_dict(), torch.get_rng_state()))
+    torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("monitor", ["ActivationMonitor", "none"])
+def test_hooks_are_gone_afterwards_also_after_an_exception(monitor, tmp_path):
+    class Failing(Net):
+        def training_step(self, batch):
+            loss = super().training_step(batch)
+            if self.trainer.global_step == 2:
+                assert any(module._forward_hooks for module in self.modules()) is (monitor != "none")
+                raise RuntimeError("stop")
+            return loss
+
+    callbacks = [ActivationMonitor()] if monitor != "none" else []
+    model = Failing()
+    with pytest.raises(RuntimeError, match="stop"):
+        quiet_trainer(tmp_path, max_epochs=1, callbacks=callbacks).fit(model, loader())
+    assert not any(module._forward_hooks for module in model.modules())
+    healthy = Net()
+    quiet_trainer(tmp_path, max_epochs=1, callbacks=callbacks).fit(healthy, loader())
+    assert not any(module._forward_hooks for module in healthy.modules())
+    pickle.loads(pickle.dumps((healthy, callbacks)))
+
+
+def test_gradient_accumulation_puts_the_micro_batches_of_a_step_together(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for directory, options, batch_size in ((whole, {}, 8), (parts, {"accumulate_grad_batches": 4}, 2)):
+        torch.manual_seed(0)
+        model = Net()
+        model.body[1] = nn.Identity()
+        trainer = quiet_trainer(directory, max_epochs=1, callbacks=[ActivationMonitor(every_n_steps=2)], **options)
+        trainer.fit(model, loader(batch_size=batch_size))
+    events = [read_events(directory) for directory in (whole, parts)]
+    tags = [tag for tag in events[0].Tags()["scalars"] if tag.startswith("act_")]
+    assert tags
+    for tag in tags:
+        first, second = (scalar(each, tag) for each in events)
+        assert list(first) == list(second) == [0, 2, 4]
+        assert list(first.values()) == pytest.approx(list(second.values()), rel=1e-4, abs=1e-5)
+
+
+def test_the_sanity_check_is_not_recorded_and_a_test_run_is(tmp_path):
+    monitor = ActivationMonitor(every_n_steps=1)
+    trainer = quiet_trainer(tmp_path, max_steps=2, callbacks=[monitor], num_sanity_val_steps=2, val_check_interval=2)
+    model = Net()
+    trainer.fit(model, loader(), loader())
+    trainer.test(model, loader(), verbose=False)
+    events = read_events(tmp_path)
+    assert list(scalar(events, "val_act_std/body.2")) == [2]
+    assert list(scalar(events, "test_act_std/body.2")) == [2]
+
+
+def test_evaluations_within_every_n_steps_are_left_out(tmp_path):
+    trainer = quiet_trainer(
+        tmp_path, max_steps=12, val_check_interval=2, callbacks=[ActivationMonitor(every_n_steps=5)]
+    )
+    trainer.fit(Net(), loader(samples=200), loader())
+    assert list(scalar(read_events(tmp_path), "val_act_std/body.2")) == [2, 8]
+
+
+class Diverging(Net):
+    """Overflows in body.3 at a given step."""
+
+    bad_step = 2
+
+    def training_step(self, batch):
+        if self.global_step == self.bad_step:
+            with torch.no_grad():
+                self.body[3].weight.mul_(1e38).mul_(1e38)
+        return super().training_step(batch)
+
+
+@pytest.mark.parametrize("check", [1, 2])
+def test_names_the_layer_and_step_of_the_first_nonfinite_output(tmp_path, check):
+    monitor = ActivationMonitor(every_n_steps=4, check_finite_every_n_steps=check)
+    quiet_trainer(tmp_path, max_epochs=2, callbacks=[monitor]).fit(Diverging(), loader())
+    events = read_events(tmp_path)
+    (found,) = events.Tensors("health/first_nonfinite_layer/text_summary")
+    assert found.step == 2 and found.tensor_proto.string_val[0].decode() == "body.3"
+    assert scalar(events, "act_nonfinite/body.4")[4] == 1.0
+    assert scalar(events, "act_dead/body.4")[4] == 0.0
+    assert scalar(events, "health/act_nonfinite")[8] == 1.0
+
+
+def test_a_batch_with_nan_is_blamed_on_the_input(tmp_path):
+    data = loader()
+    data.dataset.tensors[0][19] = float("nan")
+    monitor = ActivationMonitor(check_finite_every_n_steps=1)
+    quiet_trainer(tmp_path, max_epochs=1, callbacks=[monitor]).fit(Net(), data)
+    (found,) = read_events(tmp_path).Tensors("health/first_nonfinite_layer/text_summary")
+    assert found.step == 2 and found.tensor_proto.string_val[0].decode() == "input"
+
+
+def test_says_nothing_of_a_healthy_run(tmp_path):
+    quiet_trainer(tmp_path, max_epochs=1, callbacks=[ActivationMonitor(check_finite_every_n_steps=1)]).fit(
+        Net(), loader()
+    )
+    assert "health/first_nonfinite_layer/text_summary" not in read_events(tmp_path).Tags()["tensors"]
+
+
+def test_health_pools_the_activations(tmp_path):
+    quiet_trainer(tmp_path, max_steps=1, callbacks=[ActivationMonitor()]).fit(Net(), loader())
+    events = read_events(tmp_path)
+    dead = {name: scalar(events, f"act_dead/{name}")[0] for name in ("body.2", "body.4")}
+    assert scalar(events, "health/act_dead")[0] == pytest.approx((8 * dead["body.2"] + 6 * dead["body.4"]) / 14)
+    saturated = scalar(events, "act_saturated/body.2")[0]
+    assert scalar(events, "health/act_saturated")[0] == pytest.approx(saturated)
+
+
+@pytest.mark.parametrize(
+    ("modules", "watched"),
+    [
+        (None, {"body.1", "body.2", "body.4"}),
+        (["body.*"], {"body.0", "body.1", "body.2", "body.3", "body.4"}),
+        ([nn.Linear], {"body.0", "body.3", "head"}),
+        (["head", nn.ReLU], {"head", "body.4"}),
+    ],
+)
+def test_chooses_modules_by_type_or_pattern(modules, watched, tmp_path):
+    quiet_trainer(tmp_path, max_steps=1, callbacks=[ActivationMonitor(modules=modules)]).fit(Net(), loader())
+    tags = read_events(tmp_path).Tags()["histograms"]
+    assert {tag.partition("/")[2] for tag in tags} == watched
+
+
+def test_warns_when_there_is_nothing_to_watch(tmp_path):
+    trainer = quiet_trainer(tmp_path, max_steps=1, callbacks=[ActivationMonitor()], limit_val_batches=0)
+    with pytest.warns(UserWarning, match="finds nothing to watch in BoringModel"):
+        trainer.fit(BoringModel())
+
+
+@pytest.mark.parametrize("logger", [False, "csv"])
+def test_works_without_tensorboard(logger, tmp_path):
+    from lightning.pytorch.loggers import CSVLogger
+
+    logger = CSVLogger(tmp_path, name="", version="", flush_logs_every_n_steps=1) if logger else False
+    trainer = quiet_trainer(max_steps=1, logger=logger, callbacks=[ActivationMonitor()])
+    trainer.fit(Net(), loader())
+    assert not logger or "act_std/body.2" in (tmp_path / "metrics.csv").read_text()
+
+
+def test_in_place_relu_and_half_precision(tmp_path):
+    model = Net()
+    model.body[2], model.body[4] = nn.Hardtanh(), nn.ReLU(inplace=True)
+    trainer = quiet_trainer(tmp_path, max_steps=1, precision="bf16-mixed", callbacks=[ActivationMonitor()])
+    trainer.fit(model, loader())
+    events = read_events(tmp_path)
+    assert scalar(events, "act_zero/body.4")[0] > 0 and "act_saturated/body.2" in events.Tags()["scalars"]
+
+
+def test_the_same_seed_writes_the_same_numbers(tmp_path):
+    runs = []
+    for name in ("first", "second"):
+        lightning.seed_everything(3)
+        model = LitRegressor(depth=2, width=8)
+        trainer = quiet_trainer(tmp_path / name, max_steps=20, val_check_interval=5, callbacks=[ActivationMonitor(5)])
+        trainer.fit(model, SyntheticRegressionDataModule(num_points=200, seed=3))
+        events = read_events(tmp_path / name)
+        scalars = {tag: scalar(events, tag) for tag in events.Tags()["scalars"]}
+        histograms = {tag: [h.histogram_value for h in events.Histograms(tag)] for tag in events.Tags()["histograms"]}
+        runs.append((scalars, histograms))
+    assert runs[0] == runs[1] and "val_act_hist/net.act1" in runs[0][1]
+
+
+@pytest.mark.parametrize(
+    ("module", "values", "beyond"),
+    [
+        (nn.Tanh(), [-1.0, -0.98, 0.0, 0.995], [True, False, False, True]),
+        (nn.Sigmoid(), [0.001, 0.02, 0.5, 0.995], [True, False, False, True]),
+        (nn.Hardtanh(-2, 3), [-2.0, -1.9, 2.9, 3.0], [True, False, False, True]),
+        (nn.Hardsigmoid(), [0.0, 0.1, 0.9, 1.0], [True, False, False, True]),
+        (nn.ReLU6(), [0.0, 3.0, 5.9, 6.0], [False, False, False, True]),
+    ],
+)
+def test_saturation_limits(module, values, beyond):
+    low, high = saturation_limits(module)
+    assert [(value < low) or (value > high) for value in values] == beyond
+    assert saturation_limits(nn.ReLU()) is None
+
+
+@pytest.mark.parametrize("options", [{"every_n_steps": 0}, {"check_finite_every_n_steps": -1}])
+def test_bad_arguments_are_named(options):
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=f"{name}={value} is not possible: give an integer of at least 1"):
+        ActivationMonitor(**options)
+
+
+def test_a_second_fit_starts_anew(tmp_path):
+    monitor, model = ActivationMonitor(every_n_steps=3), Net()
+    before = copy.deepcopy(model.state_dict())
+    for name in ("first", "second"):
+        model.load_state_dict(before)
+        quiet_trainer(tmp_path / name, max_epochs=1, callbacks=[monitor]).fit(model, loader(), loader())
+    first, second = (read_events(tmp_path / name) for name in ("first", "second"))
+    assert first.Tags()["scalars"] == second.Tags()["scalars"]
+    assert scalar(first, "val_act_std/body.2") == scalar(second, "val_act_std/body.2")

@@ -1,0 +1,89 @@
+import lightning
+import numpy as np
+import pytest
+import torch
+
+from bnlightning import SyntheticRegressionDataModule
+from bnlightning.data import TensorBatches
+
+
+def test_points_are_those_of_the_published_script():
+    data = SyntheticRegressionDataModule(seed=7)
+    data.setup("fit")
+    np.random.seed(7)
+    x = np.linspace(-7, 10, 2500)
+    np.random.shuffle(x)
+    noise = np.random.normal(0, 8, x.shape)
+    np.testing.assert_array_equal(data.x[:, 0].numpy(), x.astype(np.float32))
+    np.testing.assert_array_equal(data.y[:, 0].numpy(), (np.square(x) - 5 + noise).astype(np.float32))
+
+
+def test_does_not_touch_the_global_generators():
+    np.random.seed(3)
+    torch.manual_seed(3)
+    expected = np.random.rand(), torch.rand(())
+    np.random.seed(3)
+    torch.manual_seed(3)
+    SyntheticRegressionDataModule(seed=7).setup("fit")
+    assert (np.random.rand(), torch.rand(())) == expected
+
+
+def test_unshuffled_full_batch():
+    data = SyntheticRegressionDataModule(num_points=500, shuffle=False, batch_size=None, noise_std=0.0)
+    data.setup("fit")
+    ((x, y),) = data.train_dataloader()
+    assert x.shape == y.shape == (500, 1) and x.dtype == y.dtype == torch.float32
+    assert (x.diff(dim=0) > 0).all()
+    torch.testing.assert_close(y, x**2 - 5, rtol=1e-5, atol=1e-5)
+
+
+def test_training_goes_through_the_points_in_order_and_evaluation_takes_all():
+    data = SyntheticRegressionDataModule(num_points=25, batch_size=10)
+    data.setup("fit")
+    batches = list(data.train_dataloader())
+    assert [len(x) for x, _ in batches] == [10, 10, 5] and len(data.train_dataloader()) == 3
+    torch.testing.assert_close(torch.cat([x for x, _ in batches]), data.x)
+    ((x, y),) = data.val_dataloader()
+    assert torch.equal(x, data.x) and torch.equal(y, data.y)
+
+
+@pytest.mark.parametrize(("points", "world_size"), [(24, 2), (25, 2), (25, 3), (31, 3)])
+def test_ranks_share_every_step_without_repeating_or_dropping_a_point(points, world_size):
+    x = torch.arange(points)[:, None]
+    ranks = [list(TensorBatches(x, batch_size=4, rank=rank, world_size=world_size)) for rank in range(world_size)]
+    single = list(TensorBatches(x, batch_size=4 * world_size))
+    assert {len(batches) for batches in ranks} == {len(single)} == {-(-points // (4 * world_size))}
+    for step, (together,) in enumerate(single):
+        torch.testing.assert_close(torch.cat([batches[step][0] for batches in ranks]), together)
+
+
+def test_another_curve_by_a_subclass():
+    class Line(SyntheticRegressionDataModule):
+        def target(self, x):
+            return 2 * x
+
+    data = Line(noise_std=0.0)
+    data.setup("fit")
+    torch.testing.assert_close(data.y, 2 * data.x)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_points": 1}, r"num_points=1 is not possible: give an integer of at least 2"),
+        ({"batch_size": 0}, r"batch_size=0 is not possible"),
+        ({"batch_size": True}, r"batch_size=True is not possible"),
+        ({"noise_std": -1}, r"noise_std=-1 is not possible: give a number of at least 0"),
+        ({"x_max": -8.0}, r"x_max=-8.0 is not possible: give a number above -7"),
+        ({"seed": -1}, r"seed=-1 is not possible"),
+        ({"x_min": float("nan")}, r"x_min=nan is not possible"),
+    ],
+)
+def test_bad_arguments_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        SyntheticRegressionDataModule(**options)
+
+
+def test_is_a_datamodule_with_plain_hyperparameters():
+    data = SyntheticRegressionDataModule(batch_size=5)
+    assert isinstance(data, lightning.LightningDataModule) and data.hparams["batch_size"] == 5
