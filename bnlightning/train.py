@@ -73,6 +73,8 @@ def train(config: DictConfig) -> None:
     data = instantiate(config.data, _convert_="all")
     callbacks = list(instantiate(config.callbacks, _convert_="all").values())
     trainer = instantiate(config.trainer, _convert_="all", callbacks=callbacks)
+    if trainer.is_global_zero:
+        print(f"Training {HydraConfig.get().sweep.subdir}")
     try:
         # What the network does before its first step belongs to the story; a resumed run has told it already.
         if config.ckpt_path is None and is_overridden("validation_step", model):
@@ -108,7 +110,6 @@ def _discard_empty(directory: Path) -> None:
 
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="train")
 def _application(config: DictConfig) -> None:
-    print(f"{HydraConfig.get().sweep.subdir}:")
     try:
         train(config)
     except (InstantiationException, ValueError, MisconfigurationException) as error:

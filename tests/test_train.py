@@ -1,0 +1,167 @@
+import csv
+import re
+
+import numpy as np
+import pytest
+import yaml
+from helpers import read_events, scalar
+
+from bnlightning import CONF_DIR
+
+EXPERIMENTS = sorted(path.stem for path in (CONF_DIR / "experiment").glob("*.yaml"))
+SHORT = ("trainer.max_steps=10", "callbacks.activation_monitor.every_n_steps=5")
+
+
+def only_directory(parent):
+    (directory,) = parent.iterdir()
+    return directory
+
+
+def run_directory(tmp_path, experiment):
+    """The one directory of the one command that ran."""
+    assert [path.name for path in (tmp_path / "outputs").iterdir()] == [experiment]
+    return only_directory(tmp_path / "outputs" / experiment)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_runs_and_leaves_one_tidy_directory(experiment, run_module, tmp_path):
+    result = run_module("bnlightning.train", f"+experiment={experiment}", *SHORT)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    directory = run_directory(tmp_path, experiment)
+    files = {path.name for path in directory.iterdir()}
+    (events,) = [name for name in files if name.endswith(".comparison")]
+    assert files - {events} == {"multirun.yaml", "none", "custom", "comparison.png", "comparison.csv", "comparison.md"}
+    for variant in ("none", "custom"):
+        names = {re.sub(r"tfevents.*", "tfevents", path.name) for path in (directory / variant).iterdir()}
+        assert names == {"events.out.tfevents", "checkpoints", ".hydra", "hparams.yaml"}
+        assert [path.name for path in (directory / variant / "checkpoints").iterdir()] == ["last.ckpt"]
+        config = yaml.safe_load((directory / variant / ".hydra" / "config.yaml").read_text())
+        assert config["model"]["norm"] == variant
+        logged = read_events(directory / variant)
+        assert list(scalar(logged, "val/loss")) == [0, 5, 10]
+        assert list(scalar(logged, "train/loss")) == list(range(10))
+        assert [h.step for h in logged.Histograms("val_act_hist/net.input_norm")] == [0, 5, 10]
+    assert str(directory / "comparison.png") in result.stdout
+    assert f"tensorboard --logdir {directory}" in result.stdout
+    assert "comparison" in read_events(directory).Tags()["images"]
+
+
+@pytest.mark.slow
+def test_the_command_line_narrows_and_widens_the_variants(run_module, tmp_path):
+    run_module("bnlightning.train", "+experiment=tanh", "model.norm=torch", *SHORT)
+    directory = run_directory(tmp_path, "tanh")
+    assert {path.name for path in directory.iterdir() if path.is_dir()} == {"torch"}
+    result = run_module(
+        "bnlightning.train", "+experiment=tanh", "model.norm=none,torch", "seed=1,2", "output_dir=here", *SHORT
+    )
+    names = {path.name for path in (tmp_path / "here").iterdir() if path.is_dir()}
+    assert names == {"none,seed=1", "none,seed=2", "torch,seed=1", "torch,seed=2"}
+    with (tmp_path / "here" / "comparison.csv").open() as file:
+        assert [(row["variant"], row["seeds"]) for row in csv.DictReader(file)] == [("none", "1, 2"), ("torch", "1, 2")]
+    assert "1, 2" in result.stdout
+
+
+@pytest.mark.slow
+def test_without_an_experiment_it_trains_the_default_and_says_how_to_look(run_module, tmp_path):
+    result = run_module("bnlightning.train", *SHORT)
+    assert result.returncode == 0, result.stderr
+    assert {path.name for path in run_directory(tmp_path, "train").iterdir() if path.is_dir()} == {"custom"}
+
+
+@pytest.mark.slow
+def test_variants_share_data_batches_and_weights_and_a_seed_repeats_its_numbers(run_module, tmp_path):
+    for name in ("first", "second"):
+        result = run_module("bnlightning.train", "+experiment=tanh", f"output_dir={name}", "seed=4", *SHORT)
+        assert result.returncode == 0, result.stderr
+    for variant in ("none", "custom"):
+        first, second = (read_events(tmp_path / name / variant) for name in ("first", "second"))
+        tags = first.Tags()["scalars"]
+        assert tags == second.Tags()["scalars"] and "val_health/act_saturated" in tags
+        assert all(scalar(first, tag) == scalar(second, tag) for tag in tags)
+        for tag in first.Tags()["histograms"]:
+            a, b = ([h.histogram_value for h in events.Histograms(tag)] for events in (first, second))
+            assert a == b
+    # The input is the same in both variants: raw in the one, in the other less its mean and over its deviation.
+    raw, normal = (
+        read_events(tmp_path / "first" / v).Histograms("act_hist/net.input_norm")[0] for v in ("none", "custom")
+    )
+    raw, normal = raw.histogram_value, normal.histogram_value
+    mean, std = raw.sum / 10, np.sqrt(raw.sum_squares / 10 - (raw.sum / 10) ** 2)
+    assert normal.max == pytest.approx((raw.max - mean) / std, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_relu_without_normalisation_diverges_and_is_not_called_dead(run_module, tmp_path):
+    result = run_module("bnlightning.train", "+experiment=relu", "trainer.max_steps=50")
+    assert result.returncode == 0, result.stderr
+    directory = run_directory(tmp_path, "relu")
+    events = read_events(directory / "none")
+    losses = scalar(events, "train/loss")
+    assert np.isfinite(losses[0]) and not any(np.isfinite(loss) for step, loss in losses.items() if step >= 1)
+    (found,) = events.Tensors("health/first_nonfinite_layer/text_summary")
+    layer = found.tensor_proto.string_val[0].decode()
+    assert found.step == 1 and re.fullmatch(r"net\.(linear[1-7]|output)", layer)
+    for index in range(1, 8):
+        assert scalar(events, f"val_act_nonfinite/net.act{index}")[50] == 1.0
+        assert scalar(events, f"val_act_dead/net.act{index}")[50] == 0.0
+    with (directory / "comparison.csv").open() as file:
+        rows = {row["variant"]: row for row in csv.DictReader(file)}
+    assert rows["none"]["final cost"] == "not finite" and rows["none"]["first non-finite"] == f"step 1, {layer}"
+    assert rows["none"]["dead"] == "0.0 %" and rows["none"]["non-finite"] == "100.0 %"
+    assert rows["custom"]["first non-finite"] == "none seen"
+    assert (
+        "Diverged is not dead" in result.stdout and "Diverged is not dead" in (directory / "comparison.md").read_text()
+    )
+
+
+@pytest.mark.slow
+def test_a_checkpoint_can_be_resumed(run_module, tmp_path):
+    short = ("model.norm=custom", "callbacks.activation_monitor.every_n_steps=5")
+    whole = run_module("bnlightning.train", *short, "trainer.max_steps=20", "output_dir=whole")
+    part = run_module("bnlightning.train", *short, "trainer.max_steps=10", "output_dir=part", "data.num_points=200")
+    assert whole.returncode == part.returncode == 0
+    checkpoint = tmp_path / "part" / "custom" / "checkpoints" / "last.ckpt"
+    rest = run_module(
+        "bnlightning.train", *short, "trainer.max_steps=20", "output_dir=rest", "data.num_points=200",
+        f"ckpt_path='{checkpoint}'",
+    )  # fmt: skip
+    assert rest.returncode == 0, rest.stderr
+    assert min(scalar(read_events(tmp_path / "rest" / "custom"), "train/loss")) == 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["+experiment=tnah"], r"Could not find 'experiment/tnah'\n\nAvailable options in 'experiment':\n\trelu"),
+        (["model.norm=batch"], r"^norm='batch' is not known: choose one of none, custom, torch\.$"),
+        (["model.activation=tan"], r"^activation='tan' is not known: choose one of elu, .*tanh\.$"),
+        (["model.depth=0"], r"^depth=0 is not possible: give an integer of at least 1\.$"),
+        (["model.width=-3"], r"^width=-3 is not possible: give an integer of at least 1\.$"),
+        (["data.batch_size=1"], r"^batch_size=1 is not possible with norm='custom'.*Use data\.batch_size=2 or more"),
+        (
+            ["output_dir=a_file/below"],
+            r"^output_dir='.*a_file/below' cannot be written \(Not a directory\): give another",
+        ),
+        (["model.dpeth=3"], r"Could not override 'model\.dpeth'"),
+    ],
+)
+def test_bad_input_gives_one_message_and_leaves_nothing(arguments, message, run_module, tmp_path):
+    (tmp_path / "a_file").touch()
+    result = run_module("bnlightning.train", *([] if "+" in arguments[0] else ["+experiment=tanh"]), *arguments)
+    assert result.returncode == 1
+    output = (result.stdout + result.stderr).strip()
+    assert re.search(message, output, re.MULTILINE), output
+    assert "Traceback" not in output
+    assert [path.name for path in tmp_path.iterdir()] == ["a_file"]
+
+
+@pytest.mark.slow
+def test_help_lists_the_experiments_and_the_values_people_change(run_module):
+    result = run_module("bnlightning.train", "--help")
+    assert result.returncode == 0
+    assert all(f"+experiment={experiment} " in result.stdout for experiment in EXPERIMENTS)
+    for key in ("model.norm", "model.activation", "model.depth", "model.width", "data.batch_size", "seed", "ckpt_path"):
+        assert f"{key}=" in result.stdout
