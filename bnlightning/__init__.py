@@ -1,6 +1,6 @@
 """See what happens inside a network while it trains, swap its normalisation, show what batch normalisation does."""
 
-from importlib.metadata import version
+from importlib import metadata
 
 from bnlightning._comparison import Comparison, compare_runs
 from bnlightning._conf import CONF_DIR
@@ -9,7 +9,7 @@ from bnlightning.data import SyntheticRegressionDataModule
 from bnlightning.models import LitRegressor
 from bnlightning.nn import MLP, BatchNorm1d, BatchNorm2d, BatchNorm3d, Convention
 
-__version__ = version("bnlightning")
+__version__ = metadata.version("bnlightning")
 
 __all__ = [
     "CONF_DIR",

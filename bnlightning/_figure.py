@@ -124,7 +124,10 @@ def _outcome(runs: Sequence[Run], steps: NDArray[np.int64], costs: NDArray[np.fl
     outside = f"{costs[worst]:.2g} at step {steps[worst]}" if np.isfinite(costs[worst]) and costs[worst] > high else ""
     diverged = np.flatnonzero(~np.isfinite(costs))
     if not len(diverged):
-        return f" (above: {outside})" if outside else ""
+        few = sum(run.first_nonfinite is not None for run in runs)
+        told = [f"above: {outside}"] if outside else []
+        told += [f"{few} of {len(runs)} seeds diverged"] if few else []
+        return f" ({', '.join(told)})" if told else ""
     first = _first_nonfinite(runs, steps, costs)
     return f" diverged (×): NaN or infinite from step {first} on" + (f", {outside}" if outside else "")
 

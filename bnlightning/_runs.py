@@ -134,5 +134,6 @@ def _seed(name: str, path: Path) -> int | None:
     match = _SEED.search(name)
     if match:
         return int(match[1])
-    seed = load_hparams_from_yaml(str(path / "hparams.yaml"), use_omegaconf=False).get("seed")
+    hparams = path / "hparams.yaml"
+    seed = load_hparams_from_yaml(str(hparams), use_omegaconf=False).get("seed") if hparams.is_file() else None
     return seed if isinstance(seed, int) else None

@@ -1,0 +1,164 @@
+import csv
+import math
+
+import lightning
+import matplotlib.image
+import numpy as np
+import pytest
+from helpers import quiet_trainer, read_events
+from torch.utils.tensorboard import SummaryWriter
+
+from bnlightning import ActivationMonitor, LitRegressor, PredictionMonitor, SyntheticRegressionDataModule, compare_runs
+from bnlightning import _figure as figure
+from bnlightning._runs import HistogramAt, find_runs, quartiles, read_run
+from bnlightning.compare import main
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Two variants, two seeds each, the first with a diverging seed."""
+    root = tmp_path_factory.mktemp("finished")
+    for norm in ("none", "custom"):
+        for seed in (1, 2):
+            lightning.seed_everything(seed, verbose=False)
+            rate = 1e12 if (norm, seed) == ("none", 2) else 1e-3
+            model = LitRegressor(norm=norm, activation="relu", depth=2, width=8, weight_std=0.3, learning_rate=rate)
+            monitors = [ActivationMonitor(10, check_finite_every_n_steps=1), PredictionMonitor(10)]
+            trainer = quiet_trainer(
+                root / f"{norm},seed={seed}", max_steps=20, val_check_interval=5, callbacks=monitors
+            )
+            data = SyntheticRegressionDataModule(num_points=200, seed=seed)
+            trainer.validate(model, data, verbose=False)
+            trainer.fit(model, data)
+    return root
+
+
+def test_reads_back_what_was_written(finished):
+    assert [path.name for path in find_runs(finished)] == [
+        "custom,seed=1", "custom,seed=2", "none,seed=1", "none,seed=2"
+    ]  # fmt: skip
+    run = read_run(finished / "custom,seed=2", finished)
+    assert (run.variant, run.seed, run.first_nonfinite) == ("custom", 2, None)
+    events = read_events(run.path)
+    steps, values = run.scalars["val/loss"]
+    assert steps.tolist() == [0, 5, 10, 15, 20]
+    assert values.tolist() == [item.value for item in events.Scalars("val/loss")]
+    histogram = run.histograms["val_act_hist/net.act1"][1]
+    raw = events.Histograms("val_act_hist/net.act1")[1].histogram_value
+    assert histogram.step == 10 and histogram.edges.tolist() == [raw.min, *raw.bucket_limit]
+    assert histogram.counts.sum() == 200 * 8
+    step, points = run.predictions[-1]
+    data = SyntheticRegressionDataModule(num_points=200, seed=2)
+    data.setup("fit")
+    assert step == 20 and points.shape == (200, 3)
+    np.testing.assert_array_equal(points[:, 0], data.x[:, 0])
+    np.testing.assert_array_equal(points[:, 1], data.y[:, 0])
+    assert np.mean((points[:, 1] - points[:, 2]) ** 2) == pytest.approx(values[-1], rel=1e-5)
+    diverged = read_run(finished / "none,seed=2", finished)
+    assert diverged.first_nonfinite is not None and not math.isfinite(diverged.last("val/loss"))
+
+
+def test_compares_and_replaces_an_earlier_comparison(finished):
+    first = compare_runs(finished)
+    comparison = compare_runs(str(finished))
+    assert comparison.rows == first.rows
+    none, custom = comparison.rows
+    assert [row["variant"] for row in comparison.rows] == ["none", "custom"] and none["seeds"] == "1, 2"
+    costs = [read_run(finished / f"custom,seed={seed}", finished).last("val/loss") for seed in (1, 2)]
+    assert custom["final cost"].startswith(f"{np.median(costs):.4g} [")
+    assert none["first non-finite"].endswith("(1 of 2 runs)") and custom["first non-finite"] == "none seen"
+    assert len(comparison.notes) == 1 and comparison.notes[0].startswith("none (1 of 2 runs) diverged: after ")
+    with (finished / "comparison.csv").open() as file:
+        assert list(csv.DictReader(file)) == comparison.rows
+    assert (finished / "comparison.md").read_text() == comparison.markdown
+    assert comparison.markdown.splitlines()[2].startswith("| none | 1, 2 | ")
+    pixels = matplotlib.image.imread(comparison.figure)
+    (image,) = read_events(finished).Images("comparison")
+    assert (image.height, image.width) == pixels.shape[:2]
+    assert len(list(finished.glob("*.comparison"))) == 1
+
+
+def test_the_figure_shows_the_runs_numbers(finished):
+    runs = [read_run(path, finished) for path in find_runs(finished)]
+    variants = {name: [run for run in runs if run.variant == name] for name in ("none", "custom")}
+    drawn = figure.draw(variants, "val/loss", "title", ["a note"])
+    costs, fits, *_ = drawn.axes
+    labels = [text.get_text() for text in costs.get_legend().get_texts()]
+    assert labels[1] == "custom" and labels[0] == "none (1 of 2 seeds diverged)"
+    line = next(line for line in costs.get_lines() if line.get_label() == "custom")
+    expected = np.median([run.scalars["val/loss"][1] for run in variants["custom"]], axis=0)
+    np.testing.assert_allclose(line.get_ydata(), expected)
+    fit = next(line for line in fits.get_lines() if line.get_label() == "custom")
+    points = variants["custom"][0].predictions[-1][1]
+    np.testing.assert_allclose(np.sort(fit.get_ydata()), np.sort(points[:, 2]))
+    cells = [axes.get_title() for axes in drawn.axes if axes.get_title().startswith("net.")]
+    assert [cell.partition("\n")[0] for cell in cells] == ["net.act1", "net.act2"] * 2
+    assert any("a note" in text.get_text() for text in drawn.texts)
+
+
+def test_a_variant_that_diverged_is_marked_where_it_did(finished):
+    diverged = [read_run(finished / "none,seed=2", finished)]
+    costs = figure.draw({"none": diverged}, "val/loss", "title", []).axes[0]
+    step = diverged[0].first_nonfinite[0]
+    (label,) = (text.get_text() for text in costs.get_legend().get_texts())
+    assert label.startswith(f"none diverged (×): NaN or infinite from step {step} on")
+    assert [line.get_xdata() for line in costs.get_lines() if line.get_marker() == "x"] == [[step]]
+
+
+def test_a_diverged_seed_counts_as_infinite():
+    assert quartiles(np.array([1.0, 2.0, 3.0, 4.0])).tolist() == [1.75, 2.5, 3.25]
+    low, middle, high = quartiles(np.array([1.0, np.nan, 3.0, np.inf, 2.0]))
+    assert (low, middle, high) == (2.0, 3.0, np.inf)
+
+
+def test_rebinning_keeps_the_counts():
+    histogram = HistogramAt(0, np.array([-1.0, -0.5, 0.0, 1.0]), np.array([10.0, 0.0, 30.0]))
+    edges, counts = figure._rebin(histogram, -1.0, 1.0)
+    assert counts.sum() == pytest.approx(40) and counts[edges[:-1] >= 0].sum() == pytest.approx(30)
+
+
+@pytest.mark.parametrize(
+    ("histogram", "words"),
+    [
+        (None, "NaN"),
+        (HistogramAt(0, np.array([-1e-6, 1e-6]), np.array([5.0])), "all 0"),
+        (HistogramAt(0, np.array([0.0, 1.0]), np.array([5.0])), ""),
+        (HistogramAt(0, np.array([0.0, 1e9]), np.array([5.0])), "up to 1e+09"),
+    ],
+)
+def test_says_in_words_what_a_ridge_would_not_show(histogram, words):
+    assert figure._in_words(histogram, 0.0, 1.0) == words
+
+
+def test_other_peoples_runs_need_nothing_but_a_scalar(tmp_path):
+    for name, offset in (("small", 0.0), ("large", 1.0)):
+        with SummaryWriter(str(tmp_path / name)) as writer:
+            for step in range(5):
+                writer.add_scalar("loss", offset + 1 / (step + 1), step)
+    with pytest.raises(ValueError, match=r"metric='val/loss' was logged by no run in .*: choose one of loss"):
+        compare_runs(tmp_path)
+    comparison = compare_runs(tmp_path, metric="loss")
+    assert [(row["variant"], row["final cost"], row["seeds"]) for row in comparison.rows] == [
+        ("large", "1.2", "1 run"),
+        ("small", "0.2", "1 run"),
+    ]
+    assert comparison.figure.stat().st_size > 10_000
+
+
+def test_several_trainings_in_one_directory_are_told(tmp_path):
+    for _ in range(2):
+        with SummaryWriter(str(tmp_path)) as writer:
+            for step in range(3):
+                writer.add_scalar("val/loss", 1.0, step)
+    with pytest.warns(UserWarning, match="holds several trainings"):
+        compare_runs(tmp_path)
+
+
+def test_the_command_line(finished, capsys, tmp_path):
+    main([str(finished)])
+    output = capsys.readouterr().out
+    assert f"Figure: {finished / 'comparison.png'}" in output and f"tensorboard --logdir {finished}" in output
+    with pytest.raises(SystemExit) as failure:
+        main([str(tmp_path)])
+    assert failure.value.code == 1
+    assert "holds no TensorBoard files of a run" in capsys.readouterr().err
