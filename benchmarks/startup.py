@@ -24,7 +24,9 @@ EXPERIMENT = [sys.executable, "-m", "bnlightning.train", "+experiment=tanh"]
 def seconds(command: list[str]) -> float:
     with tempfile.TemporaryDirectory() as directory:
         start = time.perf_counter()
-        subprocess.run(command, cwd=directory, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        subprocess.run(
+            command, cwd=directory, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
         return time.perf_counter() - start
 
 

@@ -154,9 +154,15 @@ def _first_nonfinite(runs: Sequence[Run]) -> str:
     found = [run.first_nonfinite for run in runs if run.first_nonfinite is not None]
     if not found:
         return "none seen"
-    step, layer = min(found)
-    where = f"step {step}, {layer}"
+    step, layers = _earliest(found)
+    where = f"step {step}, {layers}"
     return where if len(runs) == 1 else f"{where} ({len(found)} of {len(runs)} runs)"
+
+
+def _earliest(found: Sequence[tuple[int, str]]) -> tuple[int, str]:
+    """The earliest step, and the modules of all runs in which it was that one."""
+    first = min(step for step, _ in found)
+    return first, " or ".join(sorted({layer for step, layer in found if step == first}))
 
 
 def _notes(name: str, runs: Sequence[Run]) -> list[str]:
@@ -164,7 +170,7 @@ def _notes(name: str, runs: Sequence[Run]) -> list[str]:
     found = [run.first_nonfinite for run in runs if run.first_nonfinite is not None]
     if not found:
         return []
-    step, layer = min(found)
+    step, layer = _earliest(found)
     who = name if len(runs) == 1 else f"{name} ({len(found)} of {len(runs)} runs)"
     steps = "1 training step" if step == 1 else f"{step} training steps"
     return [

@@ -24,6 +24,11 @@ _STYLES = {
     "other": ("#8c6bb1", (0, (5, 1, 1, 1))),
     "another": ("#636363", (0, (3, 1, 1, 1, 1, 1))),
 }
+_MEANINGS = {
+    "none": "without normalisation",
+    "custom": "with bnlightning's batch normalisation",
+    "torch": "with torch's batch normalisation",
+}
 _ORDER_OF_MAGNITUDE = 30.0
 
 
@@ -34,6 +39,8 @@ def draw(variants: Variants, metric: str, title: str, notes: Sequence[str]) -> F
     heights = [0.85, 3.4, 1.15 if rows else 0.6, *[2.1] * rows, 0.15 + 0.42 * len(notes)]
     figure = Figure(figsize=(15.0, sum(heights)), dpi=100, facecolor="white")
     figure.text(0.015, 1 - 0.3 / sum(heights), title, fontsize=15, weight="bold", va="center")
+    meanings = "; ".join(f"{name}: {_MEANINGS[name]}" for name in variants if name in _MEANINGS)
+    figure.text(0.985, 1 - 0.3 / sum(heights), meanings, fontsize=11, va="center", ha="right")
     page = figure.add_gridspec(
         len(heights), 1, height_ratios=heights, left=0.075, right=0.985, top=1.0, bottom=0.0, hspace=0.0
     )
