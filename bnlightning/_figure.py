@@ -212,8 +212,9 @@ def _draw_layer(axes: Axes, run: Run, tag: str, labelled: bool) -> None:
             continue
         edges, density = _rebin(histogram, low, high)
         ridge = base + 1.25 * _scaled(density)
-        axes.stairs(ridge, edges, baseline=base, fill=True, color=shade, alpha=0.92, zorder=position)
-        axes.stairs(ridge, edges, baseline=base, color="black", linewidth=0.5, zorder=position)
+        axes.stairs(
+            ridge, edges, baseline=base, fill=True, facecolor=shade, edgecolor="black", linewidth=0.5, zorder=position
+        )
     axes.set_xlim(low, high)
     axes.set_ylim(-0.15, len(steps) + 0.45)
     axes.set_xticks([low, high], [f"{low:.3g}", f"{high:.3g}"], fontsize=7.5)
