@@ -40,7 +40,7 @@ class LayerStatistics:
     """The statistics of one module's output over a window: fractions in [0, 1], moments over the finite values.
 
     Args:
-        units: Number of units (channels or features).
+        units: Number of units (channels or features); of all calls, where they differ in it.
         dead: Share of the units whose output was exactly zero for every sample. A unit with a non-finite value is
             not dead.
         zero: Share of zeros among the finite values.
@@ -78,7 +78,8 @@ class ActivationWindow:
         self.sums = torch.zeros(len(limits), 2, dtype=real, device=device)
         # The minimum with its sign turned, so that both are maxima.
         self.extrema = torch.full((len(limits), 2), -torch.inf, dtype=real, device=device)
-        self.fired: list[Tensor | None] = [None] * len(limits)
+        # By the number of units, which differs between the calls of a module that is used twice.
+        self.fired: dict[tuple[int, int], Tensor] = {}
 
     def update(self, index: int, output: Tensor) -> None:
         """Add an output of module ``index``: floating, ``(N, ...)``; the units are in :func:`unit_dim`."""
@@ -101,8 +102,8 @@ class ActivationWindow:
         number = (x.contiguous().view(torch.int32) >> _SHIFT) & (_NUM_BINS - 1)
         self.bins[index] += torch.bincount(number.flatten(), minlength=_NUM_BINS)
         fired = (x != 0).transpose(0, unit_dim(x)).flatten(1).any(dim=1) if x.dim() > 1 else (x != 0).any()[None]
-        before = self.fired[index]
-        self.fired[index] = fired if before is None else before | fired
+        before = self.fired.get((index, len(fired)))
+        self.fired[index, len(fired)] = fired if before is None else before | fired
 
     def reduce(self) -> None:
         """Add up the windows of all ranks, on all ranks: five collectives, however many modules.
@@ -112,29 +113,37 @@ class ActivationWindow:
         dist = torch.distributed
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return
-        sizes = self.counts.new_tensor([0 if fired is None else len(fired) for fired in self.fired])
-        dist.all_reduce(sizes, op=dist.ReduceOp.MAX)
-        lengths = sizes.tolist()
-        padded = [
-            fired.to(torch.uint8) if fired is not None else torch.zeros(size, dtype=torch.uint8, device=sizes.device)
-            for fired, size in zip(self.fired, lengths, strict=True)
-        ]
-        packed = torch.cat(padded)
+        gathered: list[list[tuple[int, int]]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(gathered, list(self.fired))
+        keys = sorted({key for each in gathered for key in each})
+        packed = torch.cat(
+            [
+                self.fired[key].to(torch.uint8)
+                if key in self.fired
+                else torch.zeros(key[1], dtype=torch.uint8, device=self.counts.device)
+                for key in keys
+            ]
+            or [torch.zeros(0, dtype=torch.uint8, device=self.counts.device)]
+        )
         integers = torch.cat([self.counts, self.bins], dim=1)
         dist.all_reduce(packed, op=dist.ReduceOp.MAX)
         dist.all_reduce(integers)
         dist.all_reduce(self.sums)
         dist.all_reduce(self.extrema, op=dist.ReduceOp.MAX)
         self.counts, self.bins = integers[:, :5], integers[:, 5:]
-        self.fired = [part.bool() if len(part) else None for part in packed.split(lengths)]
+        parts = packed.split([units for _, units in keys]) if keys else ()
+        self.fired = {key: part.bool() for key, part in zip(keys, parts, strict=True)}
 
     def statistics(self) -> list[LayerStatistics | None]:
         """The statistics of each module, ``None`` for one that gave no output in the window."""
         counts, bins = self.counts.cpu().numpy(), self.bins.cpu().numpy()
         sums, extrema = self.sums.cpu().numpy(), self.extrema.cpu().numpy()
+        fired: dict[int, list[Tensor]] = {}
+        for (index, _), units in self.fired.items():
+            fired.setdefault(index, []).append(units)
         return [
-            None if fired is None else _statistics(counts[i], bins[i], sums[i], extrema[i], fired, self.limits[i])
-            for i, fired in enumerate(self.fired)
+            _statistics(counts[i], bins[i], sums[i], extrema[i], torch.cat(fired[i]), limits) if i in fired else None
+            for i, limits in enumerate(self.limits)
         ]
 
 

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -10,7 +11,7 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import WarningCache, rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.modules import activation as torch_activations
 from torch.nn.modules import normalization as torch_normalizations
@@ -18,7 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.hooks import RemovableHandle
 
 from bnlightning._check import check_integer
-from bnlightning.callbacks._cadence import EvaluationCadence
+from bnlightning.callbacks._cadence import EvaluationCadence, TrainingCadence
 from bnlightning.callbacks._window import ActivationWindow, LayerStatistics
 
 ACTIVATION_TYPES: tuple[type[nn.Module], ...] = tuple(
@@ -30,6 +31,7 @@ NORM_TYPES: tuple[type[nn.Module], ...] = (
 )
 
 _NEVER = torch.iinfo(torch.int64).max
+_warnings = WarningCache()
 
 
 def saturation_limits(module: nn.Module) -> tuple[float, float] | None:
@@ -57,37 +59,39 @@ class ActivationMonitor(Callback):
     """Show what the modules of any LightningModule put out: histograms, dead units, zeros, saturation, NaN.
 
     Training is bit for bit the same with and without it. It samples: all forward passes of one optimizer step out of
-    ``every_n_steps``, and evaluations that begin at least so many steps after the last one sampled. What is sampled is
-    exact over the samples of all micro-batches and ranks.
+    ``every_n_steps``; evaluations within a fit that begin at least so many steps after the last one sampled, or with
+    the final weights; every ``trainer.validate`` and ``trainer.test``. What is sampled is exact over the samples of all
+    micro-batches and ranks. Several calls of one module are taken together.
 
     Logged, for every watched module by its path in the LightningModule, at the number of optimizer steps taken before
     the forward pass; with the prefix ``val_`` (or ``test_``) for an evaluation, over all its batches:
 
     - ``act_hist``: histogram of the finite output values (TensorBoard loggers only).
     - ``act_dead``: share of the units whose output was exactly zero for every sample (for a ReLU: that never fired).
-      A unit is a channel of 4-D and 5-D output, otherwise a feature of the last dimension. A unit with a NaN or an
-      infinity is not dead but broken, and counts under ``act_nonfinite``. Over one small training batch many healthy
-      units seem dead: the evaluation's number is the one to trust.
+      A unit is a channel of 4-D and 5-D output, otherwise an entry of the last dimension (also of ``(N, C, L)``).
+      A unit with a NaN or an infinity is not dead but broken, and counts under ``act_nonfinite``. Over one small
+      training batch many healthy units seem dead: the evaluation's number is the one to trust.
     - ``act_zero``: share of exact zeros among the finite values; around one half is healthy for a ReLU.
     - ``act_saturated``: share of the finite values beyond :func:`saturation_limits`, for bounded activations.
     - ``act_nonfinite``: share of NaN and infinities among all values.
     - ``act_mean``, ``act_std``: of the finite values.
     - ``health/act_dead``, ``health/act_saturated``, ``health/act_nonfinite``: the same over all watched activations
       (``act_dead`` over all their units, the others the mean over modules); ``val_health/...`` for an evaluation.
-    - ``health/first_nonfinite_layer``: as text, the first module in the order of execution that made a non-finite
-      output of a finite input, at the step where that first happened; ``input`` if it came with the batch.
+    - ``health/first_nonfinite_layer``: as text, the first module in the order of execution that put out a NaN or an
+      infinity in training, at the first step checked at which one did; ``input`` if it came with the batch,
+      ``before <module>`` if an operation that is no module made it.
 
     Args:
         every_n_steps: Distance of two samples in optimizer steps.
         modules: What to watch: a type of modules, a pattern of module paths such as ``"net.act*"``, or several of
             these. By default all activations and normalisations that are modules of their own; activations called as
             functions cannot be seen.
-        check_finite_every_n_steps: At which training steps all leaf modules, watched or not, are checked for making
-            the first non-finite value. By default the sampled ones. At 1 the very first one is found, for a few
-            microseconds a module and step.
+        check_finite_every_n_steps: At which training steps all modules without submodules, watched or not, are checked
+            for non-finite output, until one is found. Only at 1, the default, it is the very first; it costs about ten
+            microseconds a module and step on a CPU.
 
     Raises:
-        ValueError: If a number of steps is below 1.
+        ValueError: If a number of steps is below 1, or ``modules`` holds something else.
 
     Example:
         >>> trainer = lightning.Trainer(callbacks=[ActivationMonitor(every_n_steps=100)])
@@ -97,62 +101,63 @@ class ActivationMonitor(Callback):
         self,
         every_n_steps: int = 50,
         modules: str | type[nn.Module] | Sequence[str | type[nn.Module]] | None = None,
-        check_finite_every_n_steps: int | None = None,
+        check_finite_every_n_steps: int = 1,
     ) -> None:
         check_integer("every_n_steps", every_n_steps, at_least=1)
-        if check_finite_every_n_steps is not None:
-            check_integer("check_finite_every_n_steps", check_finite_every_n_steps, at_least=1)
+        check_integer("check_finite_every_n_steps", check_finite_every_n_steps, at_least=1)
         self.every_n_steps = every_n_steps
-        self.modules = [modules] if isinstance(modules, str | type) else list(modules) if modules is not None else None
-        self.check_finite_every_n_steps = check_finite_every_n_steps or every_n_steps
+        self.modules = _checked_modules(modules)
+        self.check_finite_every_n_steps = check_finite_every_n_steps
         self._handles: list[RemovableHandle] = []
         self._names: list[str] = []
         self._is_activation: list[bool] = []
         self._limits: list[tuple[float, float] | None] = []
-        self._window: ActivationWindow | None = None
-        self._window_step = 0
-        self._cadence = EvaluationCadence(every_n_steps)
+        self._training = TrainingCadence(every_n_steps)
+        self._evaluation = EvaluationCadence(every_n_steps)
+        self._check = TrainingCadence(check_finite_every_n_steps)
+        # Apart, since an evaluation may come in the middle of an accumulation of gradients.
+        self._windows: dict[str, _Sample] = {}
+        self._phase = ""
         self._finite_check: _FiniteCheck | None = None
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._cadence.start(trainer.global_step)
+        self._training.start()
+        self._check.start()
+        self._evaluation.start(trainer.global_step)
         self._attach(pl_module)
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        if not trainer.sanity_checking and self._cadence.is_due(trainer.global_step):
-            self._begin_evaluation(trainer, pl_module)
+        self._begin_evaluation(trainer, pl_module, "val_", due=self._evaluation.is_due(trainer))
 
     def on_test_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._begin_evaluation(trainer, pl_module)
+        self._begin_evaluation(trainer, pl_module, "test_", due=True)
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._publish(trainer, "val_")
+        self._end_evaluation(trainer)
 
     def on_test_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._publish(trainer, "test_")
+        self._end_evaluation(trainer)
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if self._window is None and step % self.every_n_steps == 0:
-            self._open_window(step, pl_module.device)
-        if self._finite_check is not None:
-            due = step % self.check_finite_every_n_steps == 0 and not self._finite_check.reported
-            self._finite_check.begin(step if due else None)
+        if self._training.is_due(step):
+            self._open_window("", step, pl_module.device)
+        if self._finite_check is not None and not self._finite_check.reported and self._check.is_due(step):
+            self._finite_check.step = step
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._finite_check is not None:
-            self._finite_check.begin(None)
+            self._finite_check.end_of_step()
         # Under gradient accumulation the window goes on until the optimizer has stepped.
-        if self._window is not None and trainer.global_step > self._window_step:
+        if "" in self._windows and trainer.global_step > self._windows[""].step:
             self._publish(trainer, "")
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        if self._window is not None:
-            self._publish(trainer, "")
+        self._publish(trainer, "")
         self._report_nonfinite(trainer)
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
@@ -161,6 +166,10 @@ class ActivationMonitor(Callback):
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
+        # On several ranks another one may not have failed, and would never join the reduction.
+        if self._finite_check is not None and trainer.world_size == 1:
+            self._finite_check.end_of_step()
+            self._report_nonfinite(trainer)
         self._detach()
 
     def _attach(self, pl_module: lightning.LightningModule) -> None:
@@ -176,13 +185,13 @@ class ActivationMonitor(Callback):
                 self._limits.append(saturation_limits(module))
         if not watched:
             rank_zero_warn(
-                f"ActivationMonitor(modules={self.modules!r}) finds nothing to watch in {type(pl_module).__name__}: "
-                "activations called as functions are not seen; make them modules, or name others in `modules`."
+                f"ActivationMonitor(modules={self.modules!r}) finds nothing to watch in {type(pl_module).__name__}. It "
+                "watches modules without submodules, by default activations and normalisations; activations called "
+                "as functions are not seen. Make them modules, or choose others by `modules`, such as 'net.*'."
             )
-        self._finite_check = _FiniteCheck([name for name, _ in leaves], pl_module.device)
-        for position, (name, module) in enumerate(leaves):
-            hook = partial(self._observe, watched.get(name), position)
-            self._handles.append(module.register_forward_hook(hook))
+        self._finite_check = _FiniteCheck(pl_module.device)
+        for name, module in leaves:
+            self._handles.append(module.register_forward_hook(partial(self._observe, name, watched.get(name))))
 
     def _selects(self, name: str, module: nn.Module) -> bool:
         if self.modules is None:
@@ -195,122 +204,172 @@ class ActivationMonitor(Callback):
     def _detach(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles, self._window, self._finite_check = [], None, None
+        self._handles, self._windows, self._phase, self._finite_check = [], {}, "", None
 
-    def _observe(self, watched: int | None, position: int, module: nn.Module, args: Any, output: Any) -> None:
+    def _observe(self, name: str, watched: int | None, module: nn.Module, args: Any, output: Any) -> None:
         """The forward hook of every leaf module."""
-        if not isinstance(output, Tensor) or not output.is_floating_point():
+        sample = self._windows.get(self._phase) if watched is not None else None
+        check = self._finite_check if self._finite_check is not None and self._finite_check.step is not None else None
+        if (sample is None and check is None) or _is_recomputation():
             return
-        if self._window is not None and watched is not None:
-            with torch.no_grad():
-                self._window.update(watched, output)
-        if self._finite_check is not None and self._finite_check.step is not None:
-            with torch.no_grad():
-                self._finite_check.update(position, args, output)
-
-    def _begin_evaluation(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        if not self._handles:
-            self._attach(pl_module)
-        self._open_window(trainer.global_step, pl_module.device)
-
-    def _open_window(self, step: int, device: torch.device) -> None:
-        self._window, self._window_step = ActivationWindow(self._limits, device), step
-
-    def _publish(self, trainer: lightning.Trainer, prefix: str) -> None:
-        """Reduce the window over the ranks, write it, close it."""
-        window, self._window = self._window, None
-        if window is None:
+        if not isinstance(output, Tensor):
+            if sample is not None:
+                _warnings.warn(
+                    f"ActivationMonitor sees nothing of {name}: it returns a {type(output).__name__}, not a tensor."
+                )
             return
-        window.reduce()
+        if output.is_floating_point():
+            with torch.no_grad():
+                if sample is not None and watched is not None:
+                    sample.window.update(watched, output)
+                if check is not None:
+                    check.update(name, args, output)
+
+    def _begin_evaluation(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, phase: str, *, due: bool
+    ) -> None:
+        self._phase = phase
+        if due:
+            if not self._handles:
+                self._attach(pl_module)
+                self._phase = phase
+            self._open_window(phase, trainer.global_step, pl_module.device)
+
+    def _end_evaluation(self, trainer: lightning.Trainer) -> None:
+        phase, self._phase = self._phase, ""
+        self._publish(trainer, phase)
+
+    def _open_window(self, phase: str, step: int, device: torch.device) -> None:
+        self._windows[phase] = _Sample(step, ActivationWindow(self._limits, device))
+
+    def _publish(self, trainer: lightning.Trainer, phase: str) -> None:
+        """Reduce a window over the ranks, write it, close it."""
+        sample = self._windows.pop(phase, None)
+        if sample is None:
+            return
+        sample.window.reduce()
         if trainer.is_global_zero:
-            statistics = {
-                name: (layer, is_activation)
+            seen = [
+                (name, layer, is_activation)
                 for name, layer, is_activation in zip(
-                    self._names, window.statistics(), self._is_activation, strict=True
+                    self._names, sample.window.statistics(), self._is_activation, strict=True
                 )
                 if layer is not None
-            }
-            _write(trainer, prefix, self._window_step, {name: layer for name, (layer, _) in statistics.items()})
-            _write_health(trainer, prefix, self._window_step, [layer for layer, yes in statistics.values() if yes])
+            ]
+            _write(trainer, phase, sample.step, {name: layer for name, layer, _ in seen})
+            _write_health(trainer, phase, sample.step, [layer for _, layer, is_activation in seen if is_activation])
         self._report_nonfinite(trainer)
 
     def _report_nonfinite(self, trainer: lightning.Trainer) -> None:
         check = self._finite_check
-        if check is None or check.reported:
-            return
-        found = check.first()
+        found = check.first() if check is not None and not check.reported else None
         if found is not None:
             step, name = found
             _write_text(trainer, "health/first_nonfinite_layer", name, step)
 
 
+@dataclass(frozen=True)
+class _Sample:
+    step: int
+    window: ActivationWindow
+
+
 class _FiniteCheck:
-    """Finds the module that made the first non-finite output of a finite input.
+    """Finds where the first non-finite value of a forward pass in training came from.
+
+    A value is checked where a module puts it out and, if it is not the output of the module before, where one takes it
+    in. In the order of execution the first that is not finite is the origin: nothing before it was.
 
     Args:
-        names: Of the modules, by position.
         device: Where the steps found are kept until they are read.
     """
 
-    def __init__(self, names: Sequence[str], device: torch.device) -> None:
-        self.names = [*names, "input"]
+    def __init__(self, device: torch.device) -> None:
         self.step: int | None = None
         self.reported = False
-        self._order: dict[int, None] = {}
+        self._device = device
+        self._places: dict[str, int] = {}
+        self._magnitudes: dict[int, Tensor] = {}
+        self._found: Tensor | None = None
+        self._previous: weakref.ref[Tensor] | None = None
+
+    def update(self, name: str, args: tuple[Any, ...], output: Tensor) -> None:
+        """Look at one call of a module, in a pass that is checked."""
+        # In a chain the input is the output before it, which has been looked at (and may be overwritten by now).
+        if self._previous is None or not args or self._previous() is not args[0]:
+            # The first module's input is the batch's.
+            place = f"before {name}" if self._previous is not None else "input"
+            for arg in args:
+                if isinstance(arg, Tensor) and arg.is_floating_point() and arg is not output:
+                    self._look(place, arg)
+        self._look(name, output)
+        self._previous = weakref.ref(output)
+
+    def _look(self, place: str, x: Tensor) -> None:
+        if x.numel() == 0:
+            return
+        index = self._places.setdefault(place, len(self._places))
+        # The largest magnitude of a tensor with a NaN is NaN: one pass.
+        magnitude = torch.linalg.vector_norm(x.detach(), ord=torch.inf)
+        before = self._magnitudes.get(index)
+        self._magnitudes[index] = magnitude if before is None else torch.maximum(before, magnitude)
+
+    def end_of_step(self) -> None:
+        """Keep the step of every place where it is the first; on the device, without waiting for it."""
+        step, self.step, self._previous = self.step, None, None
+        if step is None or not self._magnitudes:
+            return
         # Fit may go on after an evaluation under inference mode, whose tensors nobody may change later.
-        with torch.inference_mode(False):
-            self._found = torch.full((len(self.names),), _NEVER, dtype=torch.int64, device=device)
-        self._previous: tuple[weakref.ref[Tensor], Tensor] | None = None
-        self._first_call = True
-
-    def begin(self, step: int | None) -> None:
-        """Check the following forward passes, as those of ``step``; ``None``: do not."""
-        self.step, self._previous, self._first_call = step, None, True
-
-    def update(self, position: int, args: tuple[Any, ...], output: Tensor) -> None:
-        finite_input = self._finite_input(args, output)
-        finite_output = _is_finite(output)
-        if self._first_call:
-            self._first_call = False
-            self._record(len(self.names) - 1, ~finite_input)
-        self._order.setdefault(position)
-        self._record(position, finite_input & ~finite_output)
-        self._previous = weakref.ref(output), finite_output
-
-    def _finite_input(self, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        # In a chain the input is the output before it, whose answer is known (and which may be overwritten by now).
-        if self._previous is not None and args and self._previous[0]() is args[0]:
-            return self._previous[1]
-        tensors = [arg for arg in args if isinstance(arg, Tensor) and arg.is_floating_point() and arg is not output]
-        if not tensors:
-            return torch.ones((), dtype=torch.bool, device=output.device)
-        return torch.stack([_is_finite(tensor) for tensor in tensors]).all()
-
-    def _record(self, position: int, bad: Tensor) -> None:
-        assert self.step is not None
-        now = torch.where(bad, self.step, _NEVER)
-        self._found[position] = torch.minimum(self._found[position], now)
+        with torch.no_grad(), torch.inference_mode(False):
+            now = torch.full((len(self._places),), _NEVER, dtype=torch.int64, device=self._device)
+            indices = torch.tensor(list(self._magnitudes), device=self._device)
+            magnitudes = torch.stack([m.float() for m in self._magnitudes.values()])
+            now[indices] = torch.where(magnitudes.isfinite(), _NEVER, step)
+            if self._found is not None:
+                known = len(self._found)
+                now[:known] = torch.minimum(now[:known], self._found)
+            self._found = now
+        self._magnitudes = {}
 
     def first(self) -> tuple[int, str] | None:
-        """The step and the name, over all ranks; every rank must call it. One answer only, then the check is over."""
-        found = self._found
+        """The step and the place, over all ranks; every rank must call it. One answer only, then the check is over."""
+        own = None
+        if self._found is not None:
+            steps = self._found.tolist()
+            step = min(steps)
+            # The places are in the order of execution.
+            own = (step, steps.index(step), list(self._places)[steps.index(step)])
         dist = torch.distributed
+        everyone = [own]
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(found, op=dist.ReduceOp.MIN)
-        steps = found.tolist()
-        step = min(steps)
-        if step == _NEVER:
+            everyone = [None] * dist.get_world_size()
+            dist.all_gather_object(everyone, own)
+        found = min((answer for answer in everyone if answer is not None), default=None)
+        if found is None or found[0] == _NEVER:
             return None
         self.reported = True
-        in_order = [len(self.names) - 1, *self._order, *range(len(self.names) - 1)]
-        return step, next(self.names[position] for position in in_order if steps[position] == step)
+        return found[0], found[2]
 
 
-def _is_finite(x: Tensor) -> Tensor:
-    """Whether all of ``x`` is finite, in one pass: the largest magnitude of a tensor with a NaN is NaN."""
-    if x.numel() == 0:
-        return torch.ones((), dtype=torch.bool, device=x.device)
-    return torch.linalg.vector_norm(x.detach(), ord=torch.inf).isfinite()
+def _checked_modules(
+    modules: str | type[nn.Module] | Sequence[str | type[nn.Module]] | None,
+) -> list[str | type[nn.Module]] | None:
+    if modules is None:
+        return None
+    chosen = [modules] if isinstance(modules, str | type) or not isinstance(modules, Sequence) else list(modules)
+    for entry in chosen:
+        if not isinstance(entry, str) and not (isinstance(entry, type) and issubclass(entry, nn.Module)):
+            raise ValueError(
+                f"modules={modules!r} is not possible: give types of modules or patterns of paths such as 'net.*'."
+            )
+    return chosen
+
+
+def _is_recomputation() -> bool:
+    """Whether activation checkpointing runs a forward pass again, in the middle of a backward pass."""
+    # Private, and the only way to tell; torch's own FSDP asks it, too.
+    current_graph_task_id = getattr(torch._C, "_current_graph_task_id", None)
+    return current_graph_task_id is not None and current_graph_task_id() != -1
 
 
 def _write(trainer: lightning.Trainer, prefix: str, step: int, layers: dict[str, LayerStatistics]) -> None:

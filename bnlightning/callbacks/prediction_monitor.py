@@ -24,7 +24,8 @@ class PredictionMonitor(Callback):
     evaluation and all ranks, or the first ``max_points`` of each rank.
 
     Args:
-        every_n_steps: Evaluations that begin at least so many optimizer steps after the last one kept are kept.
+        every_n_steps: Within a fit, evaluations that begin at least so many optimizer steps after the last one kept, or
+            with the final weights, are kept; every ``trainer.validate`` is.
         max_points: Upper bound of N on each rank.
 
     Raises:
@@ -43,7 +44,7 @@ class PredictionMonitor(Callback):
         self._cadence.start(trainer.global_step)
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        if not trainer.sanity_checking and self._cadence.is_due(trainer.global_step):
+        if self._cadence.is_due(trainer):
             self._points = []
 
     def on_validation_batch_end(

@@ -23,13 +23,27 @@ class TensorBatches:
         self.batch_size = batch_size
         self.rank = rank
         self.world_size = world_size
+        self._served = 0
+        self._first = 0
 
     def __len__(self) -> int:
         return -(-len(self.tensors[0]) // (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        if self.world_size == 1:
-            yield from zip(*(tensor.split(self.batch_size) for tensor in self.tensors), strict=True)
-            return
-        for step in zip(*(tensor.split(self.batch_size * self.world_size) for tensor in self.tensors), strict=True):
-            yield tuple(part.tensor_split(self.world_size)[self.rank] for part in step)
+        first, self._first = self._first, 0
+        steps = [tensor.split(self.batch_size * self.world_size) for tensor in self.tensors]
+        for index in range(first, len(self)):
+            self._served = index + 1
+            parts = (step[index] for step in steps)
+            yield tuple(
+                part.tensor_split(self.world_size)[self.rank] if self.world_size > 1 else part for part in parts
+            )
+        self._served = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """How many batches of this epoch have been served, so that a checkpoint amid an epoch resumes at the next."""
+        return {"served": self._served}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Begin the next epoch, and only that, after the batches already served."""
+        self._first = state_dict["served"]

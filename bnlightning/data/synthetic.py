@@ -58,6 +58,13 @@ class SyntheticRegressionDataModule(lightning.LightningDataModule):
         self.save_hyperparameters()
         self.batch_size = batch_size if batch_size is not None else num_points
 
+    @property
+    def smallest_batch(self) -> int:
+        """Points of the smallest training batch on any rank."""
+        world_size = self.trainer.world_size if self.trainer is not None else 1
+        num_points, step = self.hparams["num_points"], self.batch_size * world_size
+        return min(self.batch_size, (num_points % step or step) // world_size, num_points)
+
     def target(self, x: Any) -> Any:
         """The noiseless y for a float64 numpy array of x; the place to override for another curve."""
         return x**2 - 5
@@ -85,4 +92,9 @@ class SyntheticRegressionDataModule(lightning.LightningDataModule):
     def _batches(self, batch_size: int) -> TensorBatches:
         trainer = self.trainer
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+        if self.smallest_batch < 1:
+            raise ValueError(
+                f"num_points={len(self.x)} is not possible with batch_size={self.batch_size} on {world_size} ranks: "
+                "one of them would get an empty last batch. Choose another data.num_points or data.batch_size."
+            )
         return TensorBatches(self.x, self.y, batch_size=batch_size, rank=rank, world_size=world_size)

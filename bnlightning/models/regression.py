@@ -34,6 +34,8 @@ class LitRegressor(lightning.LightningModule):
     Shape:
         Batches ``(x, y)`` of ``(N, 1)`` each, the network's dtype.
 
+    Batch normalisation takes the statistics of each rank's own part of a batch.
+
     Logs:
         ``train/loss``: mean squared error of the batch, before the step that it leads to; mean over ranks.
         ``val/loss``: mean squared error over all points evaluated, on all ranks. Its x-axis is the number of optimizer
@@ -41,7 +43,7 @@ class LitRegressor(lightning.LightningModule):
 
     Raises:
         ValueError: If an argument is out of range or a name is not known; the message says which and what would do.
-            In :meth:`setup`, for batches of one point with batch normalisation.
+            In :meth:`check_data`, for batches of one point with batch normalisation.
     """
 
     def __init__(
@@ -73,19 +75,24 @@ class LitRegressor(lightning.LightningModule):
         )
         init_normal_(self.net, weight_std, bias)
 
-    def setup(self, stage: str) -> None:
-        """Refuse what would fail only in the first training step.
+    def check_data(self, data: Any) -> None:
+        """Refuse data that would fail only in some training step.
 
         Raises:
-            ValueError: If the batches hold one point and batch normalisation needs two.
+            ValueError: If ``data.smallest_batch``, where there is one, is 1 and batch normalisation needs two points.
         """
-        batch_size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
         norm = self.hparams["norm"]
-        if stage == "fit" and batch_size == 1 and norm != "none":
+        if norm != "none" and getattr(data, "smallest_batch", 2) < 2:
             raise ValueError(
-                f"batch_size=1 is not possible with norm={norm!r}: the variance of one point is 0. "
-                "Use data.batch_size=2 or more, or model.norm=none."
+                f"batch_size={data.batch_size!r} is not possible with norm={norm!r}: of {data.hparams['num_points']} "
+                "points it leaves a batch of one on some rank, whose variance is 0. Choose another data.batch_size or "
+                "data.num_points, or model.norm=none."
             )
+
+    def setup(self, stage: str) -> None:
+        """Check the data before training."""
+        if stage == "fit":
+            self.check_data(getattr(self.trainer, "datamodule", None))
 
     def forward(self, x: Tensor) -> Tensor:
         """The network's y for ``x``."""
@@ -104,10 +111,18 @@ class LitRegressor(lightning.LightningModule):
         with batch_statistics(self.net) if self.hparams["eval_statistics"] == "batch" else nullcontext():
             prediction = self(x)
         loss = F.mse_loss(prediction, y)
-        self.log("val/loss", loss, batch_size=len(x), sync_dist=True)
-        # Lightning's own x-axis of an evaluation is one step behind; a metric of this name replaces it.
-        self.log("step", float(self.global_step), batch_size=len(x), sync_dist=True)
+        self.log("val/loss", loss, batch_size=len(x), sync_dist=True, logger=False if self._is_fitting() else None)
         return {"loss": loss, "prediction": prediction}
+
+    def on_validation_end(self) -> None:
+        """Write ``val/loss`` at the number of steps taken: within a fit Lightning's own x-axis is one behind."""
+        if self._is_fitting() and not self.trainer.sanity_checking:
+            loss = self.trainer.callback_metrics["val/loss"].item()
+            for logger in self.loggers:
+                logger.log_metrics({"val/loss": loss}, step=self.global_step)
+
+    def _is_fitting(self) -> bool:
+        return self.trainer.state.fn == "fit"
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Plain stochastic gradient descent."""

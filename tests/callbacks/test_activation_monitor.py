@@ -161,12 +161,12 @@ def test_the_sanity_check_is_not_recorded_and_a_test_run_is(tmp_path):
     assert list(scalar(events, "test_act_std/body.2")) == [2]
 
 
-def test_evaluations_within_every_n_steps_are_left_out(tmp_path):
+def test_evaluations_within_every_n_steps_are_left_out_but_the_last(tmp_path):
     trainer = quiet_trainer(
         tmp_path, max_steps=12, val_check_interval=2, callbacks=[ActivationMonitor(every_n_steps=5)]
     )
     trainer.fit(Net(), loader(samples=200), loader())
-    assert list(scalar(read_events(tmp_path), "val_act_std/body.2")) == [2, 8]
+    assert list(scalar(read_events(tmp_path), "val_act_std/body.2")) == [2, 8, 12]
 
 
 class Diverging(Net):
@@ -181,9 +181,9 @@ class Diverging(Net):
         return super().training_step(batch)
 
 
-@pytest.mark.parametrize("check", [1, 2])
+@pytest.mark.parametrize("check", [{}, {"check_finite_every_n_steps": 2}])
 def test_names_the_layer_and_step_of_the_first_nonfinite_output(tmp_path, check):
-    monitor = ActivationMonitor(every_n_steps=4, check_finite_every_n_steps=check)
+    monitor = ActivationMonitor(every_n_steps=4, **check)
     quiet_trainer(tmp_path, max_epochs=2, callbacks=[monitor]).fit(Diverging(), loader())
     events = read_events(tmp_path)
     (found,) = events.Tensors("health/first_nonfinite_layer/text_summary")
@@ -191,6 +191,115 @@ def test_names_the_layer_and_step_of_the_first_nonfinite_output(tmp_path, check)
     assert scalar(events, "act_nonfinite/body.4")[4] == 1.0
     assert scalar(events, "act_dead/body.4")[4] == 0.0
     assert scalar(events, "health/act_nonfinite")[8] == 1.0
+
+
+def test_an_operation_that_is_no_module_is_blamed_on_the_place(tmp_path):
+    class Log(Net):
+        def forward(self, x):
+            return self.body[4](torch.log(self.body[3](self.body[:3](x))))
+
+    monitor = ActivationMonitor(every_n_steps=4)
+    quiet_trainer(tmp_path, max_epochs=1, callbacks=[monitor]).fit(Log(), loader())
+    (found,) = read_events(tmp_path).Tensors("health/first_nonfinite_layer/text_summary")
+    assert found.step == 0 and found.tensor_proto.string_val[0].decode() == "before body.4"
+
+
+def test_the_finding_is_written_when_training_fails(tmp_path):
+    class Stopping(Diverging):
+        def training_step(self, batch):
+            loss = super().training_step(batch)
+            if not loss.isfinite():
+                raise RuntimeError("stop")
+            return loss
+
+    with pytest.raises(RuntimeError, match="stop"):
+        quiet_trainer(tmp_path, max_epochs=1, callbacks=[ActivationMonitor()]).fit(Stopping(), loader())
+    (found,) = read_events(tmp_path).Tensors("health/first_nonfinite_layer/text_summary")
+    assert found.step == 2 and found.tensor_proto.string_val[0].decode() == "body.3"
+
+
+def test_a_module_used_twice_with_other_widths(tmp_path):
+    class Twice(Net):
+        def forward(self, x):
+            return self.head(self.body[4](self.body[3](self.body[4](self.body[0](x)))))
+
+    model = Twice()
+    with torch.no_grad():
+        for layer, dead in ((model.body[0], 2), (model.body[3], 3)):
+            layer.weight.zero_()
+            layer.bias.fill_(1.0)
+            layer.bias[:dead] = -1.0
+    quiet_trainer(tmp_path, max_steps=1, callbacks=[ActivationMonitor(modules="body.4")]).fit(model, loader())
+    events = read_events(tmp_path)
+    assert scalar(events, "act_dead/body.4")[0] == pytest.approx(5 / 14)
+    assert sum(events.Histograms("act_hist/body.4")[0].histogram_value.bucket) == 8 * 14
+
+
+def test_an_evaluation_amid_accumulated_gradients_stays_apart(tmp_path):
+    capture = Capture("body.2")
+    trainer = quiet_trainer(
+        tmp_path, max_epochs=1, accumulate_grad_batches=4, val_check_interval=2,
+        callbacks=[ActivationMonitor(every_n_steps=1), capture],
+    )  # fmt: skip
+    trainer.fit(Net(), loader(samples=32, batch_size=4), loader(samples=100, seed=1))
+    events = read_events(tmp_path)
+    for step in (0, 1):
+        (histogram,) = (h for h in events.Histograms("act_hist/body.2") if h.step == step)
+        assert sum(histogram.histogram_value.bucket) == 4 * 4 * 8
+        values = torch.cat(capture.outputs["train", step, "body.2"])
+        assert scalar(events, "act_mean/body.2")[step] == pytest.approx(values.mean().item(), abs=1e-6)
+    assert {sum(h.histogram_value.bucket) for h in events.Histograms("val_act_hist/body.2")} == {100 * 8}
+
+
+def test_every_evaluation_of_its_own_is_recorded(tmp_path):
+    monitor = ActivationMonitor()
+    for name in ("first", "second"):
+        quiet_trainer(tmp_path / name, callbacks=[monitor]).validate(Net(), loader(), verbose=False)
+        assert list(scalar(read_events(tmp_path / name), "val_act_std/body.2")) == [0]
+
+
+def test_several_optimizers_leap_over_multiples(tmp_path):
+    class Three(Net):
+        automatic_optimization = False
+
+        def training_step(self, batch):
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+                self.manual_backward(super().training_step(batch))
+                optimizer.step()
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(self.parameters(), lr=0.01) for _ in range(3)]
+
+    quiet_trainer(tmp_path, max_steps=30, callbacks=[ActivationMonitor(every_n_steps=5)]).fit(
+        Three(), loader(samples=80)
+    )
+    assert list(scalar(read_events(tmp_path), "act_std/body.2")) == [0, 6, 12, 15, 21, 27]
+
+
+def test_a_recomputed_forward_pass_counts_once(tmp_path):
+    class Checkpointed(Net):
+        def forward(self, x):
+            x = torch.utils.checkpoint.checkpoint(self.body, x, use_reentrant=False)
+            return self.head(x)
+
+    quiet_trainer(tmp_path, max_steps=1, callbacks=[ActivationMonitor()]).fit(Checkpointed(), loader())
+    assert sum(read_events(tmp_path).Histograms("act_hist/body.2")[0].histogram_value.bucket) == 8 * 8
+
+
+def test_a_watched_module_without_a_tensor_is_told(tmp_path):
+    class Pair(nn.ReLU):
+        def forward(self, x):
+            return super().forward(x), 0
+
+    class WithPair(Net):
+        def forward(self, x):
+            return self.head(self.body[4](self.body[:4](x))[0])
+
+    model = WithPair()
+    model.body[4] = Pair()
+    with pytest.warns(UserWarning, match=r"sees nothing of body\.4: it returns a tuple"):
+        quiet_trainer(tmp_path, max_steps=1, callbacks=[ActivationMonitor()]).fit(model, loader())
 
 
 def test_a_batch_with_nan_is_blamed_on_the_input(tmp_path):
@@ -225,6 +334,8 @@ def test_health_pools_the_activations(tmp_path):
         (["body.*"], {"body.0", "body.1", "body.2", "body.3", "body.4"}),
         ([nn.Linear], {"body.0", "body.3", "head"}),
         (["head", nn.ReLU], {"head", "body.4"}),
+        ("body.*", {"body.0", "body.1", "body.2", "body.3", "body.4"}),
+        (nn.ReLU, {"body.4"}),
     ],
 )
 def test_chooses_modules_by_type_or_pattern(modules, watched, tmp_path):
@@ -286,6 +397,12 @@ def test_saturation_limits(module, values, beyond):
     low, high = saturation_limits(module)
     assert [(value < low) or (value > high) for value in values] == beyond
     assert saturation_limits(nn.ReLU()) is None
+
+
+@pytest.mark.parametrize("modules", [3, [3], [nn.ReLU()], [int]])
+def test_bad_modules_are_named(modules):
+    with pytest.raises(ValueError, match=r"modules=.* is not possible: give types of modules"):
+        ActivationMonitor(modules=modules)
 
 
 @pytest.mark.parametrize("options", [{"every_n_steps": 0}, {"check_finite_every_n_steps": -1}])

@@ -57,6 +57,22 @@ def test_ranks_share_every_step_without_repeating_or_dropping_a_point(points, wo
         torch.testing.assert_close(torch.cat([batches[step][0] for batches in ranks]), together)
 
 
+def test_batches_can_be_taken_up_amid_an_epoch():
+    batches = TensorBatches(torch.arange(10), batch_size=3)
+    iterator = iter(batches)
+    next(iterator), next(iterator)
+    state = batches.state_dict()
+    resumed = TensorBatches(torch.arange(10), batch_size=3)
+    resumed.load_state_dict(state)
+    assert [x.tolist() for (x,) in resumed] == [[6, 7, 8], [9]]
+    assert len(list(resumed)) == len(resumed) == 4 and resumed.state_dict() == {"served": 0}
+
+
+@pytest.mark.parametrize(("points", "batch_size", "smallest"), [(20, 10, 10), (21, 10, 1), (5, 10, 5), (20, None, 20)])
+def test_smallest_batch(points, batch_size, smallest):
+    assert SyntheticRegressionDataModule(num_points=points, batch_size=batch_size).smallest_batch == smallest
+
+
 def test_another_curve_by_a_subclass():
     class Line(SyntheticRegressionDataModule):
         def target(self, x):

@@ -5,7 +5,8 @@ import lightning
 import numpy as np
 import pytest
 import torch
-from helpers import quiet_trainer
+from helpers import quiet_trainer, read_events, scalar
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.nn import functional as F
 
@@ -115,12 +116,47 @@ def test_bad_arguments_are_named(options, message):
 
 
 @pytest.mark.parametrize("norm", ["custom", "torch"])
-def test_a_batch_of_one_is_refused_before_training(norm):
-    with pytest.raises(ValueError, match=rf"batch_size=1 is not possible with norm='{norm}'"):
-        quiet_trainer(max_steps=1).fit(LitRegressor(norm=norm), SyntheticRegressionDataModule(batch_size=1))
+@pytest.mark.parametrize("options", [{"batch_size": 1}, {"batch_size": 10, "num_points": 2501}])
+def test_a_batch_of_one_is_refused_before_training(norm, options):
+    with pytest.raises(
+        ValueError, match=rf"batch_size=\d+ is not possible with norm='{norm}': of \d+ points it leaves"
+    ):
+        quiet_trainer(max_steps=1).fit(LitRegressor(norm=norm), SyntheticRegressionDataModule(**options))
 
 
 def test_a_batch_of_one_is_fine_without_normalisation():
     trainer = quiet_trainer(max_steps=2, limit_val_batches=0)
     trainer.fit(LitRegressor(norm="none"), SyntheticRegressionDataModule(batch_size=1))
     assert trainer.global_step == 2
+
+
+def test_checkpoints_are_named_by_the_step_they_were_written_at(tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=3, save_top_k=-1)
+    trainer = quiet_trainer(max_steps=12, val_check_interval=5, enable_checkpointing=True, callbacks=[checkpoint])
+    trainer.fit(LitRegressor(depth=1), SyntheticRegressionDataModule())
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step=12.ckpt",
+        "step=3.ckpt",
+        "step=6.ckpt",
+        "step=9.ckpt",
+    ]
+
+
+# The checkpoints of the resumed run go to a directory of their own.
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_run_resumed_amid_an_epoch_gives_the_same_numbers(tmp_path):
+    def losses(name, **options):
+        lightning.seed_everything(1)
+        checkpoint = ModelCheckpoint(tmp_path / name / "checkpoints", "at_{step}", every_n_train_steps=7, save_top_k=-1)
+        trainer = quiet_trainer(
+            tmp_path / name, max_epochs=2, val_check_interval=5, enable_checkpointing=True, callbacks=[checkpoint]
+        )
+        trainer.fit(LitRegressor(depth=2), SyntheticRegressionDataModule(num_points=200), **options)
+        events = read_events(tmp_path / name)
+        return scalar(events, "train/loss"), scalar(events, "val/loss")
+
+    train, val = losses("whole")
+    resumed_train, resumed_val = losses("resumed", ckpt_path=tmp_path / "whole" / "checkpoints" / "at_step=14.ckpt")
+    assert list(resumed_train) == list(range(14, 40))
+    assert resumed_train == {step: loss for step, loss in train.items() if step >= 14}
+    assert resumed_val == {step: loss for step, loss in val.items() if step > 14}
