@@ -4,7 +4,7 @@ from importlib import metadata
 
 from bnlightning._comparison import Comparison, compare_runs
 from bnlightning._conf import CONF_DIR
-from bnlightning.callbacks import ActivationMonitor, PredictionMonitor
+from bnlightning.callbacks import ActivationMonitor, PredictionMonitor, TrainingProgressBar
 from bnlightning.data import SyntheticRegressionDataModule
 from bnlightning.models import LitRegressor
 from bnlightning.nn import MLP, BatchNorm1d, BatchNorm2d, BatchNorm3d, Convention
@@ -23,5 +23,6 @@ __all__ = [
     "LitRegressor",
     "PredictionMonitor",
     "SyntheticRegressionDataModule",
+    "TrainingProgressBar",
     "compare_runs",
 ]

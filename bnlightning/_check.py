@@ -6,10 +6,13 @@ from numbers import Integral, Real
 from typing import Any
 
 
-def check_integer(name: str, value: Any, *, at_least: int) -> None:
-    """Raise ``ValueError`` unless ``value`` is an integer (no bool) of at least ``at_least``."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < at_least:
-        raise ValueError(f"{name}={value!r} is not possible: give an integer of at least {at_least}.")
+def check_integer(name: str, value: Any, *, at_least: int, at_most: int | None = None) -> None:
+    """Raise ``ValueError`` unless ``value`` is an integer (no bool) within the bounds."""
+    is_integer = isinstance(value, Integral) and not isinstance(value, bool)
+    if is_integer and value >= at_least and (at_most is None or value <= at_most):
+        return
+    bound = f" of at least {at_least}" if at_most is None else f" from {at_least} to {at_most}"
+    raise ValueError(f"{name}={value!r} is not possible: give an integer{bound}.")
 
 
 def check_number(name: str, value: Any, *, above: float | None = None, at_least: float | None = None) -> None:

@@ -71,7 +71,7 @@ def compare_runs(directory: str | Path, metric: str = "val/loss") -> Comparison:
 
     Writes ``comparison.png``, ``comparison.csv`` and ``comparison.md`` into the directory, and the figure into an event
     file there, so that it is in TensorBoard's Images tab, too. An earlier comparison is replaced. Runs that differ in
-    nothing but ``seed=<number>`` in their directory's name are one variant.
+    nothing but ``seed-<number>`` in their directory's name are one variant.
 
     Args:
         directory: With one run a subdirectory, at any depth.
@@ -105,7 +105,7 @@ def compare_runs(directory: str | Path, metric: str = "val/loss") -> Comparison:
 
 def _by_variant(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """The runs of each variant, the one without normalisation first, seeds rising."""
-    names = sorted({run.variant for run in runs}, key=lambda name: ("none" not in name.split(","), name))
+    names = sorted({run.variant for run in runs}, key=lambda name: ("none" not in name.split("_"), name))
     return {
         name: sorted((run for run in runs if run.variant == name), key=lambda run: (run.seed or 0, run.path))
         for name in names

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 COMPARISON_SUFFIX = ".comparison"
 """Ends the name of the event file that a comparison writes, so that it is not taken for a run."""
 
-_SEED = re.compile(r"(?:^|,)seed=(\d+)(?=,|$)")
+_SEED = re.compile(r"(?:^|[_/])seed-(\d+)(?=[_/]|$)")
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def read_run(path: Path, root: Path) -> Run:
         warnings.warn(f"{path} holds several trainings, which are read as one: give each a directory.", stacklevel=2)
     return Run(
         path=path,
-        variant=_SEED.sub("", name).strip(",") or name,
+        variant=_SEED.sub("", name).strip("_/") or name,
         seed=_seed(name, path),
         scalars=scalars,
         histograms={tag: _histograms(events.Histograms(tag)) for tag in tags[ea.HISTOGRAMS]},

@@ -1,67 +1,39 @@
 """The application: ``python -m bnlightning.train +experiment=tanh``."""
 
 import os
-import shutil
+import re
+import shlex
 import sys
 import tempfile
+import traceback
 import warnings
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import hydra
 import lightning
 import torch
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import InstantiationException
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, InstantiationException
 from hydra.experimental.callback import Callback
 from hydra.utils import instantiate
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
+from bnlightning._check import check_integer
 from bnlightning._conf import CONF_DIR
 from bnlightning.compare import compare_runs
 
 # Under DDP Lightning starts this command again for every other rank: they find here what rank 0 made of the clock.
 _OUTPUT_DIR = "BNLIGHTNING_OUTPUT_DIR"
-
-
-class CompareRuns(Callback):
-    """Hydra's callback around a sweep: one directory before it, one comparison after it."""
-
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Make the directory, and name the subdirectory of each run by its normalisation and what else is swept."""
-        directory = Path(config.hydra.sweep.dir).resolve()
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=directory):
-                pass
-        except OSError as error:
-            sys.exit(
-                f"output_dir={str(directory)!r} cannot be written ({error.strerror}): give another, output_dir=PATH."
-            )
-        os.environ[_OUTPUT_DIR] = str(directory)
-        swept = [key for key in _swept_keys(config) if key != "model.norm"]
-        name = ",".join(["${model.norm}", *(f"{key.split('.')[-1]}=${{{key}}}" for key in swept)])
-        config.hydra.overrides.hydra.append(f"hydra.sweep.subdir='{name}'")
-
-    @rank_zero_only
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Compare the runs; a comparison that fails costs no result."""
-        try:
-            compare_runs(os.environ[_OUTPUT_DIR]).print()
-        except (ValueError, OSError) as error:
-            print(f"The runs in {os.environ[_OUTPUT_DIR]} are finished, but not compared: {error}", file=sys.stderr)
-
-
-def _swept_keys(config: DictConfig) -> list[str]:
-    """The keys with more than one value, from the experiment's file and from the command line."""
-    declared = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
-    overrides = OverridesParser.create().parse_overrides([*declared, *config.hydra.overrides.task])
-    is_swept = {override.get_key_element().lstrip("+"): override.is_sweep_override() for override in overrides}
-    return [key for key, swept in is_swept.items() if swept]
 
 
 def train(config: DictConfig) -> None:
@@ -71,41 +43,197 @@ def train(config: DictConfig) -> None:
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     model = instantiate(config.model, _convert_="all")
     data = instantiate(config.data, _convert_="all")
-    callbacks = list(instantiate(config.callbacks, _convert_="all").values())
+    evaluation = _LastEvaluation()
+    callbacks = [*instantiate(config.callbacks, _convert_="all").values(), evaluation]
     trainer = instantiate(config.trainer, _convert_="all", callbacks=callbacks)
     if trainer.is_global_zero:
         print(f"Training {HydraConfig.get().sweep.subdir}")
+    evaluates = is_overridden("validation_step", model)
+    # What the network does before its first step belongs to the story; a resumed run has told it already.
+    if evaluates and config.ckpt_path is None:
+        trainer.validate(model, data, verbose=False)
+    trainer.fit(model, data, ckpt_path=config.ckpt_path)
+    if evaluates and evaluation.step != trainer.global_step:
+        trainer.validate(model, data, verbose=False)
+    if is_overridden("test_step", model):
+        trainer.test(model, data)
+
+
+class _LastEvaluation(lightning.Callback):
+    step: int | None = None
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self.step = trainer.global_step
+
+
+class CompareRuns(Callback):
+    """Hydra's callback around a sweep: checks and one directory before it, one comparison after it."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """There is one layout of directories, that of a sweep, also of one run."""
+        sys.exit("hydra.mode=RUN is not possible: leave it out, a single run is a sweep of one.")
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Refuse what any run would refuse, make the directory, name the runs' subdirectories."""
+        if "LOCAL_RANK" not in os.environ:
+            try:
+                _check_runs(config)
+                _make_directory(config)
+            except (HydraException, OmegaConfBaseException, ValueError) as error:
+                sys.exit(_message(error))
+        if not any(override.startswith("hydra.sweep.subdir=") for override in config.hydra.overrides.hydra):
+            config.hydra.overrides.hydra.append(f"hydra.sweep.subdir='{_subdirectory(config)}'")
+
+    @rank_zero_only
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Compare the runs; a comparison that fails costs no result."""
+        directory = Path(config.hydra.sweep.dir).resolve()
+        try:
+            compare_runs(directory).print()
+        except (ValueError, OSError) as error:
+            print(f"The runs in {directory} are finished, but not compared: {error}", file=sys.stderr)
+
+
+def _overrides(config: DictConfig) -> list[Override]:
+    """What the experiment's file and the command line set, the later of two for one key."""
+    declared = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
+    parsed = OverridesParser.create().parse_overrides([*declared, *config.hydra.overrides.task])
+    return list({override.key_or_group: override for override in parsed}.values())
+
+
+def _check_runs(config: DictConfig) -> None:
+    """Instantiate each configuration's model and data before anything is written; seeds make no difference."""
+    runs: list[list[str]] = [[]]
+    for override in _overrides(config):
+        key = override.get_key_element()
+        if override.is_sweep_override():
+            values = list(override.sweep_string_iterator())
+            values = values[:1] if override.key_or_group == "seed" else values
+        else:
+            values = [override.get_value_element_as_str()]
+        runs = [[*run, f"{key}={value}"] for run in runs for value in values]
+    for run in runs:
+        _check_run(hydra.compose(config.hydra.job.config_name, overrides=run))
+
+
+def _check_run(config: DictConfig) -> None:
+    check_integer("seed", config.seed, at_least=0, at_most=2**32 - 1)
+    if config.num_threads is not None:
+        check_integer("num_threads", config.num_threads, at_least=1)
+    model = instantiate(config.model, _convert_="all")
+    data = instantiate(config.data, _convert_="all")
+    if hasattr(model, "check_data"):
+        model.check_data(data)
+    if config.ckpt_path is not None:
+        _check_checkpoint(config, model)
+
+
+def _check_checkpoint(config: DictConfig, model: lightning.LightningModule) -> None:
+    path = config.ckpt_path
+    if not Path(path).is_file():
+        raise ValueError(
+            f"ckpt_path={path!r} is not a file: give a checkpoint, such as checkpoints/last.ckpt of a run."
+        )
     try:
-        # What the network does before its first step belongs to the story; a resumed run has told it already.
-        if config.ckpt_path is None and is_overridden("validation_step", model):
-            trainer.validate(model, data, verbose=False)
-        trainer.fit(model, data, ckpt_path=config.ckpt_path)
-        if is_overridden("test_step", model):
-            trainer.test(model, data)
-    except ValueError:
-        if trainer.global_step == 0:
-            _discard_run()
-        raise
+        checkpoint = torch.load(path, map_location="cpu", weights_only=False)
+        model.load_state_dict(checkpoint["state_dict"])
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise ValueError(
+            f"ckpt_path={path!r} does not fit the model ({' '.join(reason[:2])}): give a checkpoint of this very model, "
+            f"or the arguments of the checkpoint's one (norm={config.model.get('norm')!r} now)."
+        ) from error
+    step, last = checkpoint["global_step"], config.trainer.max_steps
+    if 0 <= last <= step:
+        raise ValueError(f"ckpt_path={path!r} is at step {step} already: give trainer.max_steps above it, not {last}.")
 
 
-def _is_rank_zero() -> bool:
-    return getattr(rank_zero_only, "rank", 0) == 0
+@dataclass(frozen=True)
+class _Made:
+    """What this command made, so that no more than that is removed if it comes to nothing."""
+
+    directory: Path
+    parents: list[Path]
+    before: set[Path]
 
 
-def _discard_run() -> None:
-    """Remove the directory of a run that never trained."""
-    if _is_rank_zero():
-        shutil.rmtree(HydraConfig.get().runtime.output_dir, ignore_errors=True)
+_made: _Made | None = None
 
 
-def _discard_empty(directory: Path) -> None:
-    """Remove the directory of a sweep without a run, and the directories above it that this leaves empty."""
-    if {path.name for path in directory.iterdir()} <= {"multirun.yaml"}:
-        shutil.rmtree(directory)
-        for parent in directory.parents:
-            if parent == Path.cwd() or any(parent.iterdir()):
-                return
-            parent.rmdir()
+def _make_directory(config: DictConfig) -> None:
+    global _made
+    directory = Path(config.hydra.sweep.dir).resolve()
+    given = [*config.hydra.overrides.task, *config.hydra.overrides.hydra]
+    if any(override.startswith(("output_dir=", "hydra.sweep.dir=")) for override in given):
+        if any(directory.glob("*/events.out.tfevents.*")):
+            raise ValueError(f"output_dir={str(directory)!r} holds runs already: give another, or remove them.")
+    else:
+        # Another command may have been started in the same second.
+        stem = directory.name
+        number = 1
+        while directory.exists():
+            number += 1
+            directory = directory.with_name(f"{stem}_{number}")
+    parents = [path for path in (directory, *directory.parents) if not path.exists()]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        reason = f"output_dir={str(directory)!r} cannot be written ({error.strerror}): give another, output_dir=PATH."
+        raise ValueError(reason) from error
+    _made = _Made(directory, parents, set(directory.iterdir()))
+    os.environ[_OUTPUT_DIR] = str(directory)
+    with open_dict(config):
+        config.hydra.sweep.dir = str(directory)
+
+
+def _subdirectory(config: DictConfig) -> str:
+    """A run's directory, in terms of its own configuration: the normalisation and whatever else is swept."""
+    swept = [o for o in _overrides(config) if o.is_sweep_override() and o.key_or_group != "model.norm"]
+    last = [override.key_or_group.split(".")[-1] for override in swept]
+    parts = ["${oc.select:model.norm,run}"]
+    for override, short in zip(swept, last, strict=True):
+        key = override.key_or_group
+        label = short if last.count(short) == 1 else key
+        values = list(override.sweep_string_iterator())
+        if GlobalHydra.instance().config_loader().get_group_options(key):
+            parts.append(f"{label}-${{hydra.runtime.choices.{key}}}")
+        elif all(re.fullmatch(r"[\w.+-]{1,60}", value) for value in values):
+            parts.append(f"{label}-${{{key}}}")
+        elif "job-${hydra.job.num}" not in parts:
+            # Values that make no name, such as lists and paths.
+            parts.append("job-${hydra.job.num}")
+    return "_".join(parts)
+
+
+def _message(error: Exception) -> str:
+    """One message for the user; the traceback, too, where Hydra's own variable asks for it."""
+    if "HYDRA_FULL_ERROR" in os.environ:
+        traceback.print_exception(error)
+    cause = error.__cause__
+    if isinstance(error, InstantiationException) and isinstance(cause, ValueError | MisconfigurationException):
+        return str(cause)
+    if isinstance(cause, OmegaConfBaseException):
+        return f"{error}\n{cause}"
+    return str(error)
+
+
+def _discard() -> None:
+    """Remove what Hydra wrote for runs of which none has begun to write: its files, then directories left empty."""
+    if _made is None or any(_made.directory.rglob("events.out.tfevents.*")):
+        return
+    with suppress(OSError):
+        for path in set(_made.directory.iterdir()) - _made.before:
+            if path.name == "multirun.yaml":
+                path.unlink()
+                continue
+            for name in ("config.yaml", "hydra.yaml", "overrides.yaml"):
+                (path / ".hydra" / name).unlink(missing_ok=True)
+            (path / ".hydra").rmdir()
+            path.rmdir()
+        for path in _made.parents:
+            path.rmdir()
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="train")
@@ -113,28 +241,31 @@ def _application(config: DictConfig) -> None:
     try:
         train(config)
     except (InstantiationException, ValueError, MisconfigurationException) as error:
-        if isinstance(error, InstantiationException):
-            _discard_run()
-        if "HYDRA_FULL_ERROR" in os.environ:
-            raise
-        cause = error.__cause__ if isinstance(error.__cause__, ValueError | MisconfigurationException) else error
-        sys.exit(str(cause))
+        sys.exit(_message(error))
 
 
 def main() -> None:
     """The command line."""
-    # The batches come from memory: workers would only be in their way.
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # Lightning 2.6 with torch 2.15.
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
+    # Each command has its own directory, also where one before it in this process or shell left its.
+    if "LOCAL_RANK" not in os.environ:
+        os.environ.pop(_OUTPUT_DIR, None)
     try:
         _application()
-    except SystemExit:
-        directory = Path(os.environ.get(_OUTPUT_DIR, ""))
-        if _OUTPUT_DIR in os.environ and directory.is_dir() and _is_rank_zero():
-            _discard_empty(directory)
+    except SystemExit as stop:
+        if stop.code and _made is not None:
+            _discard()
+            if _made.directory.is_dir() and any(_made.directory.glob("*/events.out.tfevents.*")):
+                directory = shlex.quote(str(_made.directory))
+                print(f"Stopped. What was trained so far: python -m bnlightning.compare {directory}", file=sys.stderr)
         raise
+    finally:
+        os.environ.pop(_OUTPUT_DIR, None)
 
 
 if __name__ == "__main__":
-    main()
+    # Hydra's callback is of the imported module: so are the command's state and functions, then.
+    from bnlightning.train import main as imported_main
+
+    imported_main()

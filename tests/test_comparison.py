@@ -25,7 +25,7 @@ def finished(tmp_path_factory):
             model = LitRegressor(norm=norm, activation="relu", depth=2, width=8, weight_std=0.3, learning_rate=rate)
             monitors = [ActivationMonitor(10, check_finite_every_n_steps=1), PredictionMonitor(10)]
             trainer = quiet_trainer(
-                root / f"{norm},seed={seed}", max_steps=20, val_check_interval=5, callbacks=monitors
+                root / f"{norm}_seed-{seed}", max_steps=20, val_check_interval=5, callbacks=monitors
             )
             data = SyntheticRegressionDataModule(num_points=200, seed=seed)
             trainer.validate(model, data, verbose=False)
@@ -35,9 +35,9 @@ def finished(tmp_path_factory):
 
 def test_reads_back_what_was_written(finished):
     assert [path.name for path in find_runs(finished)] == [
-        "custom,seed=1", "custom,seed=2", "none,seed=1", "none,seed=2"
+        "custom_seed-1", "custom_seed-2", "none_seed-1", "none_seed-2"
     ]  # fmt: skip
-    run = read_run(finished / "custom,seed=2", finished)
+    run = read_run(finished / "custom_seed-2", finished)
     assert (run.variant, run.seed, run.first_nonfinite) == ("custom", 2, None)
     events = read_events(run.path)
     steps, values = run.scalars["val/loss"]
@@ -54,7 +54,7 @@ def test_reads_back_what_was_written(finished):
     np.testing.assert_array_equal(points[:, 0], data.x[:, 0])
     np.testing.assert_array_equal(points[:, 1], data.y[:, 0])
     assert np.mean((points[:, 1] - points[:, 2]) ** 2) == pytest.approx(values[-1], rel=1e-5)
-    diverged = read_run(finished / "none,seed=2", finished)
+    diverged = read_run(finished / "none_seed-2", finished)
     assert diverged.first_nonfinite is not None and not math.isfinite(diverged.last("val/loss"))
 
 
@@ -64,7 +64,7 @@ def test_compares_and_replaces_an_earlier_comparison(finished):
     assert comparison.rows == first.rows
     none, custom = comparison.rows
     assert [row["variant"] for row in comparison.rows] == ["none", "custom"] and none["seeds"] == "1, 2"
-    costs = [read_run(finished / f"custom,seed={seed}", finished).last("val/loss") for seed in (1, 2)]
+    costs = [read_run(finished / f"custom_seed-{seed}", finished).last("val/loss") for seed in (1, 2)]
     assert custom["final cost"].startswith(f"{np.median(costs):.4g} [")
     assert none["first non-finite"].endswith("(1 of 2 runs)") and custom["first non-finite"] == "none seen"
     assert len(comparison.notes) == 1 and comparison.notes[0].startswith("none (1 of 2 runs) diverged: after ")
@@ -97,7 +97,7 @@ def test_the_figure_shows_the_runs_numbers(finished):
 
 
 def test_a_variant_that_diverged_is_marked_where_it_did(finished):
-    diverged = [read_run(finished / "none,seed=2", finished)]
+    diverged = [read_run(finished / "none_seed-2", finished)]
     costs = figure.draw({"none": diverged}, "val/loss", "title", []).axes[0]
     step = diverged[0].first_nonfinite[0]
     (label,) = (text.get_text() for text in costs.get_legend().get_texts())

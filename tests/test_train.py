@@ -1,10 +1,13 @@
 import csv
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-import yaml
+import torch
 from helpers import read_events, scalar
+from omegaconf import OmegaConf
 
 from bnlightning import CONF_DIR
 from bnlightning._runs import read_run
@@ -27,7 +30,8 @@ def run_directory(tmp_path, experiment):
 @pytest.mark.slow
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_runs_and_leaves_one_tidy_directory(experiment, run_module, tmp_path):
-    result = run_module("bnlightning.train", f"+experiment={experiment}", *SHORT)
+    # Twelve steps: neither evaluated nor sampled in the ordinary course.
+    result = run_module("bnlightning.train", f"+experiment={experiment}", "trainer.max_steps=12")
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     directory = run_directory(tmp_path, experiment)
@@ -38,12 +42,14 @@ def test_every_experiment_runs_and_leaves_one_tidy_directory(experiment, run_mod
         names = {re.sub(r"tfevents.*", "tfevents", path.name) for path in (directory / variant).iterdir()}
         assert names == {"events.out.tfevents", "checkpoints", ".hydra", "hparams.yaml"}
         assert [path.name for path in (directory / variant / "checkpoints").iterdir()] == ["last.ckpt"]
-        config = yaml.safe_load((directory / variant / ".hydra" / "config.yaml").read_text())
-        assert config["model"]["norm"] == variant
+        assert OmegaConf.load(directory / variant / ".hydra" / "config.yaml").model.norm == variant
         logged = read_events(directory / variant)
-        assert list(scalar(logged, "val/loss")) == [0, 5, 10]
-        assert list(scalar(logged, "train/loss")) == list(range(10))
-        assert [h.step for h in logged.Histograms("val_act_hist/net.input_norm")] == [0, 5, 10]
+        assert list(scalar(logged, "val/loss")) == [0, 5, 10, 12]
+        assert list(scalar(logged, "train/loss")) == list(range(12))
+        assert [h.step for h in logged.Histograms("val_act_hist/net.input_norm")] == [0, 12]
+        assert [step for step, _ in read_run(directory / variant, directory).predictions] == [0, 12]
+        checkpoint = torch.load(directory / variant / "checkpoints" / "last.ckpt", weights_only=True)
+        assert checkpoint["global_step"] == 12
     assert str(directory / "comparison.png") in result.stdout
     assert f"tensorboard --logdir {directory}" in result.stdout
     assert "comparison" in read_events(directory).Tags()["images"]
@@ -58,7 +64,7 @@ def test_the_command_line_narrows_and_widens_the_variants(run_module, tmp_path):
         "bnlightning.train", "+experiment=tanh", "model.norm=none,torch", "seed=1,2", "output_dir=here", *SHORT
     )
     names = {path.name for path in (tmp_path / "here").iterdir() if path.is_dir()}
-    assert names == {"none,seed=1", "none,seed=2", "torch,seed=1", "torch,seed=2"}
+    assert names == {"none_seed-1", "none_seed-2", "torch_seed-1", "torch_seed-2"}
     with (tmp_path / "here" / "comparison.csv").open() as file:
         assert [(row["variant"], row["seeds"]) for row in csv.DictReader(file)] == [("none", "1, 2"), ("torch", "1, 2")]
     assert "1, 2" in result.stdout
@@ -118,18 +124,116 @@ def test_relu_without_normalisation_diverges_and_is_not_called_dead(run_module, 
 
 
 @pytest.mark.slow
-def test_a_checkpoint_can_be_resumed(run_module, tmp_path):
-    short = ("model.norm=custom", "callbacks.activation_monitor.every_n_steps=5")
-    whole = run_module("bnlightning.train", *short, "trainer.max_steps=20", "output_dir=whole")
-    part = run_module("bnlightning.train", *short, "trainer.max_steps=10", "output_dir=part", "data.num_points=200")
-    assert whole.returncode == part.returncode == 0
-    checkpoint = tmp_path / "part" / "custom" / "checkpoints" / "last.ckpt"
-    rest = run_module(
-        "bnlightning.train", *short, "trainer.max_steps=20", "output_dir=rest", "data.num_points=200",
-        f"ckpt_path='{checkpoint}'",
-    )  # fmt: skip
+def test_a_checkpoint_can_be_resumed_to_the_same_numbers(run_module, tmp_path):
+    short = ("model.norm=custom", "data.num_points=200", "trainer.max_steps=-1")
+    whole = run_module("bnlightning.train", *short, "trainer.max_epochs=2", "output_dir=whole")
+    part = run_module("bnlightning.train", *short, "trainer.max_epochs=1", "output_dir=part")
+    assert whole.returncode == part.returncode == 0, whole.stderr + part.stderr
+    checkpoint = "ckpt_path=part/custom/checkpoints/last.ckpt"
+    rest = run_module("bnlightning.train", *short, "trainer.max_epochs=2", "output_dir=rest", checkpoint)
     assert rest.returncode == 0, rest.stderr
-    assert min(scalar(read_events(tmp_path / "rest" / "custom"), "train/loss")) == 10
+    for tag in ("train/loss", "val/loss"):
+        first, last = (scalar(read_events(tmp_path / name / "custom"), tag) for name in ("whole", "rest"))
+        assert last and last == {step: value for step, value in first.items() if step >= min(last)}
+    for arguments, message in (
+        (("model.width=7",), r"^ckpt_path='.*' does not fit the model \(.*size mismatch"),
+        (("trainer.max_steps=20",), r"^ckpt_path='.*' is at step 20 already: give trainer.max_steps above it, not 20"),
+    ):
+        result = run_module("bnlightning.train", *short, "output_dir=never", checkpoint, *arguments)
+        assert result.returncode == 1 and "Traceback" not in result.stderr
+        assert re.search(message, result.stderr, re.DOTALL), result.stderr
+        assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.slow
+def test_what_was_there_before_stays(run_module, tmp_path):
+    first = run_module("bnlightning.train", "output_dir=out", "trainer.max_steps=5")
+    assert first.returncode == 0
+    (tmp_path / "out" / "custom" / "notes.txt").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    for arguments in (
+        ["output_dir=out"],
+        ["output_dir=out", "model.depth=0"],
+        ["output_dir=empty", "model.depth=0"],
+        ["output_dir=empty", "trainer.devices=none"],
+        ["output_dir=.", "model.depth=0"],
+        ["output_dir=.", "model.norm=.."],
+        ["output_dir=empty", f"model.norm={tmp_path / 'out'}"],
+        ["hydra.mode=RUN", "hydra.run.dir=."],
+    ):
+        result = run_module("bnlightning.train", "trainer.max_steps=5", *arguments)
+        assert result.returncode == 1, arguments
+        assert sorted(tmp_path.rglob("*")) == before, arguments
+    again = run_module("bnlightning.train", "output_dir=out")
+    assert "output_dir=" in again.stderr and "holds runs already: give another" in again.stderr
+    run_module("bnlightning.train", "--help", BNLIGHTNING_OUTPUT_DIR=str(tmp_path / "empty"))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.slow
+def test_one_refused_run_stops_the_sweep_before_the_first(run_module, tmp_path):
+    result = run_module("bnlightning.train", "data.batch_size=10,1", "model.norm=none,custom", "output_dir=out")
+    assert result.returncode == 1 and re.search(r"^batch_size=1 is not possible", result.stderr, re.MULTILINE)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_sweeps_are_named_by_what_they_sweep(run_module, tmp_path):
+    result = run_module(
+        "bnlightning.train",
+        "+experiment=tanh,relu",
+        "data.seed=3,4",
+        "seed=1,2",
+        "trainer.max_steps=5",
+        "output_dir=out",
+    )
+    assert result.returncode == 0, result.stderr
+    names = {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()}
+    assert names == {
+        f"custom_experiment-{experiment}_data.seed-{data}_seed-{seed}"
+        for experiment in ("tanh", "relu")
+        for data in (3, 4)
+        for seed in (1, 2)
+    }
+    with (tmp_path / "out" / "comparison.csv").open() as file:
+        assert [row["seeds"] for row in csv.DictReader(file)] == ["1, 2"] * 4
+
+
+@pytest.mark.slow
+def test_two_commands_in_the_same_second_stay_apart(tmp_path):
+    # The clock is made to stand still.
+    code = (
+        "import sys, time; import omegaconf; from bnlightning import train; "
+        "omegaconf.OmegaConf.register_new_resolver('now', lambda pattern: 'now', replace=True); "
+        "sys.argv = ['train', 'trainer.max_steps=5']; train.main()"
+    )
+    both = [subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    directories = list((tmp_path / "outputs" / "train").iterdir())
+    assert len(directories) == 2
+    for directory in directories:
+        assert (directory / "comparison.png").is_file()
+        assert list(scalar(read_events(directory / "custom"), "train/loss")) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_a_users_own_classes_by_yaml(run_module, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import torch\nfrom bnlightning import LitRegressor\n\n\n"
+        "class AdamRegressor(LitRegressor):\n"
+        "    def configure_optimizers(self):\n"
+        "        return torch.optim.Adam(self.parameters(), lr=self.hparams['learning_rate'])\n"
+    )
+    (tmp_path / "conf" / "model").mkdir(parents=True)
+    (tmp_path / "conf" / "model" / "adam.yaml").write_text("defaults: [regressor]\n_target_: mine.AdamRegressor\n")
+    result = run_module(
+        "bnlightning.train", "--config-dir", "conf", "model=adam", "trainer.max_steps=5", "output_dir=out",
+        PYTHONPATH=str(tmp_path),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    checkpoint = torch.load(tmp_path / "out" / "custom" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert "exp_avg" in checkpoint["optimizer_states"][0]["state"][0]
 
 
 @pytest.mark.slow
@@ -173,7 +277,13 @@ def test_two_ranks_give_what_one_process_gives_and_write_the_same_files(run_modu
         (["model.activation=tan"], r"^activation='tan' is not known: choose one of elu, .*tanh\.$"),
         (["model.depth=0"], r"^depth=0 is not possible: give an integer of at least 1\.$"),
         (["model.width=-3"], r"^width=-3 is not possible: give an integer of at least 1\.$"),
-        (["data.batch_size=1"], r"^batch_size=1 is not possible with norm='custom'.*Use data\.batch_size=2 or more"),
+        (["data.batch_size=1"], r"^batch_size=1 is not possible with norm='custom'.*Choose another data\.batch_size"),
+        (["data.num_points=2501"], r"^batch_size=10 is not possible with norm='custom': of 2501 points"),
+        (["num_threads=0"], r"^num_threads=0 is not possible"),
+        (["seed=-1"], r"^seed=-1 is not possible: give an integer from 0 to 4294967295"),
+        (["ckpt_path=missing.ckpt"], r"^ckpt_path='missing.ckpt' is not a file"),
+        (["trainer.devices=none"], r"devices"),
+        (["hydra.mode=RUN"], r"^hydra\.mode=RUN is not possible"),
         (
             ["output_dir=a_file/below"],
             r"^output_dir='.*a_file/below' cannot be written \(Not a directory\): give another",

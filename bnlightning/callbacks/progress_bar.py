@@ -5,7 +5,7 @@ from typing import Any
 
 import lightning
 from lightning.pytorch.callbacks import TQDMProgressBar
-from tqdm.auto import tqdm
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 
 class TrainingProgressBar(TQDMProgressBar):
@@ -23,4 +23,4 @@ class TrainingProgressBar(TQDMProgressBar):
 
     def init_validation_tqdm(self) -> Any:
         """No bar."""
-        return tqdm(disable=True)
+        return Tqdm(disable=True)

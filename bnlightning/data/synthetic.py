@@ -52,7 +52,7 @@ class SyntheticRegressionDataModule(lightning.LightningDataModule):
         check_number("x_min", x_min)
         check_number("x_max", x_max, above=x_min)
         check_number("noise_std", noise_std, at_least=0.0)
-        check_integer("seed", seed, at_least=0)
+        check_integer("seed", seed, at_least=0, at_most=2**32 - 1)
         if batch_size is not None:
             check_integer("batch_size", batch_size, at_least=1)
         self.save_hyperparameters()
