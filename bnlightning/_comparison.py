@@ -4,6 +4,7 @@ Everything is read back from the runs' TensorBoard files, so it shows what Tenso
 """
 
 import csv
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -52,13 +53,14 @@ class Comparison:
     def print(self) -> None:
         """Print the table, the path of the figure and the command that opens TensorBoard on the runs."""
         from rich.console import Console
-        from rich.table import Table
+        from rich.table import Column, Table
+        from rich.text import Text
 
         # Where the output goes to a file, a width of 80 would fold the table.
-        console = Console(highlight=False, width=None if sys.stdout.isatty() else 140, soft_wrap=True)
-        table = Table(*COLUMNS)
+        console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 140, soft_wrap=True)
+        table = Table(*(Column(column, overflow="fold") for column in COLUMNS))
         for row in self.rows:
-            table.add_row(*(row[column] for column in COLUMNS))
+            table.add_row(*(Text(row[column]) for column in COLUMNS))
         console.print(table, soft_wrap=False)
         for note in self.notes:
             console.print(note)
@@ -137,7 +139,7 @@ def _seeds(runs: Sequence[Run]) -> str:
 
 def _cost(costs: NDArray[np.float64]) -> str:
     if not len(costs):
-        return "none"
+        return "-"
     low, median, high = quartiles(costs)
     if not np.isfinite(median):
         return "not finite"
@@ -183,7 +185,7 @@ def _notes(name: str, runs: Sequence[Run]) -> list[str]:
 
 def _title(root: Path) -> str:
     """The experiment's name, above the directory named by the time."""
-    return root.parent.name if root.name[:1].isdigit() else root.name
+    return root.parent.name if re.match(r"\d{4}-\d\d-\d\d_", root.name) else root.name
 
 
 def _write_image(directory: Path, png: Path) -> None:

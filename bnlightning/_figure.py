@@ -21,9 +21,9 @@ _STYLES = {
     "none": ("#c44e00", (0, (5, 2))),
     "custom": ("#08306b", "solid"),
     "torch": ("#41ab5d", (0, (1, 1))),
-    "other": ("#8c6bb1", (0, (5, 1, 1, 1))),
-    "another": ("#636363", (0, (3, 1, 1, 1, 1, 1))),
 }
+_OTHER_COLORS = ("#6a51a3", "#525252", "#a63603", "#0868ac", "#238b45", "#ce1256")
+_OTHER_LINES = ("solid", (0, (5, 2)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (3, 1, 1, 1, 1, 1)))
 _MEANINGS = {
     "none": "without normalisation",
     "custom": "with bnlightning's batch normalisation",
@@ -36,7 +36,10 @@ def draw(variants: Variants, metric: str, title: str, notes: Sequence[str]) -> F
     """Draw the runs of each variant; the first seed's where a panel can show only one."""
     layers = _layers(variants)
     rows = len(variants) if layers else 0
-    heights = [0.85, 3.4, 1.15 if rows else 0.6, *[2.1] * rows, 0.15 + 0.42 * len(notes)]
+    texts = [fill(note, 185) for note in notes]
+    lines = sum(text.count("\n") + 1 for text in texts)
+    legend = 0.55 + 0.24 * (len(variants) + 1)
+    heights = [0.85, 3.4, legend, *([0.7] if rows else []), *[2.42] * rows, 0.3 + 0.24 * lines + 0.1 * len(texts)]
     figure = Figure(figsize=(15.0, sum(heights)), dpi=100, facecolor="white")
     figure.text(0.015, 1 - 0.3 / sum(heights), title, fontsize=15, weight="bold", va="center")
     meanings = "; ".join(f"{name}: {_MEANINGS[name]}" for name in variants if name in _MEANINGS)
@@ -44,23 +47,27 @@ def draw(variants: Variants, metric: str, title: str, notes: Sequence[str]) -> F
     page = figure.add_gridspec(
         len(heights), 1, height_ratios=heights, left=0.075, right=0.985, top=1.0, bottom=0.0, hspace=0.0
     )
-    top = page[1].subgridspec(1, 2, width_ratios=[1.15, 1.0], wspace=0.16)
+    fitted = {name: runs[0].predictions[-1] for name, runs in variants.items() if runs[0].predictions}
+    top = page[1].subgridspec(1, 2 if fitted else 1, width_ratios=[1.15, 1.0] if fitted else [1.0], wspace=0.16)
     _draw_costs(figure.add_subplot(top[0]), variants, metric)
-    _draw_fits(figure.add_subplot(top[1]), variants)
+    if fitted:
+        _draw_fits(figure.add_subplot(top[1]), variants, fitted)
     if rows:
-        _draw_heading(figure.add_subplot(page[2]), variants, layers)
+        _draw_heading(figure.add_subplot(page[3]), variants, layers)
     for row, (name, runs) in enumerate(variants.items() if rows else ()):
         # Room above for what is written over each cell, and below for the ticks.
-        cells = page[3 + row].subgridspec(3, len(layers), wspace=0.12, hspace=0.0, height_ratios=[0.4, 1.5, 0.2])
+        cells = page[4 + row].subgridspec(3, len(layers), wspace=0.12, hspace=0.0, height_ratios=[0.72, 1.5, 0.2])
         for column, layer in enumerate(layers):
             axes = figure.add_subplot(cells[1, column])
             _draw_layer(axes, runs[0], layer, labelled=column == 0)
             axes.set_title(f"{layer.partition('/')[2]}\n{_health(runs[0], layer)}", fontsize=9, pad=2)
             if column == 0:
-                axes.set_ylabel(name, fontsize=12, weight="bold", labelpad=4, color=_style(name, variants)[0])
-    for index, note in enumerate(notes):
-        y = (0.42 * (len(notes) - index)) / sum(heights)
-        figure.text(0.03, y, fill(note, 190), fontsize=10.5, va="center")
+                color = _style(name, variants)[0]
+                axes.text(-0.4, 1.36, name, fontsize=12, weight="bold", color=color, transform=axes.transAxes)
+    y = 0.24 * lines + 0.1 * len(texts)
+    for text in texts:
+        figure.text(0.03, y / sum(heights), text, fontsize=10.5, va="top")
+        y -= 0.24 * (text.count("\n") + 1) + 0.1
     return figure
 
 
@@ -68,30 +75,36 @@ def _style(name: str, variants: Variants) -> tuple[str, Any]:
     """A normalisation's own color and line, whatever it is compared with; other variants take what is left."""
     if name in _STYLES:
         return _STYLES[name]
-    left = [style for known, style in _STYLES.items() if known not in variants]
-    others = [variant for variant in variants if variant not in _STYLES]
-    return left[others.index(name) % len(left)]
+    index = [variant for variant in variants if variant not in _STYLES].index(name)
+    # All colors before a line style comes again with another one.
+    line = _OTHER_LINES[(index + index // len(_OTHER_COLORS)) % len(_OTHER_LINES)]
+    return _OTHER_COLORS[index % len(_OTHER_COLORS)], line
 
 
 def _draw_costs(axes: Axes, variants: Variants, metric: str) -> None:
     curves = {name: _curves(runs, metric) for name, runs in variants.items()}
     curves = {name: curve for name, curve in curves.items() if len(curve[0])}
-    low, high = _cost_range([costs for _, costs in curves.values()])
+    low, high = _cost_range([quartiles(costs)[1] for _, costs in curves.values()])
     for name, (steps, costs) in curves.items():
         color, line = _style(name, variants)
         lower, median, upper = quartiles(costs)
-        shown = np.where(np.isfinite(median), np.minimum(median, high), np.nan)
         outcome = _outcome(variants[name], steps, median, high)
-        axes.plot(steps, shown, color=color, linestyle=line, linewidth=2.2, label=f"{name}{outcome}")
+        # A curve of one point would be no line.
+        marker = "o" if np.isfinite(median).sum() == 1 else None
+        shown = np.where(np.isfinite(median), median, np.nan)
+        axes.plot(steps, shown, color=color, linestyle=line, linewidth=2.2, marker=marker, label=f"{name}{outcome}")
         if len(costs) > 1:
-            axes.fill_between(steps, np.minimum(lower, high), np.minimum(upper, high), color=color, alpha=0.18, lw=0)
+            top = np.where(np.isfinite(upper), upper, 10 * abs(high) + 1)
+            axes.fill_between(steps, lower, top, where=np.isfinite(lower), color=color, alpha=0.18, lw=0)
         if not np.isfinite(median).all():
             end = _first_nonfinite(variants[name], steps, median)
             axes.plot([end], [0.96], "x", color=color, markersize=12, mew=3, transform=axes.get_xaxis_transform())
-    axes.set_ylim(low, high * 1.02)
-    if high > _ORDER_OF_MAGNITUDE * max(low, 1e-300) or (low > 0 and high / low > 5):
+    if low > 0 and high / low > 5:
         axes.set_yscale("log")
-        axes.set_ylim(low, high * 1.1)
+        axes.set_ylim(low / 1.1, high * 1.1)
+    else:
+        margin = 0.05 * (high - low) or 0.5
+        axes.set_ylim(low - margin, high + margin)
     seeds = max(len(runs) for runs in variants.values())
     axes.set_title(
         "Cost" + (f", median and quartiles of {seeds} seeds" if seeds > 1 else ""),
@@ -101,7 +114,14 @@ def _draw_costs(axes: Axes, variants: Variants, metric: str) -> None:
     axes.set_xlabel("training steps")
     axes.set_ylabel(metric)
     axes.grid(alpha=0.25)
-    axes.legend(loc="best", fontsize=11, handlelength=3.5)
+    _draw_legend(axes)
+
+
+def _draw_legend(axes: Axes) -> None:
+    """Below the axes, where it hides nothing."""
+    axes.legend(
+        loc="upper left", bbox_to_anchor=(-0.02, -0.16), fontsize=11, handlelength=3.5, frameon=False, borderaxespad=0.0
+    )
 
 
 def _curves(runs: Sequence[Run], metric: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -117,12 +137,14 @@ def _curves(runs: Sequence[Run], metric: str) -> tuple[NDArray[np.int64], NDArra
 
 def _cost_range(curves: Sequence[NDArray[np.float64]]) -> tuple[float, float]:
     """Limits that hold every curve, less the few values that would flatten all others."""
-    finite = np.concatenate([costs[np.isfinite(costs)] for costs in curves])
+    finite = np.concatenate([np.zeros(0), *(costs[np.isfinite(costs)] for costs in curves)])
     if not len(finite):
         return 0.0, 1.0
     typical = [np.median(costs[np.isfinite(costs)]) for costs in curves if np.isfinite(costs).mean() > 0.5]
-    ceiling = _ORDER_OF_MAGNITUDE * max(typical) if typical else finite.max()
-    return float(finite.min()) * 0.9, float(finite[finite <= ceiling].max(initial=finite.min()))
+    low = float(finite.min())
+    # From the lowest value on, so that it holds for costs of any sign.
+    ceiling = low + _ORDER_OF_MAGNITUDE * (max(typical) - min(low, 0.0)) if typical else float(finite.max())
+    return low, float(finite[finite <= ceiling].max(initial=low))
 
 
 def _outcome(runs: Sequence[Run], steps: NDArray[np.int64], costs: NDArray[np.float64], high: float) -> str:
@@ -145,13 +167,10 @@ def _first_nonfinite(runs: Sequence[Run], steps: NDArray[np.int64], costs: NDArr
     return min([*found, int(steps[np.argmin(np.isfinite(costs))])])
 
 
-def _draw_fits(axes: Axes, variants: Variants) -> None:
-    shown = {name: runs[0].predictions[-1] for name, runs in variants.items() if runs[0].predictions}
-    if not shown:
-        axes.set_axis_off()
-        return
+def _draw_fits(axes: Axes, variants: Variants, shown: Mapping[str, tuple[int, NDArray[np.float32]]]) -> None:
     _, points = next(iter(shown.values()))
-    axes.plot(points[:, 0], points[:, 1], ".", color="#b8b8b8", markersize=2.5, label="data", zorder=0)
+    size = float(np.clip(125 / np.sqrt(len(points)), 2.5, 9.0))
+    axes.plot(points[:, 0], points[:, 1], ".", color="#b8b8b8", markersize=size, label="data", zorder=0)
     low, high = np.quantile(points[:, 1], [0.001, 0.999])
     bottom, top = low - 0.08 * (high - low), high + 0.08 * (high - low)
     axes.set_ylim(bottom, top)
@@ -165,22 +184,24 @@ def _draw_fits(axes: Axes, variants: Variants) -> None:
         else:
             axes.plot([], [], "x", color=color, mew=3, markersize=9, label=f"{name}: prediction is NaN")
     step = max(step for step, _ in shown.values())
-    seed = next(iter(variants.values()))[0].seed
-    which = f", seed {seed}" if seed is not None and max(map(len, variants.values())) > 1 else ""
-    axes.set_title(f"Data and fit after {step} steps{which}", fontsize=11, loc="left")
+    axes.set_title(f"Data and fit after {step} steps{_which_seed(variants)}", fontsize=11, loc="left")
     axes.set_xlabel("x")
     axes.set_ylabel("y")
-    axes.legend(loc="upper left", fontsize=11, handlelength=3.5)
+    _draw_legend(axes)
+
+
+def _which_seed(variants: Variants) -> str:
+    """Which of several seeds a panel shows that can show only one."""
+    seed = next(iter(variants.values()))[0].seed
+    return f", seed {seed}" if seed is not None and max(map(len, variants.values())) > 1 else ""
 
 
 def _draw_heading(axes: Axes, variants: Variants, layers: Sequence[str]) -> None:
     axes.set_axis_off()
-    seed = next(iter(variants.values()))[0].seed
-    which = f", seed {seed}" if seed is not None and max(map(len, variants.values())) > 1 else ""
     where = "on the evaluated points" if layers[0].startswith("val_") else "in the sampled training batches"
     text = (
-        f"How the values of each layer are distributed {where}{which}: the first step at the top, each ridge in its "
-        "own scale, lone spikes cut;\nunder the layer's name what stands out at the last step"
+        f"How the values of each layer are distributed {where}{_which_seed(variants)}: the first step at the top, "
+        "each ridge in its own scale, lone spikes cut;\nunder the layer's name what stands out at the last step"
     )
     axes.text(0.0, 0.1, text, fontsize=11, transform=axes.transAxes, va="bottom", linespacing=1.4)
 
@@ -279,7 +300,8 @@ def _value_range(histograms: Sequence[HistogramAt]) -> tuple[float, float]:
     if low >= -1 and high <= 1 and high - low > 0.5:
         return (-1.0 if low < 0 else 0.0), 1.0
     lows, highs = zip(*(_quantiles(histogram, 0.005, 0.995) for histogram in histograms), strict=True)
-    low, high = float(np.median(lows)), float(np.median(highs))
+    # Of an even number the one nearer to zero: two steps are none that is typical and one that is not.
+    low, high = float(np.quantile(lows, 0.5, method="higher")), float(np.quantile(highs, 0.5, method="lower"))
     if 0 <= low < 0.05 * high:
         low = 0.0
     return (low, high) if high > low else (low - 0.5, low + 0.5)

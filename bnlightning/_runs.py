@@ -74,7 +74,8 @@ def read_run(path: Path, root: Path) -> Run:
     times: list[float] = []
     scalars = {}
     for tag in tags[ea.SCALARS]:
-        items = events.Scalars(tag)
+        # In the order of writing; the files of one directory are read in the order of their names.
+        items = sorted(events.Scalars(tag), key=lambda item: item.wall_time)
         times += [items[0].wall_time, items[-1].wall_time]
         scalars[tag] = (np.array([item.step for item in items]), np.array([item.value for item in items]))
     if any((np.diff(steps) < 0).any() for steps, _ in scalars.values()):
@@ -110,7 +111,7 @@ def _histograms(items: Sequence[Any]) -> list[HistogramAt]:
             np.array([item.histogram_value.min, *item.histogram_value.bucket_limit]),
             np.array(item.histogram_value.bucket),
         )
-        for item in items
+        for item in sorted(items, key=lambda item: item.step)
     ]
 
 
@@ -119,7 +120,8 @@ def _tensors(events: Any, tags: Sequence[str], tag: str) -> list[tuple[int, NDAr
 
     if tag not in tags:
         return []
-    return [(item.step, tensor_util.make_ndarray(item.tensor_proto)) for item in events.Tensors(tag)]
+    items = sorted(events.Tensors(tag), key=lambda item: item.step)
+    return [(item.step, tensor_util.make_ndarray(item.tensor_proto)) for item in items]
 
 
 def _first_nonfinite(events: Any, tags: Sequence[str]) -> tuple[int, str] | None:
@@ -135,5 +137,11 @@ def _seed(name: str, path: Path) -> int | None:
     if match:
         return int(match[1])
     hparams = path / "hparams.yaml"
-    seed = load_hparams_from_yaml(str(hparams), use_omegaconf=False).get("seed") if hparams.is_file() else None
+    if not hparams.is_file():
+        return None
+    try:
+        seed = load_hparams_from_yaml(str(hparams), use_omegaconf=False).get("seed")
+    except Exception:
+        # A run of somebody else's, with a file of the same name: it tells no seed.
+        return None
     return seed if isinstance(seed, int) else None

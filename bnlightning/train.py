@@ -22,6 +22,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, InstantiationException
 from hydra.experimental.callback import Callback
 from hydra.utils import instantiate
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -57,6 +58,18 @@ def train(config: DictConfig) -> None:
         trainer.validate(model, data, verbose=False)
     if is_overridden("test_step", model):
         trainer.test(model, data)
+
+
+class RunLogger(TensorBoardLogger):
+    """Lightning's TensorBoard logger, less the closing of its file: what a run evaluates before and after its fit is to
+    be in the same one.
+    """
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write what is still in memory."""
+        self.experiment.flush()
+        self.save()
 
 
 class _LastEvaluation(lightning.Callback):
@@ -140,8 +153,8 @@ def _check_checkpoint(config: DictConfig, model: lightning.LightningModule) -> N
     except Exception as error:
         reason = str(error).strip().splitlines()
         raise ValueError(
-            f"ckpt_path={path!r} does not fit the model ({' '.join(reason[:2])}): give a checkpoint of this very model, "
-            f"or the arguments of the checkpoint's one (norm={config.model.get('norm')!r} now)."
+            f"ckpt_path={path!r} does not fit the model ({' '.join(reason[:2])}): give a checkpoint of this model, "
+            f"or the checkpoint's own arguments (norm={config.model.get('norm')!r} now)."
         ) from error
     step, last = checkpoint["global_step"], config.trainer.max_steps
     if 0 <= last <= step:
@@ -163,20 +176,17 @@ _made: _Made | None = None
 def _make_directory(config: DictConfig) -> None:
     global _made
     directory = Path(config.hydra.sweep.dir).resolve()
-    given = [*config.hydra.overrides.task, *config.hydra.overrides.hydra]
-    if any(override.startswith(("output_dir=", "hydra.sweep.dir=")) for override in given):
-        if any(directory.glob("*/events.out.tfevents.*")):
-            raise ValueError(f"output_dir={str(directory)!r} holds runs already: give another, or remove them.")
-    else:
-        # Another command may have been started in the same second.
-        stem = directory.name
-        number = 1
-        while directory.exists():
-            number += 1
-            directory = directory.with_name(f"{stem}_{number}")
+    overrides = [*config.hydra.overrides.task, *config.hydra.overrides.hydra]
+    given = any(override.startswith(("output_dir=", "hydra.sweep.dir=")) for override in overrides)
+    if given and any(directory.glob("*/events.out.tfevents.*")):
+        raise ValueError(f"output_dir={str(directory)!r} holds runs already: give another, or remove them.")
     parents = [path for path in (directory, *directory.parents) if not path.exists()]
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        if given:
+            directory.mkdir(parents=True, exist_ok=True)
+        else:
+            directory = _make_exclusively(directory)
+            parents = [directory, *parents[1:]]
         with tempfile.TemporaryFile(dir=directory):
             pass
     except OSError as error:
@@ -186,6 +196,19 @@ def _make_directory(config: DictConfig) -> None:
     os.environ[_OUTPUT_DIR] = str(directory)
     with open_dict(config):
         config.hydra.sweep.dir = str(directory)
+
+
+def _make_exclusively(directory: Path) -> Path:
+    """A directory of this name, or with a number behind it if another command made one in the same second."""
+    number = 1
+    candidate = directory
+    while True:
+        try:
+            candidate.mkdir(parents=True)
+            return candidate
+        except FileExistsError:
+            number += 1
+            candidate = directory.with_name(f"{directory.name}_{number}")
 
 
 def _subdirectory(config: DictConfig) -> str:

@@ -82,7 +82,7 @@ def test_the_figure_shows_the_runs_numbers(finished):
     runs = [read_run(path, finished) for path in find_runs(finished)]
     variants = {name: [run for run in runs if run.variant == name] for name in ("none", "custom")}
     drawn = figure.draw(variants, "val/loss", "title", ["a note"])
-    costs, fits, *_ = drawn.axes
+    costs, fits = drawn.axes[:2]
     labels = [text.get_text() for text in costs.get_legend().get_texts()]
     assert labels[1] == "custom" and labels[0] == "none (1 of 2 seeds diverged)"
     line = next(line for line in costs.get_lines() if line.get_label() == "custom")
@@ -152,6 +152,52 @@ def test_several_trainings_in_one_directory_are_told(tmp_path):
                 writer.add_scalar("val/loss", 1.0, step)
     with pytest.warns(UserWarning, match="holds several trainings"):
         compare_runs(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[-3.0, -2.0, -1.0], [-1.0, 0.0, 5.0], [0.0, 0.5, 0.9], [0.0, 0.0, 0.0], [math.nan] * 3, [1e-30, 1e30, 1.0]],
+)
+def test_costs_of_any_sign_are_drawn(tmp_path, values):
+    with SummaryWriter(str(tmp_path / "run")) as writer:
+        for step, value in enumerate(values):
+            writer.add_scalar("val/loss", value, step)
+    run = read_run(tmp_path / "run", tmp_path)
+    axes = figure.draw({"run": [run]}, "val/loss", "title", []).axes[0]
+    low, high = axes.get_ylim()
+    assert low < high
+    shown = [value for value in axes.get_lines()[0].get_ydata() if low <= value <= high]
+    assert len(shown) >= np.isfinite(values).sum() - 1
+    compare_runs(tmp_path)
+
+
+def test_layers_that_one_variant_lacks_and_names_with_brackets(tmp_path, capsys):
+    for norm in ("none", "custom"):
+        monitors = [ActivationMonitor()]
+        trainer = quiet_trainer(tmp_path / "a [b]" / norm, max_steps=2, callbacks=monitors, limit_val_batches=0)
+        trainer.fit(LitRegressor(norm=norm, depth=2), SyntheticRegressionDataModule())
+    comparison = compare_runs(tmp_path, metric="train/loss")
+    comparison.print()
+    assert str(tmp_path / "comparison.png") in capsys.readouterr().out
+    assert [row["variant"] for row in comparison.rows] == ["a [b]/custom", "a [b]/none"]
+    assert all(row["dead"].endswith("%") for row in comparison.rows)
+    drawn = figure.draw({run.variant: [run] for run in comparison.runs}, "train/loss", "title", [])
+    cells = [axes.get_title().partition("\n")[0] for axes in drawn.axes if axes.get_title().startswith("net.")]
+    assert cells == ["net.act1", "net.act2"] * 2
+
+
+def test_every_variant_has_a_style_of_its_own():
+    variants = {name: [] for name in ["none", "custom", "torch", *map(str, range(12))]}
+    styles = [figure._style(name, variants) for name in variants]
+    assert len(set(styles)) == len(styles)
+
+
+def test_a_strange_hparams_file_tells_no_seed(tmp_path):
+    for name, text in (("a", ""), ("b", "- 1"), ("c", "!!python/object/apply:os.getcwd []"), ("d", "seed: 3")):
+        with SummaryWriter(str(tmp_path / name)) as writer:
+            writer.add_scalar("val/loss", 1.0, 0)
+        (tmp_path / name / "hparams.yaml").write_text(text)
+    assert [read_run(tmp_path / name, tmp_path).seed for name in "abcd"] == [None, None, None, 3]
 
 
 def test_the_command_line(finished, capsys, tmp_path):

@@ -34,7 +34,6 @@ def test_monitor_counts_on_the_gpu_what_it_counts_on_the_cpu(tmp_path):
         trainer = quiet_trainer(
             tmp_path / accelerator,
             accelerator=accelerator,
-            deterministic=True,
             max_steps=1,
             callbacks=[ActivationMonitor(check_finite_every_n_steps=1)],
         )

@@ -53,6 +53,6 @@ def test_names_and_files_exist():
 
     root = Path(__file__).parents[1]
     for target in re.findall(r"\]\(([^)]+)\)", README):
-        assert (root / target).exists() or target.startswith("notebooks/"), target
+        assert (root / target).exists(), target
     for name in re.findall(r"`(BatchNorm\dd|Lit\w+|\w+Monitor|\w+DataModule|compare_runs)`", README):
         assert name in bnlightning.__all__

@@ -66,7 +66,7 @@ class _ConventionBatchNorm(_TorchBatchNorm):
         backend: str = "fast",
     ) -> None:
         check_choice("backend", backend, _BACKENDS)
-        if isinstance(convention, str):
+        if not isinstance(convention, Convention):
             check_choice("convention", convention, CONVENTIONS)
         named = CONVENTIONS[convention] if isinstance(convention, str) else convention
         self.convention = named
@@ -96,9 +96,16 @@ class _ConventionBatchNorm(_TorchBatchNorm):
         As in torch, a layer without running statistics normalises by the batch's in evaluation too.
         """
         self._check_input_dim(input)
+        if input.shape[1] != self.num_features:
+            raise ValueError(
+                f"input of shape {tuple(input.shape)} has {input.shape[1]} channels: num_features={self.num_features}."
+            )
         if not self.training and self.running_mean is not None and self.running_var is not None:
             mean, var = self.running_mean, self.running_var
             return F.batch_norm(input, mean, var, self.weight, self.bias, False, 0.0, self.eps)
+        if input.numel() == 0:
+            # There is nothing to normalise and nothing to learn the statistics from.
+            return F.batch_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
         output, mean, var = _BACKENDS[self.backend](input, self.weight, self.bias, self.eps)
         if self.training and self.track_running_stats and self.running_mean is not None:
             self._update_running_stats(mean, var, n=input.numel() // input.shape[1])
@@ -189,6 +196,8 @@ def _given(name: str, value: Any, default: float | None, convention: str | Conve
             f"{name}={value!r} is not possible: the convention {convention!r} has no default for it. Pass {name}=..."
         )
     check_number(name, value, at_least=0.0)
+    if name == "momentum" and value > 1:
+        raise ValueError(f"momentum={value!r} is not possible: give the weight of the new batch, from 0 to 1.")
     return value
 
 

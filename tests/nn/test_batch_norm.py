@@ -93,6 +93,8 @@ def test_defaults_are_the_conventions_and_can_be_replaced():
         ({"backend": "slow"}, r"backend='slow' is not known: choose one of fast, reference"),
         ({"convention": "tf_ema"}, r"eps=None is not possible: the convention 'tf_ema' has no default"),
         ({"eps": -1.0}, r"eps=-1.0 is not possible: give a number of at least 0"),
+        ({"convention": None}, r"convention=None is not known: choose one of pytorch"),
+        ({"momentum": 5}, r"momentum=5 is not possible: give the weight of the new batch, from 0 to 1"),
         ({"momentum": "high"}, r"momentum='high' is not possible"),
     ],
 )
@@ -107,6 +109,20 @@ def test_one_value_per_channel_in_training_only():
         layer(torch.ones(1, 3))
     assert layer.num_batches_tracked == 0
     layer.eval()(torch.ones(1, 3))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_empty_batch_gives_an_empty_output_as_in_torch(backend):
+    layer, theirs = BatchNorm1d(3, backend=backend), nn.BatchNorm1d(3)
+    before = copy.deepcopy(layer.state_dict())
+    assert layer(torch.zeros(0, 3)).shape == theirs(torch.zeros(0, 3)).shape == (0, 3)
+    torch.testing.assert_close(layer.state_dict(), before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_another_number_of_channels_is_refused(backend):
+    with pytest.raises(ValueError, match=r"input of shape \(8, 1\) has 1 channels: num_features=4"):
+        BatchNorm1d(4, backend=backend)(torch.randn(8, 1))
 
 
 @pytest.mark.parametrize("layer", [BatchNorm1d(3), nn.BatchNorm1d(3), BatchNorm1d(3, track_running_stats=False)])
