@@ -18,8 +18,8 @@ def _one_thread() -> None:
 def _nothing_leaks() -> Iterator[None]:
     before = dict(os.environ)
     yield
-    # The interpreter's own bookkeeping of what pytest runs, and what Lightning's seed_everything announces.
-    ignored = {"PYTEST_CURRENT_TEST", "PL_GLOBAL_SEED", "PL_SEED_WORKERS"}
+    # The interpreter's own bookkeeping of what pytest runs, and what Lightning and torch announce to their children.
+    ignored = {"PYTEST_CURRENT_TEST", "PL_GLOBAL_SEED", "PL_SEED_WORKERS", "TORCHINDUCTOR_CACHE_DIR"}
     leaked = {key for key in os.environ.keys() | before.keys() if os.environ.get(key) != before.get(key)} - ignored
     for key in leaked:
         os.environ.pop(key)
