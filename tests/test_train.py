@@ -1,7 +1,10 @@
 import csv
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -215,6 +218,32 @@ def test_two_commands_in_the_same_second_stay_apart(tmp_path):
     for directory in directories:
         assert (directory / "comparison.png").is_file()
         assert list(scalar(read_events(directory / "custom"), "train/loss")) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_an_interrupted_sweep_says_where_the_finished_runs_are(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "bnlightning.train",
+        "+experiment=tanh",
+        "trainer.max_steps=1500",
+        "output_dir=out",
+    ]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == "Training custom\n"
+    assert process.stdout.readline() == "Training none\n"
+    # The line comes just before the run begins to write.
+    while not list(tmp_path.glob("out/none/events.out.tfevents.*")):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0 and "Traceback" not in errors
+    assert f"Stopped. What was trained so far: python -m bnlightning.compare {tmp_path / 'out'}" in errors
+    assert (tmp_path / "out" / "custom" / "checkpoints" / "last.ckpt").is_file()
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """Histograms and health of the activations, in TensorBoard."""
 
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -20,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from bnlightning._check import check_integer
 from bnlightning.callbacks._cadence import EvaluationCadence, TrainingCadence
+from bnlightning.callbacks._finite_check import FiniteCheck
 from bnlightning.callbacks._window import ActivationWindow, LayerStatistics
 
 ACTIVATION_TYPES: tuple[type[nn.Module], ...] = tuple(
@@ -30,7 +30,6 @@ NORM_TYPES: tuple[type[nn.Module], ...] = (
     *(getattr(torch_normalizations, name) for name in torch_normalizations.__all__),
 )
 
-_NEVER = torch.iinfo(torch.int64).max
 _warnings = WarningCache()
 
 
@@ -118,7 +117,7 @@ class ActivationMonitor(Callback):
         # Apart, since an evaluation may come in the middle of an accumulation of gradients.
         self._windows: dict[str, _Sample] = {}
         self._phase = ""
-        self._finite_check: _FiniteCheck | None = None
+        self._finite_check: FiniteCheck | None = None
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._training.start()
@@ -189,7 +188,7 @@ class ActivationMonitor(Callback):
                 "watches modules without submodules, by default activations and normalisations; activations called "
                 "as functions are not seen. Make them modules, or choose others by `modules`, such as 'net.*'."
             )
-        self._finite_check = _FiniteCheck(pl_module.device)
+        self._finite_check = FiniteCheck(pl_module.device)
         for name, module in leaves:
             self._handles.append(module.register_forward_hook(partial(self._observe, name, watched.get(name))))
 
@@ -272,83 +271,6 @@ class ActivationMonitor(Callback):
 class _Sample:
     step: int
     window: ActivationWindow
-
-
-class _FiniteCheck:
-    """Finds where the first non-finite value of a forward pass in training came from.
-
-    A value is checked where a module puts it out and, if it is not the output of the module before, where one takes it
-    in. In the order of execution the first that is not finite is the origin: nothing before it was.
-
-    Args:
-        device: Where the steps found are kept until they are read.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.step: int | None = None
-        self.reported = False
-        self._device = device
-        self._places: dict[str, int] = {}
-        self._magnitudes: dict[int, Tensor] = {}
-        self._found: Tensor | None = None
-        self._previous: weakref.ref[Tensor] | None = None
-
-    def update(self, name: str, args: tuple[Any, ...], output: Tensor) -> None:
-        """Look at one call of a module, in a pass that is checked."""
-        # In a chain the input is the output before it, which has been looked at (and may be overwritten by now).
-        if self._previous is None or not args or self._previous() is not args[0]:
-            # The first module's input is the batch's.
-            place = f"before {name}" if self._previous is not None else "input"
-            for arg in args:
-                if isinstance(arg, Tensor) and arg.is_floating_point() and arg is not output:
-                    self._look(place, arg)
-        self._look(name, output)
-        self._previous = weakref.ref(output)
-
-    def _look(self, place: str, x: Tensor) -> None:
-        if x.numel() == 0:
-            return
-        index = self._places.setdefault(place, len(self._places))
-        # The largest magnitude of a tensor with a NaN is NaN: one pass.
-        magnitude = torch.linalg.vector_norm(x.detach(), ord=torch.inf)
-        before = self._magnitudes.get(index)
-        self._magnitudes[index] = magnitude if before is None else torch.maximum(before, magnitude)
-
-    def end_of_step(self) -> None:
-        """Keep the step of every place where it is the first; on the device, without waiting for it."""
-        step, self.step, self._previous = self.step, None, None
-        if step is None or not self._magnitudes:
-            return
-        # Fit may go on after an evaluation under inference mode, whose tensors nobody may change later.
-        with torch.no_grad(), torch.inference_mode(False):
-            now = torch.full((len(self._places),), _NEVER, dtype=torch.int64, device=self._device)
-            indices = torch.tensor(list(self._magnitudes), device=self._device)
-            magnitudes = torch.stack([m.float() for m in self._magnitudes.values()])
-            now[indices] = torch.where(magnitudes.isfinite(), _NEVER, step)
-            if self._found is not None:
-                known = len(self._found)
-                now[:known] = torch.minimum(now[:known], self._found)
-            self._found = now
-        self._magnitudes = {}
-
-    def first(self) -> tuple[int, str] | None:
-        """The step and the place, over all ranks; every rank must call it. One answer only, then the check is over."""
-        own = None
-        if self._found is not None:
-            steps = self._found.tolist()
-            step = min(steps)
-            # The places are in the order of execution.
-            own = (step, steps.index(step), list(self._places)[steps.index(step)])
-        dist = torch.distributed
-        everyone = [own]
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            everyone = [None] * dist.get_world_size()
-            dist.all_gather_object(everyone, own)
-        found = min((answer for answer in everyone if answer is not None), default=None)
-        if found is None or found[0] == _NEVER:
-            return None
-        self.reported = True
-        return found[0], found[2]
 
 
 def _checked_modules(
