@@ -86,8 +86,8 @@ class ActivationMonitor(Callback):
             these. By default all activations and normalisations that are modules of their own; activations called as
             functions cannot be seen.
         check_finite_every_n_steps: At which training steps all modules without submodules, watched or not, are checked
-            for non-finite output, until one is found. Only at 1, the default, it is the very first. On a CPU it costs ten
-            to twenty microseconds a module and step, and 0.1 ns an element of its output.
+            for non-finite output, until one is found. Only at 1, the default, it is the very first. On a CPU it costs
+            ten to twenty microseconds a module and step, and 0.1 ns an element of its output.
 
     Raises:
         ValueError: If a number of steps is below 1, or ``modules`` holds something else.
