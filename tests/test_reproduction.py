@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bnlightning._runs import find_runs, read_run
+from bnlightning._runs import find_runs, quartiles, read_run
 
 REFERENCE = Path(__file__).parent / "reference"
 SEEDS = range(1, 11)
@@ -62,30 +62,40 @@ def comparisons(runs, experiment, norm):
         yield f"{key} in layer {layer} after {step}", median, np.quantile(values, [0.25, 0.75]), 0.02
 
 
+def readme_row(runs, experiment, norm, inside):
+    """The variant's row of README's table."""
+    cells = [f"`{experiment}`", norm]
+    for step in (50, 250):
+        original = [float(row[f"step{step}"]) for row in reference("costs.csv", experiment, norm)]
+        for costs in (original, [at(run, "val/loss", step) for run in runs]):
+            low, median, high = quartiles(np.array(costs))
+            cells.append(f"{median:.4g} [{low:.4g}, {high:.4g}]" if np.isfinite(median) else "inf or NaN")
+    return f"| {' | '.join([*cells, inside])} |"
+
+
 def at(run, tag, step):
     steps, values = run.scalars[tag]
     return values[steps.tolist().index(step)]
 
 
-@pytest.fixture(scope="module")
-def results():
-    return {}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("experiment", STATISTICS)
-def test_medians_lie_inside_the_references_quartiles(experiment, run_module, tmp_path, results):
+def test_medians_lie_inside_the_references_quartiles(experiment, run_module, tmp_path):
     seeds = ",".join(map(str, SEEDS))
     result = run_module("bnlightning.train", f"+experiment={experiment}", f"seed={seeds}", "output_dir=out")
     assert result.returncode == 0, result.stderr
     runs = [read_run(path, tmp_path / "out") for path in find_runs(tmp_path / "out")]
     outside = []
     number = 0
+    rows = []
     for norm in ("none", "custom"):
         variant = [run for run in runs if run.variant == norm]
         assert sorted(run.seed for run in variant) == list(SEEDS)
-        for what, median, (low, high), least in comparisons(variant, experiment, norm):
-            number += 1
+        compared = list(comparisons(variant, experiment, norm))
+        number += len(compared)
+        inside = sum(is_inside(median, low, high, least) for _, median, (low, high), least in compared)
+        rows.append(readme_row(variant, experiment, norm, f"{inside} of {len(compared)}"))
+        for what, median, (low, high), least in compared:
             if not is_inside(median, low, high, least):
                 outside.append(f"{norm}: {what}: {median:.4g} outside [{low:.4g}, {high:.4g}]")
         for step, (low, high) in PUBLISHED_COSTS.get((experiment, norm), {}).items():
@@ -95,6 +105,7 @@ def test_medians_lie_inside_the_references_quartiles(experiment, run_module, tmp
         if experiment.startswith("relu") and norm == "none":
             assert all(run.first_nonfinite[0] == 1 for run in variant)
             assert all(at(run, "val_act_nonfinite/net.act7", step) == 1.0 for run in variant for step in (50, 250))
+    print(*rows, sep="\n")
     print(f"{experiment}: {number - len(outside)} of {number} inside", *outside, sep="\n  ")
     # Two medians of ten seeds each, from different initial weights: with hundreds of them compared, a few differ by
     # chance by more than this, and which ones changes with the seeds and the processor. That the test can fail: tanh

@@ -227,11 +227,10 @@ class ActivationMonitor(Callback):
     def _begin_evaluation(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, phase: str, *, due: bool
     ) -> None:
+        if due and not self._handles:
+            self._attach(pl_module)
         self._phase = phase
         if due:
-            if not self._handles:
-                self._attach(pl_module)
-                self._phase = phase
             self._open_window(phase, trainer.global_step, pl_module.device)
 
     def _end_evaluation(self, trainer: lightning.Trainer) -> None:

@@ -1,4 +1,4 @@
-"""Batch normalisation layers: torch's, with the running statistics of any framework's convention."""
+"""Batch normalisation layers: torch's, with the running statistics of other frameworks' conventions, too."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -130,7 +130,7 @@ class _ConventionBatchNorm(_TorchBatchNorm):
 
 
 class BatchNorm1d(_ConventionBatchNorm, nn.BatchNorm1d):
-    """Batch normalisation of ``(N, C)`` or ``(N, C, L)`` input, in the convention of any framework.
+    """Batch normalisation of ``(N, C)`` or ``(N, C, L)`` input, in torch's convention or another framework's.
 
     A :class:`torch.nn.BatchNorm1d` with the same state_dict keys and, by default, the same numbers; see there for
     ``num_features``, ``affine``, ``track_running_stats`` and ``bias``. In training the statistics are those of the
