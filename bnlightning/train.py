@@ -52,7 +52,9 @@ def train(config: DictConfig) -> None:
     evaluates = is_overridden("validation_step", model)
     # What the network does before its first step belongs to the story; a resumed run has told it already.
     if evaluates and config.ckpt_path is None:
-        trainer.validate(model, data, verbose=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Evaluation with running statistics that no batch has updated")
+            trainer.validate(model, data, verbose=False)
     trainer.fit(model, data, ckpt_path=config.ckpt_path)
     if evaluates and evaluation.step != trainer.global_step:
         trainer.validate(model, data, verbose=False)

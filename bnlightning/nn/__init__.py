@@ -1,14 +1,22 @@
 """Plain torch: layers, networks, functions. No Lightning, no logging, no ranks."""
 
-from bnlightning.nn.batch_norm import CONVENTIONS as CONVENTIONS
 from bnlightning.nn.batch_norm import BatchNorm1d as BatchNorm1d
 from bnlightning.nn.batch_norm import BatchNorm2d as BatchNorm2d
 from bnlightning.nn.batch_norm import BatchNorm3d as BatchNorm3d
-from bnlightning.nn.batch_norm import Convention as Convention
-from bnlightning.nn.batch_norm import batch_statistics as batch_statistics
+from bnlightning.nn.convention import CONVENTIONS as CONVENTIONS
+from bnlightning.nn.convention import Convention as Convention
 from bnlightning.nn.networks import ACTIVATIONS as ACTIVATIONS
 from bnlightning.nn.networks import MLP as MLP
 from bnlightning.nn.networks import get_act_layer as get_act_layer
 from bnlightning.nn.networks import init_normal_ as init_normal_
 from bnlightning.nn.norm import NORM_LAYERS as NORM_LAYERS
 from bnlightning.nn.norm import get_norm_layer as get_norm_layer
+from bnlightning.nn.recompute import recompute_statistics as recompute_statistics
+from bnlightning.nn.statistics import StatisticsHandle as StatisticsHandle
+from bnlightning.nn.statistics import accumulate_statistics as accumulate_statistics
+from bnlightning.nn.statistics import batch_of_one as batch_of_one
+from bnlightning.nn.statistics import batch_statistics as batch_statistics
+from bnlightning.nn.statistics import frozen_statistics as frozen_statistics
+from bnlightning.nn.statistics import running_statistics as running_statistics
+from bnlightning.nn.statistics import skip_nonfinite_batches as skip_nonfinite_batches
+from bnlightning.nn.statistics import skip_recomputed_batches as skip_recomputed_batches

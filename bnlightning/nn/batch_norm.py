@@ -1,8 +1,8 @@
 """Batch normalisation layers: torch's, with the running statistics of other frameworks' conventions, too."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import math
+import warnings
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -11,45 +11,28 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm as _TorchBatchNorm
 
 from bnlightning._check import check_choice, check_number
-from bnlightning.nn.functional import batch_norm_fast, batch_norm_reference
+from bnlightning.nn.convention import CONVENTIONS, Convention, convention_name
+from bnlightning.nn.functional import batch_norm_averaging, batch_norm_fast, batch_norm_reference
+from bnlightning.nn.moments import world_size
+from bnlightning.nn.sync import batch_norm_sync
 
-
-@dataclass(frozen=True)
-class Convention:
-    """How a framework keeps its running statistics.
-
-    Args:
-        momentum: Weight of the new batch in a running statistic, torch's direction: what TensorFlow and Keras call
-            momentum or decay is ``1 - momentum``. ``None``: the framework has no default, the layer must be given one.
-        eps: Added to the variance. ``None``: no default either.
-        unbiased: Whether the running variance averages ``n / (n - 1)`` times the batch's (biased) variance.
-            Every framework normalises the batch itself with the biased variance.
-        initial_mean: What the running mean starts from.
-        initial_var: What the running variance starts from.
-    """
-
-    momentum: float | None
-    eps: float | None
-    unbiased: bool
-    initial_mean: float = 0.0
-    initial_var: float = 1.0
-
-
-CONVENTIONS: dict[str, Convention] = {
-    "pytorch": Convention(momentum=0.1, eps=1e-5, unbiased=True),
-    "keras": Convention(momentum=0.01, eps=1e-3, unbiased=False),
-    "tf_fused": Convention(momentum=0.01, eps=1e-3, unbiased=True),
-    "tf_ema": Convention(momentum=None, eps=None, unbiased=False, initial_var=0.0),
-    "flax": Convention(momentum=0.01, eps=1e-5, unbiased=False),
-}
-"""The named conventions: torch; Keras 3 and TensorFlow's layer on 2-D input; TensorFlow's fused kernel on 4-D input;
-``tf.nn.moments`` with ``tf.train.ExponentialMovingAverage``, whose averages start from zero; Flax NNX."""
-
+UpdateRule = Callable[[Any, Tensor, Tensor, int | Tensor], None]
 _BACKENDS = {"fast": batch_norm_fast, "reference": batch_norm_reference}
 
 
 class _ConventionBatchNorm(_TorchBatchNorm):
-    """What the layers of one, two and three dimensions share."""
+    """What the layers of one, two and three dimensions share.
+
+    Attributes:
+        normalize_by: ``mode``, as torch: the batch in training, the running statistics in evaluation; or always
+            ``batch`` or ``running``.
+        frozen: Whether the running statistics stay as they are in training, too.
+        update_rule: Called with the layer, the batch's mean, its biased variance and the number of values per channel
+            instead of :meth:`update_running_stats`, which it may call.
+        batch_of_one: What a batch of one value per channel does in training: ``raise``, ``running`` or ``skip``.
+
+    They are changed by the functions of :mod:`bnlightning.nn.statistics`.
+    """
 
     def __init__(
         self,
@@ -64,6 +47,8 @@ class _ConventionBatchNorm(_TorchBatchNorm):
         bias: bool = True,
         convention: str | Convention = "pytorch",
         backend: str = "fast",
+        sync: bool = False,
+        process_group: Any = None,
     ) -> None:
         check_choice("backend", backend, _BACKENDS)
         if not isinstance(convention, Convention):
@@ -71,10 +56,16 @@ class _ConventionBatchNorm(_TorchBatchNorm):
         named = CONVENTIONS[convention] if isinstance(convention, str) else convention
         self.convention = named
         self.backend = backend
+        self.sync = sync
+        self.process_group = process_group
+        self.normalize_by = "mode"
+        self.frozen = False
+        self.update_rule: UpdateRule | None = None
+        self.batch_of_one = "raise"
         super().__init__(
             num_features,
             _given("eps", eps, named.eps, convention),
-            momentum if momentum is None else _given("momentum", momentum, named.momentum, convention),
+            momentum if momentum is None else _momentum(momentum, named, convention),
             affine,
             track_running_stats,
             device=device,
@@ -96,37 +87,124 @@ class _ConventionBatchNorm(_TorchBatchNorm):
         As in torch, a layer without running statistics normalises by the batch's in evaluation too.
         """
         self._check_input_dim(input)
+        if self.convention.per_activation and input.dim() > 2:
+            return self._normalize(input.flatten(1)).view_as(input)
+        return self._normalize(input)
+
+    def _normalize(self, input: Tensor) -> Tensor:
         if input.shape[1] != self.num_features:
-            raise ValueError(
-                f"input of shape {tuple(input.shape)} has {input.shape[1]} channels: num_features={self.num_features}."
-            )
-        if not self.training and self.running_mean is not None and self.running_var is not None:
-            mean, var = self.running_mean, self.running_var
-            return F.batch_norm(input, mean, var, self.weight, self.bias, False, 0.0, self.eps)
-        if input.numel() == 0:
-            # There is nothing to normalise and nothing to learn the statistics from.
-            return F.batch_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
-        output, mean, var = _BACKENDS[self.backend](input, self.weight, self.bias, self.eps)
-        if self.training and self.track_running_stats and self.running_mean is not None:
-            self._update_running_stats(mean, var, n=input.numel() // input.shape[1])
+            raise ValueError(_channels_message(self, input))
+        n = input.numel() // max(self.num_features, 1)
+        tracked = self.track_running_stats and self.running_mean is not None
+        updates = tracked and self.training and not self.frozen
+        if self._normalizes_by_running():
+            return self._normalize_by_running(input, n if updates else 0)
+        synced = self.sync and self.training and world_size(self.process_group) > 1
+        if n < 2 and not synced and (n == 0 or self.batch_of_one != "raise"):
+            return self._normalize_too_few(input, n)
+        if updates and self.backend == "fast" and self.update_rule is None and not synced:
+            momentum = self._weight_of_next_batch()
+            if isinstance(momentum, float):
+                return self._normalize_and_average(input, momentum)
+        count: int | Tensor = n
+        if synced:
+            output, mean, var, count = batch_norm_sync(input, self.weight, self.bias, self.eps, self.process_group)
+        else:
+            output, mean, var = _BACKENDS[self.backend](input, self.weight, self.bias, self.eps)
+        if updates:
+            self._update(mean, var, count)
         return output
 
+    def _normalizes_by_running(self) -> bool:
+        if self.running_mean is None or self.normalize_by == "batch":
+            return False
+        return not self.training or self.normalize_by == "running"
+
+    def _normalize_by_running(self, input: Tensor, n: int = 0) -> Tensor:
+        """Normalise by the running statistics; with ``n`` values per channel, update them from the batch before."""
+        mean, var = self.running_mean, self.running_var
+        assert mean is not None and var is not None
+        if n > 1:
+            dims = [dim for dim in range(input.dim()) if dim != 1]
+            batch_var, batch_mean = torch.var_mean(input.detach().to(mean.dtype), dim=dims, correction=0)
+            self._update(batch_mean, batch_var, n)
+            # The next batch will change the buffers, perhaps before this one's backward pass.
+            mean, var = mean.clone(), var.clone()
+        elif self.convention.initial_var == 0 and not torch.compiler.is_compiling() and not var.any():
+            warnings.warn(_UNTRAINED, stacklevel=4)
+        return F.batch_norm(input, mean, var, self.weight, self.bias, False, 0.0, self.eps)
+
+    def _normalize_too_few(self, input: Tensor, n: int) -> Tensor:
+        """A batch with nothing in it, or with one value per channel, from which there is nothing to learn."""
+        if n == 0:
+            return F.batch_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
+        if self.batch_of_one == "running" and self.running_mean is not None:
+            return self._normalize_by_running(input)
+        zeros = torch.zeros(self.num_features, dtype=input.dtype, device=input.device)
+        return F.batch_norm(input, zeros, zeros + 1, self.weight, self.bias, False, 0.0, 0.0)
+
+    def _normalize_and_average(self, input: Tensor, momentum: float) -> Tensor:
+        mean, var, count = self.running_mean, self.running_var, self.num_batches_tracked
+        assert mean is not None and var is not None and count is not None
+        unbiased = self.convention.unbiased
+        output = batch_norm_averaging(input, mean, var, self.weight, self.bias, momentum, self.eps, unbiased)
+        count.add_(1)
+        return output
+
+    def _update(self, mean: Tensor, var: Tensor, n: int | Tensor) -> None:
+        if self.update_rule is not None:
+            self.update_rule(self, mean, var, n)
+        else:
+            self.update_running_stats(mean, var, n)
+
     @torch.no_grad()
-    def _update_running_stats(self, mean: Tensor, var: Tensor, n: int) -> None:
-        """One step of the running averages, from the batch's mean and biased variance over ``n`` values a channel."""
+    def update_running_stats(self, mean: Tensor, var: Tensor, n: int | Tensor) -> None:
+        """One step of the running averages.
+
+        Args:
+            mean: The batch's mean, shape ``(C,)``.
+            var: Its biased variance, shape ``(C,)``.
+            n: The number of values per channel that they are of. A tensor may be 0: then nothing changes, so that a
+                decision made on the device needs no wait for it.
+        """
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
+        weight = self._weight_of_next_batch()
+        if isinstance(n, Tensor):
+            seen = n > 0
+            mean = torch.where(seen, mean, self.running_mean)
+            var = torch.where(seen, var, self.running_var)
+            count = n.to(var.dtype)
+            bessel: float | Tensor = torch.where(seen, count / (count - 1).clamp(min=1), 1)
+            self.num_batches_tracked.add_(seen)
+        else:
+            bessel = n / (n - 1) if n > 1 else 1.0
+            self.num_batches_tracked.add_(1)
         if self.convention.unbiased:
-            var = var * (n / (n - 1))
+            var = var * bessel
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), weight)
+        self.running_var.lerp_(var.to(self.running_var.dtype), weight)
+
+    def _weight_of_next_batch(self) -> float | Tensor:
+        """The share of the next batch in the running statistics; a tensor where a number would mean a wait."""
+        if self.momentum is not None and (not self.convention.debias or self.momentum == 1):
+            return float(self.momentum)
+        assert self.running_mean is not None and self.num_batches_tracked is not None
+        if self.num_batches_tracked.is_cpu and not torch.compiler.is_compiling():
+            count = self.num_batches_tracked.item() + 1
+            return (
+                1 / count if self.momentum is None else self.momentum / -math.expm1(count * math.log1p(-self.momentum))
+            )
         dtype = self.running_mean.dtype
-        # A tensor and not its .item(): no wait for the device, and torch.compile keeps one graph.
-        weight = self.momentum if self.momentum is not None else (1.0 / self.num_batches_tracked).to(dtype)
-        self.running_mean.lerp_(mean.to(dtype), weight)
-        self.running_var.lerp_(var.to(dtype), weight)
+        counted = (self.num_batches_tracked + 1).to(torch.float64 if dtype == torch.float64 else torch.float32)
+        if self.momentum is None:
+            return counted.reciprocal().to(dtype)
+        # 1 - (1 - momentum)^k, which as a difference would lose its digits while it is small.
+        return (self.momentum / -torch.expm1(counted * math.log1p(-self.momentum))).to(dtype)
 
     def extra_repr(self) -> str:
-        """The arguments, as in torch, and the convention."""
-        return f"{super().extra_repr()}, convention={_name(self.convention)}, backend={self.backend!r}"
+        """The arguments, as in torch, and our own."""
+        sync = ", sync=True" if self.sync else ""
+        return f"{super().extra_repr()}, convention={convention_name(self.convention)}, backend={self.backend!r}{sync}"
 
 
 class BatchNorm1d(_ConventionBatchNorm, nn.BatchNorm1d):
@@ -134,10 +212,10 @@ class BatchNorm1d(_ConventionBatchNorm, nn.BatchNorm1d):
 
     A :class:`torch.nn.BatchNorm1d` with the same state_dict keys and, by default, the same numbers; see there for
     ``num_features``, ``affine``, ``track_running_stats`` and ``bias``. In training the statistics are those of the
-    batch on this process.
+    batch on this process, or with ``sync`` of the batches of all ranks.
 
     Args:
-        num_features: C.
+        num_features: C; all features of a sample (C·L) where the convention is per activation.
         eps: Added to the variance; by default the convention's.
         momentum: Weight of the new batch in the running statistics (torch's direction, 1 - TensorFlow's decay);
             ``None`` averages over all batches seen; by default the convention's.
@@ -146,13 +224,21 @@ class BatchNorm1d(_ConventionBatchNorm, nn.BatchNorm1d):
         device: Of parameters and buffers.
         dtype: Of parameters and buffers.
         bias: Whether to learn the shift (``False`` needs torch 2.15).
-        convention: A name among ``pytorch keras tf_fused tf_ema flax``, or a :class:`Convention`.
+        convention: A name among ``pytorch keras tf_fused tf_ema flax caffe from_scratch``, or a :class:`Convention`.
         backend: ``fast`` uses torch's kernels, ``reference`` the formulas and the hand-derived backward pass of
             :mod:`bnlightning.nn.functional`.
+        sync: Whether a training batch is taken together with those of the other ranks, by the formulas of
+            :mod:`bnlightning.nn.sync` for either backend. Every rank must then run the layer, an empty batch is
+            enough. Without other ranks it changes nothing.
+        process_group: The ranks to take together; by default all.
 
     Raises:
         ValueError: For an unknown convention or backend, a missing momentum or eps where the convention has none,
-            and in training for a channel with fewer than two values.
+            and in training for a channel with fewer than two values (see :func:`bnlightning.nn.batch_of_one`).
+
+    Warns:
+        UserWarning: For a momentum above 0.5, which often is TensorFlow's decay by mistake; and in evaluation with
+            running statistics that start from a variance of zero and that no batch has updated yet.
 
     Example:
         >>> layer = BatchNorm1d(30, momentum=0.5, eps=1e-3, convention="keras")
@@ -169,24 +255,33 @@ class BatchNorm3d(_ConventionBatchNorm, nn.BatchNorm3d):
     """As :class:`BatchNorm1d`, of ``(N, C, D, H, W)`` input."""
 
 
-@contextmanager
-def batch_statistics(module: nn.Module) -> Iterator[None]:
-    """Inside the context every batch norm layer of ``module`` normalises by the batch's statistics.
+_UNTRAINED = (
+    "Evaluation with running statistics that no batch has updated: their variance is 0, so every value is divided by "
+    "sqrt(eps) alone. Train first, load trained statistics, or evaluate with bnlightning.nn.batch_statistics(model)."
+)
 
-    For an evaluation in the manner of the first tutorials on batch normalisation, which have no train/test switch:
-    ``with batch_statistics(net.eval()): net(x)``. The running statistics are neither read nor changed, and they are
-    back afterwards, also after an exception. Works on torch's layers and on ours.
-    """
-    layers = [layer for layer in module.modules() if isinstance(layer, _TorchBatchNorm)]
-    kept = [(layer.running_mean, layer.running_var, layer.track_running_stats) for layer in layers]
-    try:
-        for layer in layers:
-            layer.running_mean = layer.running_var = None
-            layer.track_running_stats = False
-        yield
-    finally:
-        for layer, (mean, var, track) in zip(layers, kept, strict=True):
-            layer.running_mean, layer.running_var, layer.track_running_stats = mean, var, track
+
+def _channels_message(layer: _ConventionBatchNorm, input: Tensor) -> str:
+    shape, features = tuple(input.shape), layer.num_features
+    if layer.convention.per_activation:
+        return (
+            f"input has {shape[1]} features a sample, and num_features={features}: under a convention per activation "
+            f"give num_features={shape[1]}, the product of all dimensions but the batch's."
+        )
+    return f"input of shape {shape} has {shape[1]} channels: num_features={features}."
+
+
+def _momentum(value: Any, named: Convention, convention: str | Convention) -> float:
+    momentum = _given("momentum", value, named.momentum, convention)
+    if momentum > 1:
+        raise ValueError(f"momentum={momentum!r} is not possible: give the weight of the new batch, from 0 to 1.")
+    if momentum > 0.5:
+        warnings.warn(
+            f"momentum={momentum!r} gives the newest batch most of the weight: torch's momentum is the weight of the "
+            f"new value, TensorFlow's and Keras's that of the old one. Did you mean momentum={1 - momentum:.6g}?",
+            stacklevel=4,
+        )
+    return momentum
 
 
 def _given(name: str, value: Any, default: float | None, convention: str | Convention) -> float:
@@ -196,10 +291,4 @@ def _given(name: str, value: Any, default: float | None, convention: str | Conve
             f"{name}={value!r} is not possible: the convention {convention!r} has no default for it. Pass {name}=..."
         )
     check_number(name, value, at_least=0.0)
-    if name == "momentum" and value > 1:
-        raise ValueError(f"momentum={value!r} is not possible: give the weight of the new batch, from 0 to 1.")
     return value
-
-
-def _name(convention: Convention) -> str:
-    return next((repr(name) for name, known in CONVENTIONS.items() if known == convention), repr(convention))

@@ -46,16 +46,16 @@ class _BatchNorm(torch.autograd.Function):
     def forward(
         ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dims = _reduced_dims(input)
-        x = input.to(_statistics_dtype(input))
+        dims = reduced_dims(input)
+        x = input.to(statistics_dtype(input))
         mean, centred = _centre(x, x.mean(dim=dims))
         var = centred.square().mean(dim=dims)
         scale = (var + eps).rsqrt()
         if weight is not None:
             scale = scale * weight
-        output = centred * _over_channels(scale, x)
+        output = centred * over_channels(scale, x)
         if bias is not None:
-            output = output + _over_channels(bias, x)
+            output = output + over_channels(bias, x)
         ctx.save_for_backward(input, weight, mean, var)
         ctx.eps = eps
         ctx.mark_non_differentiable(mean, var)
@@ -67,19 +67,19 @@ class _BatchNorm(torch.autograd.Function):
         ctx: Any, grad_output: Tensor, _grad_mean: None, _grad_var: None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         input, weight, mean, var = ctx.saved_tensors
-        dims = _reduced_dims(input)
+        dims = reduced_dims(input)
         grad = grad_output.to(mean.dtype)
         invstd = (var + ctx.eps).rsqrt()
         _, centred = _centre(input.to(mean.dtype), mean)
-        normalised = centred * _over_channels(invstd, grad)
+        normalised = centred * over_channels(invstd, grad)
         grad_bias = grad.sum(dim=dims)
         grad_weight = (grad * normalised).sum(dim=dims)
         grad_input = None
         if ctx.needs_input_grad[0]:
             n = grad.numel() // grad.shape[1]
             scale = invstd if weight is None else invstd * weight
-            grad_input = grad - _over_channels(grad_bias / n, grad) - normalised * _over_channels(grad_weight / n, grad)
-            grad_input = (grad_input * _over_channels(scale, grad)).to(input.dtype)
+            grad_input = grad - over_channels(grad_bias / n, grad) - normalised * over_channels(grad_weight / n, grad)
+            grad_input = (grad_input * over_channels(scale, grad)).to(input.dtype)
         return (
             grad_input,
             grad_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None,
@@ -119,14 +119,51 @@ def batch_norm_fast(
     are the batch's statistics themselves (the variance unbiased), so any rule of averaging can follow.
     """
     n = _check_enough_values(input)
-    dtype = weight.dtype if weight is not None else _statistics_dtype(input)
-    mean = torch.empty(input.shape[1], dtype=dtype, device=input.device)
-    var = torch.empty_like(mean)
-    # A momentum of 1 multiplies the old value by 0, and 0 * NaN is NaN: uninitialised memory must not stay.
-    mean.zero_()
-    var.zero_()
+    dtype = weight.dtype if weight is not None else statistics_dtype(input)
+    # Zeros, because a momentum of 1 multiplies the old value by 0, and in uninitialised memory there may be a NaN.
+    mean = torch.zeros(input.shape[1], dtype=dtype, device=input.device)
+    var = torch.zeros_like(mean)
     output = F.batch_norm(input, mean, var, weight, bias, True, 1.0, eps)
     return output, mean, var * ((n - 1) / n)
+
+
+def batch_norm_averaging(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+    unbiased: bool,
+) -> Tensor:
+    """As :func:`batch_norm_fast`, and the same call averages the statistics, in place: the cheapest way.
+
+    torch's kernels average the unbiased variance. The biased one is ``(n - 1) / n`` times it, so an average of biased
+    variances is ``(n - 1) / n`` times an average of unbiased ones, of a running variance scaled likewise.
+
+    Args:
+        input: Shape ``(N, C)`` or ``(N, C, ...)``.
+        running_mean: Shape ``(C,)``; becomes ``(1 - momentum) * running_mean + momentum * mean``.
+        running_var: Shape ``(C,)``, likewise.
+        weight: Scale of shape ``(C,)``, or ``None`` for 1.
+        bias: Shift of shape ``(C,)``, or ``None`` for 0.
+        momentum: Weight of this batch.
+        eps: Added to the variance.
+        unbiased: Whether the running variance takes the unbiased variance of the batch or the biased one.
+
+    Raises:
+        ValueError: If a channel has fewer than two values.
+    """
+    n = _check_enough_values(input)
+    if unbiased:
+        return F.batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps)
+    # n / (n - 1) times, as a sum, which takes half the time of a product with a number; a tensor of this call's own,
+    # because autograd keeps what the kernel is given, and that must not be changed afterwards.
+    scaled = torch.add(running_var, running_var, alpha=1 / (n - 1))
+    output = F.batch_norm(input, running_mean, scaled, weight, bias, True, momentum, eps)
+    torch.sub(scaled, scaled, alpha=1 / n, out=running_var)
+    return output
 
 
 def _centre(x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,9 +171,9 @@ def _centre(x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
 
     At a mean of 1000 the rounding alone is 3e-5; what is left after subtracting it has a mean of its own.
     """
-    centred = x - _over_channels(mean, x)
-    remainder = centred.mean(dim=_reduced_dims(x))
-    return mean + remainder, centred - _over_channels(remainder, x)
+    centred = x - over_channels(mean, x)
+    remainder = centred.mean(dim=reduced_dims(x))
+    return mean + remainder, centred - over_channels(remainder, x)
 
 
 def _check_enough_values(input: Tensor) -> int:
@@ -145,19 +182,22 @@ def _check_enough_values(input: Tensor) -> int:
     if n < 2:
         raise ValueError(
             f"input of shape {tuple(input.shape)} has {n} value(s) per channel, and batch normalisation in training "
-            "needs at least 2: use a larger batch, drop the incomplete last batch, or call .eval()."
+            "needs at least 2: use a larger batch, drop the incomplete last batch, call .eval(), or choose another "
+            'policy with bnlightning.nn.batch_of_one(model, "running").'
         )
     return n
 
 
-def _statistics_dtype(input: Tensor) -> torch.dtype:
+def statistics_dtype(input: Tensor) -> torch.dtype:
+    """What statistics of ``input`` are computed in: its dtype, float32 for half precision."""
     return torch.float32 if input.dtype in (torch.float16, torch.bfloat16) else input.dtype
 
 
-def _reduced_dims(input: Tensor) -> list[int]:
+def reduced_dims(input: Tensor) -> list[int]:
+    """All dimensions but that of the channels."""
     return [dim for dim in range(input.dim()) if dim != 1]
 
 
-def _over_channels(values: Tensor, like: Tensor) -> Tensor:
+def over_channels(values: Tensor, like: Tensor) -> Tensor:
     """View ``(C,)`` as ``(1, C, 1, ...)``, to broadcast over ``like``."""
     return values.view(1, -1, *[1] * (like.dim() - 2))

@@ -80,6 +80,7 @@ def test_checkpoint_rebuilds_the_same_layers(norm, tmp_path):
 
 
 @pytest.mark.parametrize("statistics", ["running", "batch"])
+@pytest.mark.filterwarnings("ignore:Evaluation with running statistics that no batch has updated")
 def test_what_evaluation_normalises_by(statistics):
     model = LitRegressor(
         norm_options={"convention": "tf_ema", "eps": 1e-3, "momentum": 0.5}, eval_statistics=statistics
