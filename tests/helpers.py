@@ -1,7 +1,10 @@
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
+import torch.multiprocessing as mp
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing import event_accumulator
 
@@ -33,3 +36,19 @@ def read_events(directory: Path) -> event_accumulator.EventAccumulator:
 def scalar(events: event_accumulator.EventAccumulator, tag: str) -> dict[int, float]:
     """The values of a tag by step."""
     return {item.step: item.value for item in events.Scalars(tag)}
+
+
+def run_on_ranks(function: Callable[..., Any], world_size: int, directory: Path, *arguments: Any) -> list[Any]:
+    """What ``function(rank, *arguments)`` returns on each of several ranks: processes of their own, joined by gloo."""
+    mp.spawn(_run_on_rank, (world_size, directory, function, arguments), nprocs=world_size)
+    return [torch.load(directory / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+def _run_on_rank(
+    rank: int, world_size: int, directory: Path, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{directory / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
+    torch.save(function(rank, *arguments), directory / f"{rank}.pt")
+    torch.distributed.destroy_process_group()

@@ -11,6 +11,10 @@ from bnlightning.nn.networks import get_act_layer as get_act_layer
 from bnlightning.nn.networks import init_normal_ as init_normal_
 from bnlightning.nn.norm import NORM_LAYERS as NORM_LAYERS
 from bnlightning.nn.norm import get_norm_layer as get_norm_layer
+from bnlightning.nn.porting import from_caffe as from_caffe
+from bnlightning.nn.porting import from_keras as from_keras
+from bnlightning.nn.porting import to_caffe as to_caffe
+from bnlightning.nn.porting import to_keras as to_keras
 from bnlightning.nn.recompute import recompute_statistics as recompute_statistics
 from bnlightning.nn.statistics import StatisticsHandle as StatisticsHandle
 from bnlightning.nn.statistics import accumulate_statistics as accumulate_statistics

@@ -52,9 +52,9 @@ def merge_over_ranks(
     ``mean`` and ``var`` have shape ``(C,)``, and ``n``, one number for all channels, may be 0. One collective.
     """
     own = torch.cat([mean.double(), var.double(), torch.as_tensor(n, device=mean.device).double().view(1)])
-    gathered = own.new_empty(world_size(process_group), len(own))
+    gathered = own.new_empty(world_size(process_group) * len(own))
     dist.all_gather_into_tensor(gathered, own, group=process_group)
-    means, variances, counts = gathered.split([len(mean), len(mean), 1], dim=1)
+    means, variances, counts = gathered.view(-1, len(own)).split([len(mean), len(mean), 1], dim=1)
     total = counts.sum()
     shares = counts / total.clamp(min=1)
     mean = (shares * means).sum(dim=0)

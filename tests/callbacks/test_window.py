@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
+from helpers import run_on_ranks
 
 from bnlightning.callbacks._window import ActivationWindow, unit_dim
 
@@ -113,15 +113,13 @@ def test_other_dtypes_are_counted_in_float32(dtype):
     assert torch.equal(windows[0].bins, windows[1].bins) and torch.equal(windows[0].sums, windows[1].sums)
 
 
-def _reduce_on_rank(rank, world_size, path, parts, results):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world_size)
+def _reduce_on_rank(rank, parts):
     window = ActivationWindow([None, (-0.99, 0.99), None], CPU)
     for index, x in enumerate(parts[rank]):
         if x is not None:
             window.update(index, x)
     window.reduce()
-    torch.save((window.counts, window.bins, window.sums, window.extrema, window.fired), results[rank])
-    torch.distributed.destroy_process_group()
+    return window.counts, window.bins, window.sums, window.extrema, window.fired
 
 
 @pytest.mark.slow
@@ -132,13 +130,11 @@ def test_ranks_together_give_what_one_process_gives(world_size, tmp_path):
     parts = [[r, t, None] for r, t in zip(relu.tensor_split(world_size), tanh.tensor_split(world_size), strict=True)]
     only = normal(3, 2)
     parts[1][2] = only
-    results = [str(tmp_path / f"{rank}.pt") for rank in range(world_size)]
-    mp.spawn(_reduce_on_rank, (world_size, str(tmp_path / "store"), parts, results), nprocs=world_size)
+    results = run_on_ranks(_reduce_on_rank, world_size, tmp_path, parts)
     single = ActivationWindow([None, (-0.99, 0.99), None], CPU)
     for index, x in enumerate((relu, tanh, only)):
         single.update(index, x)
-    for result in results:
-        counts, bins, sums, extrema, fired = torch.load(result)
+    for counts, bins, sums, extrema, fired in results:
         assert torch.equal(counts, single.counts) and torch.equal(bins, single.bins)
         assert torch.equal(extrema, single.extrema)
         assert fired.keys() == single.fired.keys() and all(torch.equal(fired[key], single.fired[key]) for key in fired)
