@@ -14,7 +14,6 @@ import platform
 import statistics
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from itertools import accumulate
 from typing import Any
 
@@ -67,7 +66,7 @@ class ComposedBatchNorm(nn.Module):
 
 def ours(x: Tensor, convention: str, **options: Any) -> nn.Module:
     named = CONVENTIONS[convention]
-    num_features = x[0].numel() if getattr(named, "per_activation", False) else x.shape[1]
+    num_features = x[0].numel() if named.per_activation else x.shape[1]
     # Some conventions have no defaults of their own.
     given = {"momentum": 0.1, "eps": 1e-5}
     options |= {name: value for name, value in given.items() if getattr(named, name) is None}
@@ -85,9 +84,6 @@ def compiled(layer: nn.Module) -> nn.Module:
 def normalisations(x: Tensor) -> dict[str, nn.Module]:
     layers = {BASE: torchs(x)}
     layers |= {f"ours, {convention}": ours(x, convention) for convention in CONVENTIONS}
-    # The argument is newer than this benchmark.
-    with suppress(TypeError):
-        layers["ours, pytorch, sync=True, one process"] = ours(x, "pytorch", sync=True)
     return layers | {
         "reference, pytorch": ours(x, "pytorch", backend="reference"),
         "composed of autograd's operations": ComposedBatchNorm(x.shape[1]),

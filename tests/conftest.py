@@ -20,6 +20,7 @@ def _nothing_leaks() -> Iterator[None]:
     yield
     # The interpreter's own bookkeeping of what pytest runs, and what Lightning and torch announce to their children.
     ignored = {"PYTEST_CURRENT_TEST", "PL_GLOBAL_SEED", "PL_SEED_WORKERS", "TORCHINDUCTOR_CACHE_DIR"}
+    ignored.add("_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR")
     leaked = {key for key in os.environ.keys() | before.keys() if os.environ.get(key) != before.get(key)} - ignored
     for key in leaked:
         os.environ.pop(key)

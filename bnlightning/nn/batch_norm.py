@@ -279,7 +279,7 @@ def _momentum(value: Any, named: Convention, convention: str | Convention) -> fl
         warnings.warn(
             f"momentum={momentum!r} gives the newest batch most of the weight: torch's momentum is the weight of the "
             f"new value, TensorFlow's and Keras's that of the old one. Did you mean momentum={1 - momentum:.6g}?",
-            stacklevel=4,
+            stacklevel=3,
         )
     return momentum
 

@@ -45,9 +45,7 @@ def from_keras(variables: Mapping[str, Any]) -> dict[str, Tensor]:
         state[key] = _tensor(value)
     missing = [name for name in ("moving_mean", "moving_variance") if _KERAS_NAMES[name] not in state]
     if missing:
-        raise ValueError(
-            f"variables={list(variables)!r} lacks {' and '.join(missing)}: give all of the layer."
-        )
+        raise ValueError(f"variables={list(variables)!r} lacks {' and '.join(missing)}: give all of the layer.")
     return _complete(state)
 
 

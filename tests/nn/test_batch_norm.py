@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from bnlightning import BatchNorm1d, BatchNorm2d, BatchNorm3d, Convention
-from bnlightning.nn import CONVENTIONS, batch_statistics
+from bnlightning.nn import CONVENTIONS
 
 PAIRS = [
     (BatchNorm1d, nn.BatchNorm1d, (6, 4)),
@@ -198,36 +198,131 @@ def test_another_number_of_channels_is_refused(backend):
         BatchNorm1d(4, backend=backend)(torch.randn(8, 1))
 
 
-@pytest.mark.parametrize("layer", [BatchNorm1d(3), nn.BatchNorm1d(3), BatchNorm1d(3, track_running_stats=False)])
+@pytest.fixture(autouse=True)
+def _compile_afresh():
+    # torch.compile stops after eight variants of one function, which other tests may have used up.
+    torch.compiler.reset()
+
+
+OPTIONS = [
+    {"convention": "pytorch"},
+    {"convention": "keras"},
+    {"convention": "caffe"},
+    {"convention": "flax", "momentum": None},
+    {"convention": "keras", "backend": "reference"},
+    {"convention": "from_scratch", "affine": False},
+    {"track_running_stats": False},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("training", [True, False])
-def test_batch_statistics_reads_and_changes_no_running_statistics(layer, training):
-    layer = copy.deepcopy(layer).train(training)
-    x = torch.randn(16, 3) * 4 + 2
-    before = copy.deepcopy(layer.state_dict())
-    with batch_statistics(nn.Sequential(layer)):
-        output = layer(x)
-    torch.testing.assert_close(output.mean(0), torch.zeros(3), rtol=0, atol=1e-5)
-    torch.testing.assert_close(output.std(0, correction=0), torch.ones(3), rtol=0, atol=1e-4)
-    torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
-    assert layer.training is training
+def test_torch_compile_keeps_one_graph(options, training):
+    layer = BatchNorm1d(3, **options)
+    layer(torch.randn(8, 3))
+    layer.train(training)
+    twin = copy.deepcopy(layer)
+    x = torch.randn(8, 3)
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        out, want = compiled(a), twin(b)
+    torch.testing.assert_close(out, want)
+    out.sin().sum().backward()
+    want.sin().sum().backward()
+    torch.testing.assert_close(a.grad, b.grad)
+    torch.testing.assert_close(layer.state_dict(), twin.state_dict())
 
 
-def test_batch_statistics_is_undone_by_an_exception():
-    layer = BatchNorm1d(3)
-    running_mean = layer.running_mean
-    with pytest.raises(RuntimeError, match="stop"), batch_statistics(layer):
-        raise RuntimeError("stop")
-    assert layer.running_mean is running_mean and layer.track_running_stats
+@pytest.mark.slow
+@pytest.mark.parametrize("options", OPTIONS[:3], ids=str)
+def test_torch_compile_with_its_default_backend(options):
+    layer = BatchNorm2d(3, **options)
+    twin, x = copy.deepcopy(layer), torch.randn(4, 3, 5, 5)
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), twin(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer.state_dict(), twin.state_dict())
+
+
+@pytest.mark.parametrize("options", [option for option in OPTIONS if "backend" not in option], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_torch_export(options, training):
+    layer = BatchNorm1d(3, **options)
+    layer(torch.randn(8, 3))
+    layer.train(training)
+    twin, x = copy.deepcopy(layer), torch.randn(6, 3)
+    shapes = ({0: torch.export.Dim("n", min=2)},)
+    module = torch.export.export(layer, (torch.randn(4, 3),), dynamic_shapes=shapes).module()
+    torch.testing.assert_close(module(x), twin(x))
+    torch.testing.assert_close(dict(module.named_buffers()), dict(twin.named_buffers()))
+
+
+@pytest.mark.parametrize("options", [option for option in OPTIONS if "backend" not in option], ids=str)
+def test_can_be_differentiated_twice(options):
+    layer = BatchNorm1d(3, dtype=torch.float64, **options)
+    layer.running_var is None or layer.running_var.fill_(0.7)
+    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    inputs = (x, *layer.parameters())
+    assert torch.autograd.gradcheck(lambda x, *_: layer(x), inputs)
+    assert torch.autograd.gradgradcheck(lambda x, *_: layer(x), inputs)
+
+
+@pytest.mark.parametrize(("ours", "torchs", "shape"), PAIRS)
+def test_fast_is_torchs_own_call_bit_for_bit(ours, torchs, shape):
+    mine, theirs = ours(4), torchs(4)
+    for x in batches(shape):
+        assert torch.equal(mine(x), theirs(x))
+    assert all(torch.equal(mine.state_dict()[key], value) for key, value in theirs.state_dict().items())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_torch_compile_keeps_one_graph(backend):
-    layer = BatchNorm1d(3, backend=backend)
-    twin = copy.deepcopy(layer)
-    x = torch.randn(8, 3)
-    compiled = torch.compile(layer, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(x), twin(x))
-    torch.testing.assert_close(layer.state_dict(), twin.state_dict())
+@pytest.mark.parametrize("convention", ["pytorch", "keras", "caffe"])
+@pytest.mark.parametrize("layout", ["channels_last", "transposed", "strided", "expanded"])
+def test_any_memory_layout(backend, convention, layout):
+    x = batches((4, 6, 5, 8))[1].double()
+    data = {
+        "channels_last": lambda: x.contiguous(memory_format=torch.channels_last),
+        "transposed": lambda: x.transpose(2, 3).contiguous().transpose(2, 3),
+        "strided": lambda: torch.stack([x, -x], dim=-1)[..., 0],
+        "expanded": lambda: x[:1].expand(4, 6, 5, 8),
+    }[layout]()
+    mine, plain = (BatchNorm2d(6, convention=convention, backend=backend, dtype=torch.float64) for _ in range(2))
+    a, b = data.detach().requires_grad_(), data.clone(memory_format=torch.contiguous_format).requires_grad_()
+    out, want = mine(a), plain(b)
+    (out * out.sin()).sum().backward()
+    (want * want.sin()).sum().backward()
+    torch.testing.assert_close(out, want)
+    torch.testing.assert_close(a.grad, b.grad)
+    torch.testing.assert_close(mine.state_dict(), plain.state_dict())
+    if layout == "channels_last":
+        assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("convention", ["pytorch", "keras", "caffe"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_keeps_float32_statistics(backend, convention, dtype):
+    torch.manual_seed(0)
+    linear, layer = nn.Linear(5, 4), BatchNorm1d(4, convention=convention, backend=backend)
+    x = torch.randn(64, 5)
+    with torch.autocast("cpu", dtype):
+        hidden = linear(x)
+        output = layer(hidden)
+        output.float().square().sum().backward()
+    assert hidden.dtype == dtype and layer.running_mean.dtype == layer.weight.grad.dtype == torch.float32
+    exact = BatchNorm1d(4, convention=convention, dtype=torch.float64)
+    want = exact(hidden.detach().double())
+    torch.testing.assert_close(output.double(), want, rtol=0, atol=0.05)
+    # Far closer than half precision could hold them.
+    torch.testing.assert_close(layer.state_dict(), exact.state_dict(), rtol=2e-6, atol=1e-6, check_dtype=False)
+
+
+@pytest.mark.parametrize("momentum", [0.51, 0.9, 1.0, 0.99])
+def test_a_momentum_that_looks_like_tensorflows_warns(momentum):
+    with pytest.warns(UserWarning, match=rf"momentum={momentum}.*Did you mean momentum={1 - momentum:.6g}\?") as record:
+        BatchNorm1d(2, momentum=momentum)
+    # It points at the user's own line.
+    assert record[0].filename == __file__
+    BatchNorm1d(2, momentum=0.5)
 
 
 def test_repr_names_the_convention():

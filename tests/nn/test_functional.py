@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bnlightning.nn.functional import batch_norm_fast, batch_norm_reference
+from bnlightning.nn.functional import batch_norm_averaging, batch_norm_fast, batch_norm_reference
 
 SHAPES = [(2, 3), (8, 5), (10, 30), (4, 3, 7), (3, 2, 4, 5), (2, 3, 2, 3, 2)]
 BACKENDS = [batch_norm_reference, batch_norm_fast]
@@ -100,13 +100,59 @@ def test_half_precision_keeps_float32_statistics(batch_norm, dtype):
     torch.testing.assert_close(var.double(), exact.var(0, correction=0), rtol=1e-5, atol=0)
 
 
-def test_reference_is_accurate_where_the_mean_is_large():
-    x, _, _ = inputs((200, 30), torch.float32, mean=1e3)
-    exact = x.detach().double()
-    output, _, var = batch_norm_reference(x, None, None, 1e-5)
-    want = (exact - exact.mean(0)) / (exact.var(0, correction=0) + 1e-5).sqrt()
-    torch.testing.assert_close(var.double(), exact.var(0, correction=0), rtol=1e-6, atol=0)
-    assert (output.double() - want).abs().max() < 1e-6
+def relative_errors(batch_norm, x):
+    """The largest error in variance (by channel), output and gradients, relative to the largest true value."""
+    weight, bias = torch.linspace(0.5, 2, x.shape[1]), torch.linspace(-1, 1, x.shape[1])
+    upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(7))
+    results = []
+    for dtype, function in ((torch.float32, batch_norm), (torch.float64, batch_norm_reference)):
+        inputs = [t.to(dtype).requires_grad_() for t in (x.detach(), weight, bias)]
+        output, _, var = function(*inputs, 1e-5)
+        gradients = torch.autograd.grad(output, inputs, upstream.to(dtype))
+        results.append([t.double() for t in (output, *gradients, var)])
+    *got, var = results[0]
+    *want, true_var = results[1]
+    errors = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(got, want, strict=True)]
+    return dict(
+        zip(["y", "dx", "dw", "db", "var"], [*errors, ((var - true_var) / true_var).abs().max().item()], strict=True)
+    )
+
+
+@pytest.mark.parametrize("mean", [0.0, 10.0, 1e3, 1e4])
+@pytest.mark.parametrize("std", [1.0, 0.01])
+@pytest.mark.parametrize("layout", ["(200, 300)", "(16, 8, 14, 14)", "channels_last"])
+def test_reference_is_accurate_wherever_the_mean_is(mean, std, layout):
+    shape = (200, 300) if layout == "(200, 300)" else (16, 8, 14, 14)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * std + mean
+    x = x.float().contiguous(memory_format=torch.channels_last if "last" in layout else torch.contiguous_format)
+    errors = relative_errors(batch_norm_reference, x)
+    assert errors["var"] <= 1e-6 and errors["y"] <= 1e-6 and errors["dx"] <= 1e-6
+    assert errors["dw"] <= 2e-6 and errors["db"] <= 2e-6
+
+
+@pytest.mark.parametrize("shape", [(200, 300), (64, 16, 28, 28)])
+def test_fast_is_as_accurate_as_torchs_kernels(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    errors = relative_errors(batch_norm_fast, x)
+    assert all(errors[name] <= 1e-6 for name in ("var", "y", "dx")) and max(errors["dw"], errors["db"]) <= 2e-6
+    # Their output is a folded a·x + b, in which the digits of a large mean are lost; the variance is not.
+    errors = relative_errors(batch_norm_fast, x + 1e3)
+    assert errors["var"] <= 2e-6 and errors["y"] <= 1e-3
+
+
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_averaging_in_the_kernel(unbiased):
+    x, weight, bias = inputs((7, 3, 4))
+    mean, var = torch.tensor([1.0, 2.0, 3.0]).double(), torch.tensor([4.0, 5.0, 6.0]).double()
+    running_mean, running_var = mean.clone(), var.clone()
+    output = batch_norm_averaging(x, running_mean, running_var, weight, bias, 0.3, 1e-3, unbiased)
+    torch.testing.assert_close(output, batch_norm_reference(x, weight, bias, 1e-3)[0])
+    values = x.detach().numpy().transpose(1, 0, 2).reshape(3, -1)
+    np.testing.assert_allclose(running_mean.numpy(), 0.7 * mean.numpy() + 0.3 * values.mean(axis=1))
+    np.testing.assert_allclose(running_var.numpy(), 0.7 * var.numpy() + 0.3 * values.var(axis=1, ddof=int(unbiased)))
+    assert torch.autograd.gradcheck(
+        lambda x: batch_norm_averaging(x, mean.clone(), var.clone(), None, None, 0.3, 1e-3, unbiased), x
+    )
 
 
 @pytest.mark.parametrize("batch_norm", BACKENDS)
