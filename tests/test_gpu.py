@@ -2,7 +2,8 @@ import pytest
 import torch
 from helpers import quiet_trainer, read_events, scalar
 
-from bnlightning import ActivationMonitor, BatchNorm1d, LitRegressor, SyntheticRegressionDataModule
+from bnlightning import ActivationMonitor, BatchNorm1d, BatchNorm2d, LitRegressor, SyntheticRegressionDataModule
+from bnlightning.nn import CONVENTIONS, skip_nonfinite_batches
 
 pytestmark = [
     pytest.mark.gpu,
@@ -11,19 +12,46 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("backend", ["fast", "reference"])
-def test_layer_gives_on_the_gpu_what_it_gives_on_the_cpu(backend):
-    cpu, gpu = (
-        BatchNorm1d(30, convention="keras", backend=backend),
-        BatchNorm1d(30, convention="keras", backend=backend),
-    )
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_layer_gives_on_the_gpu_what_it_gives_on_the_cpu(backend, convention):
+    cpu, gpu = (BatchNorm1d(30, eps=1e-3, momentum=0.3, convention=convention, backend=backend) for _ in range(2))
     gpu.cuda()
-    x = torch.randn(200, 30, generator=torch.Generator().manual_seed(0)) * 3 + 10
-    a, b = x.clone().requires_grad_(), x.cuda().requires_grad_()
-    torch.testing.assert_close(gpu(b).cpu(), cpu(a), rtol=1e-4, atol=1e-4)
-    cpu(a).sin().sum().backward()
-    gpu(b).sin().sum().backward()
-    torch.testing.assert_close(b.grad.cpu(), a.grad, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(gpu.running_var.cpu(), cpu.running_var, rtol=1e-4, atol=1e-5)
+    for step in range(3):
+        x = torch.randn(200, 30, generator=torch.Generator().manual_seed(step)) * 3 + 10
+        a, b = x.clone().requires_grad_(), x.cuda().requires_grad_()
+        torch.testing.assert_close(gpu(b).cpu(), cpu(a), rtol=1e-4, atol=1e-4)
+        cpu(a).sin().sum().backward()
+        gpu(b).sin().sum().backward()
+        torch.testing.assert_close(b.grad.cpu(), a.grad, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(gpu.cpu().state_dict(), cpu.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"convention": "keras"}, {"convention": "caffe"}, {"momentum": None}], ids=str)
+def test_a_training_step_never_waits_for_the_gpu(options):
+    layer = BatchNorm2d(8, **options).cuda()
+    skip_nonfinite_batches(layer)
+    x = torch.randn(4, 8, 5, 5, device="cuda", requires_grad=True)
+    layer(x).sum().backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer(x).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_autocast_and_channels_last(dtype, layout):
+    conv = torch.nn.Conv2d(3, 8, 3).cuda().to(memory_format=layout)
+    layer, exact = BatchNorm2d(8, convention="keras").cuda(), BatchNorm2d(8, convention="keras").double()
+    x = torch.randn(4, 3, 16, 16, device="cuda").contiguous(memory_format=layout)
+    with torch.autocast("cuda", dtype):
+        hidden = conv(x)
+        output = layer(hidden)
+    assert output.dtype == dtype and output.is_contiguous(memory_format=layout)
+    want = exact(hidden.detach().cpu().double())
+    torch.testing.assert_close(output.cpu().double(), want, rtol=0, atol=0.05)
+    torch.testing.assert_close(layer.cpu().state_dict(), exact.state_dict(), rtol=1e-4, atol=1e-5, check_dtype=False)
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")

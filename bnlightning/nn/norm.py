@@ -17,6 +17,8 @@ NORM_LAYERS: dict[str, Callable[..., nn.Module]] = {
 """``none``: the identity, so that the module paths of a network do not depend on its normalisation; ``custom``: ours;
 ``torch``: torch's."""
 
+_OURS_ALONE = ("convention", "backend", "sync", "process_group")
+
 
 def get_norm_layer(norm: str, **options: Any) -> Callable[[int], nn.Module]:
     """The constructor of a normalisation layer, to be called with the number of features.
@@ -24,14 +26,15 @@ def get_norm_layer(norm: str, **options: Any) -> Callable[[int], nn.Module]:
     Args:
         norm: A key of :data:`NORM_LAYERS`.
         **options: Keyword arguments of the layer. So that one set of options serves every choice, ``none`` leaves all
-            of them aside and ``torch`` the two that choose among variants of our layer, ``convention`` and ``backend``.
+            of them aside and ``torch`` those that only our layer has: ``convention``, ``backend``, ``sync``,
+            ``process_group``.
 
     Raises:
         ValueError: For an unknown name, or for options that the layer does not know.
     """
     check_choice("norm", norm, NORM_LAYERS)
     if norm == "torch":
-        options = {name: value for name, value in options.items() if name not in ("convention", "backend")}
+        options = {name: value for name, value in options.items() if name not in _OURS_ALONE}
     layer = partial(NORM_LAYERS[norm], **options)
     try:
         layer(1)
