@@ -12,12 +12,19 @@ from torch.nn.modules.batchnorm import _BatchNorm as _TorchBatchNorm
 
 from bnlightning._check import check_choice, check_number
 from bnlightning.nn.convention import CONVENTIONS, Convention, convention_name
-from bnlightning.nn.functional import batch_norm_averaging, batch_norm_fast, batch_norm_reference
+from bnlightning.nn.functional import (
+    batch_norm_averaging,
+    batch_norm_fast,
+    batch_norm_inference_fast,
+    batch_norm_inference_reference,
+    batch_norm_reference,
+)
 from bnlightning.nn.moments import world_size
 from bnlightning.nn.sync import batch_norm_sync
 
 UpdateRule = Callable[[Any, Tensor, Tensor, int | Tensor], None]
 _BACKENDS = {"fast": batch_norm_fast, "reference": batch_norm_reference}
+_INFERENCE_BACKENDS = {"fast": batch_norm_inference_fast, "reference": batch_norm_inference_reference}
 
 
 class _ConventionBatchNorm(_TorchBatchNorm):
@@ -132,7 +139,7 @@ class _ConventionBatchNorm(_TorchBatchNorm):
             mean, var = mean.clone(), var.clone()
         elif self.convention.initial_var == 0 and not torch.compiler.is_compiling() and not var.any():
             warnings.warn(_UNTRAINED, stacklevel=4)
-        return F.batch_norm(input, mean, var, self.weight, self.bias, False, 0.0, self.eps)
+        return _INFERENCE_BACKENDS[self.backend](input, mean, var, self.weight, self.bias, self.eps)
 
     def _normalize_too_few(self, input: Tensor, n: int) -> Tensor:
         """A batch with nothing in it, or with one value per channel, from which there is nothing to learn."""

@@ -1,6 +1,6 @@
 r"""Batch normalisation as functions: the formulas derived by hand, and the same through torch's kernels.
 
-Both functions take ``input`` of shape ``(N, C)`` or ``(N, C, ...)`` and normalise every channel :math:`c` over its
+The functions take ``input`` of shape ``(N, C)`` or ``(N, C, ...)`` and normalise every channel :math:`c` over its
 :math:`n` values, the batch and all trailing dimensions:
 
 .. math::
@@ -164,6 +164,43 @@ def batch_norm_averaging(
     output = F.batch_norm(input, running_mean, scaled, weight, bias, True, momentum, eps)
     torch.sub(scaled, scaled, alpha=1 / n, out=running_var)
     return output
+
+
+def batch_norm_inference_reference(
+    input: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    r"""Normalise by given statistics, which makes of every channel one linear map:
+
+    .. math::
+        y_i = a x_i + (\beta - \mu a) \qquad a = \frac{\gamma}{\sqrt{\sigma^2 + \epsilon}}
+
+    The order of the operations, each rounded by itself, is that of TensorFlow's ``tf.nn.batch_normalization``, so that
+    float32 ends at its last digit, too; torch's kernels fuse the multiplication and the addition.
+
+    Args:
+        input: Shape ``(N, C)`` or ``(N, C, ...)``, any floating dtype; half precision is computed in float32.
+        mean: Shape ``(C,)``.
+        var: Variance of shape ``(C,)``.
+        weight: Scale of shape ``(C,)``, or ``None`` for 1.
+        bias: Shift of shape ``(C,)``, or ``None`` for 0.
+        eps: Added to the variance.
+
+    Returns:
+        The output, with the shape and dtype of ``input``. It can be differentiated, also twice.
+    """
+    x = input.to(statistics_dtype(input))
+    scale = (var + eps).rsqrt()
+    if weight is not None:
+        scale = scale * weight
+    shift = -mean * scale if bias is None else bias - mean * scale
+    return (x * over_channels(scale, x) + over_channels(shift, x)).to(input.dtype)
+
+
+def batch_norm_inference_fast(
+    input: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """The same as :func:`batch_norm_inference_reference`, by torch's own kernels."""
+    return F.batch_norm(input, mean, var, weight, bias, False, 0.0, eps)
 
 
 def _centre(x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:

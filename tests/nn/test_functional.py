@@ -3,7 +3,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from bnlightning.nn.functional import batch_norm_averaging, batch_norm_fast, batch_norm_reference
+from bnlightning.nn.functional import (
+    batch_norm_averaging,
+    batch_norm_fast,
+    batch_norm_inference_fast,
+    batch_norm_inference_reference,
+    batch_norm_reference,
+)
 
 SHAPES = [(2, 3), (8, 5), (10, 30), (4, 3, 7), (3, 2, 4, 5), (2, 3, 2, 3, 2)]
 BACKENDS = [batch_norm_reference, batch_norm_fast]
@@ -159,3 +165,43 @@ def test_averaging_in_the_kernel(unbiased):
 def test_one_value_per_channel_is_refused(batch_norm):
     with pytest.raises(ValueError, match=r"shape \(1, 3\) has 1 value.*larger batch"):
         batch_norm(torch.ones(1, 3), None, None, 1e-5)
+
+
+def running(channels, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    mean, var = torch.randn(channels, generator=generator), torch.rand(channels, generator=generator) + 0.1
+    return mean.to(dtype), var.to(dtype)
+
+
+@pytest.mark.parametrize("inference", [batch_norm_inference_reference, batch_norm_inference_fast])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("affine", [True, False])
+def test_inference_agrees_with_float64_numpy(inference, shape, affine):
+    x, weight, bias = inputs(shape)
+    mean, var = running(shape[1])
+    output = inference(x, mean, var, weight if affine else None, bias if affine else None, 1e-3)
+    want = np.empty(shape)
+    for c in range(shape[1]):
+        scale, shift = (weight[c].item(), bias[c].item()) if affine else (1.0, 0.0)
+        normal = (x[:, c].detach().numpy() - mean[c].item()) / np.sqrt(var[c].item() + 1e-3)
+        want[:, c] = scale * normal + shift
+    np.testing.assert_allclose(output.detach().numpy(), want, rtol=1e-10, atol=1e-11)
+
+
+def test_reference_inference_rounds_as_tensorflow_does():
+    x, weight, bias = inputs((1000, 3), torch.float32)
+    mean, var = running(3, torch.float32)
+    output = batch_norm_inference_reference(x, mean, var, weight, bias, 1e-3).detach().numpy()
+    x, weight, bias, mean, var = (t.detach().numpy() for t in (x, weight, bias, mean, var))
+    scale = np.float32(1) / np.sqrt(var + np.float32(1e-3)) * weight
+    np.testing.assert_array_equal(output, x * scale + (bias - mean * scale))
+
+
+def test_reference_inference_has_the_right_gradients_and_keeps_the_dtype():
+    x, weight, bias = inputs((4, 3, 5))
+    mean, var = running(3)
+    arguments = (x, mean.requires_grad_(), var.requires_grad_(), weight, bias)
+    assert torch.autograd.gradcheck(lambda *a: batch_norm_inference_reference(*a, 1e-3), arguments)
+    half = batch_norm_inference_reference(x.bfloat16(), mean.float(), var.float(), weight.float(), bias.float(), 1e-3)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.double(), batch_norm_inference_reference(*arguments, 1e-3), rtol=2e-2, atol=2e-2)
