@@ -4,9 +4,9 @@ from importlib import metadata
 
 from bnlightning._comparison import Comparison, compare_runs
 from bnlightning._conf import CONF_DIR
-from bnlightning.callbacks import ActivationMonitor, PredictionMonitor, TrainingProgressBar
-from bnlightning.data import SyntheticRegressionDataModule
-from bnlightning.models import LitRegressor
+from bnlightning.callbacks import ActivationMonitor, PredictionMonitor, PublishedValues, TrainingProgressBar
+from bnlightning.data import PointsDataModule, SyntheticRegressionDataModule
+from bnlightning.models import LitMovingAverage, LitRegressor
 from bnlightning.nn import MLP, BatchNorm1d, BatchNorm2d, BatchNorm3d, Convention
 
 __version__ = metadata.version("bnlightning")
@@ -20,8 +20,11 @@ __all__ = [
     "BatchNorm3d",
     "Comparison",
     "Convention",
+    "LitMovingAverage",
     "LitRegressor",
+    "PointsDataModule",
     "PredictionMonitor",
+    "PublishedValues",
     "SyntheticRegressionDataModule",
     "TrainingProgressBar",
     "compare_runs",

@@ -4,3 +4,4 @@ from bnlightning.callbacks.activation_monitor import ActivationMonitor as Activa
 from bnlightning.callbacks.activation_monitor import saturation_limits as saturation_limits
 from bnlightning.callbacks.prediction_monitor import PredictionMonitor as PredictionMonitor
 from bnlightning.callbacks.progress_bar import TrainingProgressBar as TrainingProgressBar
+from bnlightning.callbacks.published_values import PublishedValues as PublishedValues

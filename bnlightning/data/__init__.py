@@ -1,4 +1,5 @@
 """LightningDataModules."""
 
 from bnlightning.data.batches import TensorBatches as TensorBatches
+from bnlightning.data.points import PointsDataModule as PointsDataModule
 from bnlightning.data.synthetic import SyntheticRegressionDataModule as SyntheticRegressionDataModule

@@ -5,6 +5,12 @@ from collections.abc import Iterator
 from torch import Tensor
 
 
+def smallest_batch(num_samples: int, batch_size: int, world_size: int) -> int:
+    """Samples of the smallest batch on any rank, of those that :class:`TensorBatches` makes."""
+    step = batch_size * world_size
+    return min(batch_size, (num_samples % step or step) // world_size, num_samples)
+
+
 class TensorBatches:
     """Consecutive batches of tensors, divided among the ranks without repeating or dropping a sample.
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from bnlightning._check import check_integer, check_number
-from bnlightning.data.batches import TensorBatches
+from bnlightning.data.batches import TensorBatches, smallest_batch
 
 
 class SyntheticRegressionDataModule(lightning.LightningDataModule):
@@ -56,14 +56,14 @@ class SyntheticRegressionDataModule(lightning.LightningDataModule):
         if batch_size is not None:
             check_integer("batch_size", batch_size, at_least=1)
         self.save_hyperparameters()
+        self.num_points = num_points
         self.batch_size = batch_size if batch_size is not None else num_points
 
     @property
     def smallest_batch(self) -> int:
         """Points of the smallest training batch on any rank."""
         world_size = self.trainer.world_size if self.trainer is not None else 1
-        num_points, step = self.hparams["num_points"], self.batch_size * world_size
-        return min(self.batch_size, (num_points % step or step) // world_size, num_points)
+        return smallest_batch(self.num_points, self.batch_size, world_size)
 
     def target(self, x: Any) -> Any:
         """The noiseless y for a float64 numpy array of x; the place to override for another curve."""

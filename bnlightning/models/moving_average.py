@@ -1,0 +1,144 @@
+"""One hidden unit, to see what a training step does to a batch normalisation's moving averages."""
+
+import math
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bnlightning._check import check_number
+from bnlightning.models._regression import RegressionSteps
+from bnlightning.nn import get_norm_layer
+
+_MAX_POINTS = 8
+
+
+class LitMovingAverage(RegressionSteps):
+    """A net of one hidden unit that learns y from x by Adam: linear, norm, relu, linear, norm; no biases.
+
+    Small enough that every number in it can be printed. Its modules are ``net.linear1 norm1 act1 output output_norm``.
+    Every argument is a plain value, so that ``load_from_checkpoint`` rebuilds the same layers.
+
+    Args:
+        norm: The normalisation: ``none``, ``custom`` (ours) or ``torch``.
+        norm_options: Keyword arguments of the normalisation layer, e.g. ``{"eps": 1e-3, "momentum": 0.5}``.
+        hidden_weight: Initial weight of the hidden unit.
+        output_weight: Initial weight of the output.
+        learning_rate: Adam's.
+        adam_eps: Adam's epsilon, which torch adds after the bias correction and TensorFlow before it. The default
+            makes torch's first step TensorFlow's with its epsilon of 1e-8.
+
+    Shape:
+        Batches ``(x, y)`` of ``(N, 1)`` each, the network's dtype.
+
+    Batch normalisation takes the statistics of each rank's own part of a batch.
+
+    Logs:
+        ``train/loss`` and ``val/loss``: as :class:`~bnlightning.LitRegressor`. In a test, which should be one batch:
+        ``test/hidden_weight``;
+        ``test/hidden_output_x<x>``, ``test/norm_output_x<x>``, ``test/act_output_x<x>``: what the hidden layer's linear
+        map, normalisation and relu put out for each of the batch's first eight points, named by their x;
+        ``test/moving_mean``, ``test/moving_var``, ``test/scale``, ``test/shift``: of the hidden layer's normalisation;
+        ``test/note``, as text: how the last training step came to the moving variance.
+
+    Raises:
+        ValueError: If an argument is out of range or a name is not known; the message says which and what would do.
+            In :meth:`check_data`, for batches of one point with batch normalisation.
+    """
+
+    def __init__(
+        self,
+        norm: str = "custom",
+        norm_options: dict[str, Any] | None = None,
+        hidden_weight: float = 1.4059723615646362,
+        output_weight: float = 0.128598,
+        learning_rate: float = 1e-3,
+        adam_eps: float = 1e-8 / math.sqrt(1 - 0.999),
+    ) -> None:
+        super().__init__()
+        check_number("hidden_weight", hidden_weight)
+        check_number("output_weight", output_weight)
+        check_number("learning_rate", learning_rate, above=0.0)
+        check_number("adam_eps", adam_eps, at_least=0.0)
+        self.save_hyperparameters()
+        norm_layer = get_norm_layer(norm, **norm_options or {})
+        linear, output = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+        nn.init.constant_(linear.weight, hidden_weight)
+        nn.init.constant_(output.weight, output_weight)
+        self.net = nn.Sequential(
+            OrderedDict(linear1=linear, norm1=norm_layer(1), act1=nn.ReLU(), output=output, output_norm=norm_layer(1))
+        )
+        # The moving variance before the last training step, and what the hidden layer's linear map put out in it.
+        self._update: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def _hidden_weight(self) -> Tensor:
+        return self.net.get_parameter("linear1.weight")
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """The mean squared error of one batch."""
+        norm = self.net.norm1
+        if isinstance(norm, nn.BatchNorm1d) and norm.running_var is not None:
+            # As a function and not as the module, which monitors would see twice.
+            self._update = norm.running_var.clone(), F.linear(batch[0], self._hidden_weight).detach()
+        return super().training_step(batch, batch_idx)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Log every number of the hidden layer."""
+        x, _ = batch
+        values: dict[str, Tensor | None] = {"hidden_weight": self._hidden_weight}
+        output = x
+        labels = {"linear1": "hidden", "norm1": "norm", "act1": "act"}
+        for name, label in labels.items():
+            output = self.net.get_submodule(name)(output)
+            for point, value in zip(x[:_MAX_POINTS], output[:_MAX_POINTS], strict=True):
+                values[f"{label}_output_x{point.item():g}"] = value
+        norm = self.net.norm1
+        if isinstance(norm, nn.BatchNorm1d):
+            statistics = {"moving_mean": norm.running_mean, "moving_var": norm.running_var}
+            values |= statistics | {"scale": norm.weight, "shift": norm.bias}
+        # Each weighs 1: a weight of more would be a rounding more.
+        self.log_dict(
+            {f"test/{name}": value.squeeze() for name, value in values.items() if value is not None}, batch_size=1
+        )
+
+    @rank_zero_only
+    def on_test_end(self) -> None:
+        """Write the note."""
+        note = self._note()
+        for logger in self.loggers if note else ():
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text("test/note", note, global_step=self.global_step)
+
+    def _note(self) -> str:
+        """How the moving variance came about, from the numbers themselves and not from the layer's convention."""
+        norm = self.net.norm1
+        if self._update is None or not isinstance(norm, nn.BatchNorm1d) or norm.running_var is None:
+            return ""
+        old, new = self._update[0].item(), norm.running_var.item()
+        momentum = norm.momentum if norm.momentum is not None else 1 / norm.get_buffer("num_batches_tracked").item()
+        n = len(self._update[1])
+        biased, unbiased = (self._update[1].double().var(correction=correction).item() for correction in (0, 1))
+        sums = {var: (1 - momentum) * old + momentum * var for var in (biased, unbiased)}
+        var = min(sums, key=lambda var: abs(sums[var] - new))
+        divisor = (
+            f"biased variance (divided by n = {n})" if var == biased else f"unbiased variance (by n - 1 = {n - 1})"
+        )
+        note = (
+            f"moving variance {new:.7g} = {1 - momentum:g} * {old:.7g} before the step "
+            f"+ {momentum:g} * {var:.7g}, the batch's {divisor}."
+        )
+        if var == unbiased:
+            note += f" Training normalises by the biased one, {biased:.7g}, all the same: only evaluation differs."
+        options = self.hparams["norm_options"] or {}
+        if self.hparams["norm"] == "torch" and options.get("convention", "pytorch") != "pytorch":
+            note += f" torch's layer has one convention: {options['convention']!r} is left aside."
+        return note
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Adam."""
+        return torch.optim.Adam(self.parameters(), lr=self.hparams["learning_rate"], eps=self.hparams["adam_eps"])
