@@ -7,17 +7,19 @@ import csv
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bnlightning._figure import draw
-from bnlightning._runs import COMPARISON_SUFFIX, Run, find_runs, quartiles, read_run
+from bnlightning._runs import COMPARISON_SUFFIX, Run, digits, find_runs, measured_in_tests, quartiles, read_run
 
 COLUMNS = ("variant", "seeds", "final cost", "dead", "saturated", "non-finite", "first non-finite", "seconds")
+METRIC = "test metric"
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,11 @@ class Comparison:
             over the seeds (without an evaluation ``health/act_*``, of training batches); ``first non-finite``: the
             earliest step seen, after so many training steps, and the module; ``seconds``: a run's time from its first
             to its last event, median over the seeds.
-        notes: What the table says, in sentences.
+        notes: What the tables say, in sentences.
+        results: One mapping from column to text a metric that the runs' tests logged as ``test/<metric>``:
+            ``test metric``, its name; ``published``, where :class:`~bnlightning.PublishedValues` logged some; each
+            variant's value, with several seeds the median and the quartiles. All digits of a float32, up to the eighth
+            behind the point.
         figure: The path of ``comparison.png``.
     """
 
@@ -40,28 +46,28 @@ class Comparison:
     runs: list[Run]
     rows: list[dict[str, str]]
     notes: list[str]
+    results: list[dict[str, str]]
     figure: Path
 
     @property
     def markdown(self) -> str:
-        """The table and the notes in Markdown."""
-        lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-        lines += ["| " + " | ".join(row[column] for column in COLUMNS) + " |" for row in self.rows]
-        notes = ["", *(f"- {note}" for note in self.notes)] if self.notes else []
-        return "\n".join([*lines, *notes]) + "\n"
+        """The tables and the notes in Markdown."""
+        lines = _markdown(self.rows)
+        if self.results:
+            lines += ["", *_markdown(_marked(self.results))]
+        if self.notes:
+            lines += ["", *(f"- {note}" for note in self.notes)]
+        return "\n".join(lines) + "\n"
 
     def print(self) -> None:
-        """Print the table, the path of the figure and the command that opens TensorBoard on the runs."""
+        """Print the tables, the path of the figure and the command that opens TensorBoard on the runs."""
         from rich.console import Console
-        from rich.table import Column, Table
-        from rich.text import Text
 
         # Where the output goes to a file, a width of 80 would fold the table.
         console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 140, soft_wrap=True)
-        table = Table(*(Column(column, overflow="fold") for column in COLUMNS))
-        for row in self.rows:
-            table.add_row(*(Text(row[column]) for column in COLUMNS))
-        console.print(table, soft_wrap=False)
+        console.print(_table(self.rows), soft_wrap=False)
+        if self.results:
+            console.print(_table(_marked(self.results)), soft_wrap=False)
         for note in self.notes:
             console.print(note)
         console.print(f"\nFigure: {self.figure}")
@@ -93,16 +99,68 @@ def compare_runs(directory: str | Path, metric: str = "val/loss") -> Comparison:
     variants = _by_variant(runs)
     rows = [_row(name, group, metric) for name, group in variants.items()]
     notes = [note for name, group in variants.items() for note in _notes(name, group)]
-    comparison = Comparison(root, runs, rows, notes, root / "comparison.png")
+    results = _results(measured_in_tests(variants), [*variants])
+    comparison = Comparison(root, runs, rows, notes, results, root / "comparison.png")
     figure = draw(variants, metric, title=_title(root), notes=notes)
     figure.savefig(comparison.figure)
     _write_image(root, comparison.figure)
     (root / "comparison.md").write_text(comparison.markdown, encoding="utf-8")
     with (root / "comparison.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, [*COLUMNS, *(f"test/{result[METRIC]}" for result in results)], restval="-")
         writer.writeheader()
-        writer.writerows(rows)
+        published = [{"variant": "published"}] if any("published" in result for result in results) else []
+        for row in [*published, *rows]:
+            writer.writerow(row | {f"test/{result[METRIC]}": result[row["variant"]] for result in results})
     return comparison
+
+
+def _markdown(rows: Sequence[dict[str, str]]) -> list[str]:
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+    return lines + ["| " + " | ".join(row.values()) + " |" for row in rows]
+
+
+def _table(rows: Sequence[dict[str, str]]) -> Any:
+    from rich.table import Column, Table
+    from rich.text import Text
+
+    table = Table(*(Column(Text(column), overflow="fold") for column in rows[0]))
+    for row in rows:
+        table.add_row(*map(Text, row.values()))
+    return table
+
+
+def _results(
+    measured: Mapping[str, Mapping[str, NDArray[np.float64]]], variants: Sequence[str]
+) -> list[dict[str, str]]:
+    published = any("published" in values for values in measured.values())
+    columns = ["published", *variants] if published else variants
+    return [
+        {METRIC: metric} | {name: _value(values.get(name, np.array([]))) for name in columns}
+        for metric, values in measured.items()
+    ]
+
+
+def _value(values: NDArray[np.float64]) -> str:
+    if not len(values):
+        return "-"
+    # Runs that all say the same have all its digits; so has one.
+    if len(values) == 1 or (values == values[0]).all():
+        return digits(values[0])
+    low, median, high = quartiles(values)
+    return f"{median:.4g} [{low:.4g}, {high:.4g}]"
+
+
+def _marked(results: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """Where a variant's digits are not the published ones, a mark says so."""
+    return [
+        {column: f"≠ {text}" if _differs(result, column) else text for column, text in result.items()}
+        for result in results
+    ]
+
+
+def _differs(result: Mapping[str, str], column: str) -> bool:
+    published = result.get("published", "-")
+    return column != METRIC and "-" not in (published, result[column]) and result[column] != published
 
 
 def _by_variant(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -168,18 +226,20 @@ def _earliest(found: Sequence[tuple[int, str]]) -> tuple[int, str]:
 
 
 def _notes(name: str, runs: Sequence[Run]) -> list[str]:
-    """What happened to a variant that did not stay finite: diverging is not dying."""
+    """What its runs have to say, and what happened to a variant that did not stay finite: diverging is not dying."""
+    notes = [f"{name}: {runs[0].note}"] if runs[0].note else []
     found = [run.first_nonfinite for run in runs if run.first_nonfinite is not None]
     if not found:
-        return []
+        return notes
     step, layer = _earliest(found)
     who = name if len(runs) == 1 else f"{name} ({len(found)} of {len(runs)} runs)"
     steps = "1 training step" if step == 1 else f"{step} training steps"
     return [
+        *notes,
         f"{who} diverged: after {steps} {layer} put out the first NaN or infinity. At the end "
         f"{_share(runs, 'health/act_nonfinite')} of its activations are not finite and "
         f"{_share(runs, 'health/act_dead')} of its units are dead. Diverged is not dead: "
-        "a dead unit puts out zero for every input, these put out NaN."
+        "a dead unit puts out zero for every input, these put out NaN.",
     ]
 
 

@@ -7,15 +7,19 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.gridspec import SubplotSpec
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from bnlightning._runs import HistogramAt, Run, quartiles
+from bnlightning._runs import HistogramAt, Run, digits, measured_in_tests, quartiles
 
 Variants = Mapping[str, Sequence[Run]]
 
 _MAX_COLUMNS = 8
 _MAX_STEPS = 6
 _BINS = 40
+_MAX_RESULTS = 20
+_MIN_VALUES = 10
 # Told apart in grey, too: by lightness and by line style.
 _STYLES = {
     "none": ("#c44e00", (0, (5, 2))),
@@ -34,12 +38,15 @@ _ORDER_OF_MAGNITUDE = 30.0
 
 def draw(variants: Variants, metric: str, title: str, notes: Sequence[str]) -> Figure:
     """Draw the runs of each variant; the first seed's where a panel can show only one."""
+    results = dict(list(measured_in_tests(variants).items())[:_MAX_RESULTS])
     layers = _layers(variants)
     rows = len(variants) if layers else 0
-    texts = [fill(note, 185) for note in notes]
+    texts = [fill(note, 165) for note in notes]
     lines = sum(text.count("\n") + 1 for text in texts)
+    tests = [1.2 + 0.27 * len(results)] if results else []
     legend = 0.55 + 0.24 * (len(variants) + 1)
-    heights = [0.85, 3.4, legend, *([0.7] if rows else []), *[2.42] * rows, 0.3 + 0.24 * lines + 0.1 * len(texts)]
+    heights = [0.85, *tests, 3.4, legend, *([0.7] if rows else []), *[2.42] * rows]
+    heights.append(0.3 + 0.24 * lines + 0.1 * len(texts))
     figure = Figure(figsize=(15.0, sum(heights)), dpi=100, facecolor="white")
     figure.text(0.015, 1 - 0.3 / sum(heights), title, fontsize=15, weight="bold", va="center")
     meanings = "; ".join(f"{name}: {_MEANINGS[name]}" for name in variants if name in _MEANINGS)
@@ -47,23 +54,18 @@ def draw(variants: Variants, metric: str, title: str, notes: Sequence[str]) -> F
     page = figure.add_gridspec(
         len(heights), 1, height_ratios=heights, left=0.075, right=0.985, top=1.0, bottom=0.0, hspace=0.0
     )
+    if results:
+        _draw_results(figure, page[1], tests[0], variants, results)
     fitted = {name: runs[0].predictions[-1] for name, runs in variants.items() if runs[0].predictions}
-    top = page[1].subgridspec(1, 2 if fitted else 1, width_ratios=[1.15, 1.0] if fitted else [1.0], wspace=0.16)
+    costs = 1 + len(tests)
+    top = page[costs].subgridspec(1, 2 if fitted else 1, width_ratios=[1.15, 1.0] if fitted else [1.0], wspace=0.16)
     _draw_costs(figure.add_subplot(top[0]), variants, metric)
     if fitted:
         _draw_fits(figure.add_subplot(top[1]), variants, fitted)
     if rows:
-        _draw_heading(figure.add_subplot(page[3]), variants, layers)
-    for row, (name, runs) in enumerate(variants.items() if rows else ()):
-        # Room above for what is written over each cell, and below for the ticks.
-        cells = page[4 + row].subgridspec(3, len(layers), wspace=0.12, hspace=0.0, height_ratios=[0.72, 1.5, 0.2])
-        for column, layer in enumerate(layers):
-            axes = figure.add_subplot(cells[1, column])
-            _draw_layer(axes, runs[0], layer, labelled=column == 0)
-            axes.set_title(f"{layer.partition('/')[2]}\n{_health(runs[0], layer)}", fontsize=9, pad=2)
-            if column == 0:
-                color = _style(name, variants)[0]
-                axes.text(-0.4, 1.36, name, fontsize=12, weight="bold", color=color, transform=axes.transAxes)
+        _draw_heading(figure.add_subplot(page[costs + 2]), variants, layers)
+        for row, name in enumerate(variants):
+            _draw_layers(figure, page[costs + 3 + row], name, variants, layers)
     y = 0.24 * lines + 0.1 * len(texts)
     for text in texts:
         figure.text(0.03, y / sum(heights), text, fontsize=10.5, va="top")
@@ -112,6 +114,7 @@ def _draw_costs(axes: Axes, variants: Variants, metric: str) -> None:
         loc="left",
     )
     axes.set_xlabel("training steps")
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
     axes.set_ylabel(metric)
     axes.grid(alpha=0.25)
     _draw_legend(axes)
@@ -172,7 +175,7 @@ def _draw_fits(axes: Axes, variants: Variants, shown: Mapping[str, tuple[int, ND
     size = float(np.clip(125 / np.sqrt(len(points)), 2.5, 9.0))
     axes.plot(points[:, 0], points[:, 1], ".", color="#b8b8b8", markersize=size, label="data", zorder=0)
     low, high = np.quantile(points[:, 1], [0.001, 0.999])
-    bottom, top = low - 0.08 * (high - low), high + 0.08 * (high - low)
+    bottom, top = _with_near_fits(low - 0.08 * (high - low), high + 0.08 * (high - low), shown)
     axes.set_ylim(bottom, top)
     for name, (_, points) in shown.items():
         color, line = _style(name, variants)
@@ -184,16 +187,98 @@ def _draw_fits(axes: Axes, variants: Variants, shown: Mapping[str, tuple[int, ND
         else:
             axes.plot([], [], "x", color=color, mew=3, markersize=9, label=f"{name}: prediction is NaN")
     step = max(step for step, _ in shown.values())
-    axes.set_title(f"Data and fit after {step} steps{_which_seed(variants)}", fontsize=11, loc="left")
+    axes.set_title(
+        f"Data and fit after {step} step{'s' if step != 1 else ''}{_which_seed(variants)}", fontsize=11, loc="left"
+    )
     axes.set_xlabel("x")
     axes.set_ylabel("y")
     _draw_legend(axes)
+
+
+def _with_near_fits(
+    bottom: float, top: float, shown: Mapping[str, tuple[int, NDArray[np.float32]]]
+) -> tuple[float, float]:
+    """The data's limits, widened where all fits lie wholly beyond them, and not far."""
+    fits = [points[:, 2] for _, points in shown.values() if np.isfinite(points[:, 2]).all()]
+    if not fits or not all((fit < bottom).all() or (fit > top).all() for fit in fits):
+        return bottom, top
+    values = np.concatenate([*fits, [bottom, top]])
+    low, high = float(values.min()), float(values.max())
+    if high - low > 10 * (top - bottom):
+        return bottom, top
+    margin = 0.08 * (high - low)
+    return low - margin, high + margin
 
 
 def _which_seed(variants: Variants) -> str:
     """Which of several seeds a panel shows that can show only one."""
     seed = next(iter(variants.values()))[0].seed
     return f", seed {seed}" if seed is not None and max(map(len, variants.values())) > 1 else ""
+
+
+def _draw_results(
+    figure: Figure,
+    place: SubplotSpec,
+    height: float,
+    variants: Variants,
+    results: Mapping[str, Mapping[str, NDArray[np.float64]]],
+) -> None:
+    """A line a test metric: its values on one common axis, and beside it their digits."""
+    published = any("published" in values for values in results.values())
+    # Room for the metrics' names on the left, for the variants' above and for the ticks below.
+    cells = place.subgridspec(
+        3, 3, wspace=0.0, hspace=0.0, width_ratios=[0.07, 1.0, 1.0], height_ratios=[0.5, height - 1.2, 0.7]
+    )
+    axes, table = figure.add_subplot(cells[1, 1]), figure.add_subplot(cells[1, 2])
+    for row, values in enumerate(results.values()):
+        if published and "published" in values:
+            axes.plot(values["published"], [row], "|", color="black", markersize=17, mew=2.2, zorder=1)
+        for index, name in enumerate(variants):
+            median = quartiles(values[name])[1] if name in values else np.nan
+            # One above the other, so that equal ones do not hide each other.
+            y = row + 0.5 * (index + 1) / (len(variants) + 1) - 0.25
+            axes.plot([median], [y], "o", color=_style(name, variants)[0], markersize=6, zorder=2)
+    axes.set_ylim(len(results) - 0.5, -0.5)
+    axes.set_yticks(range(len(results)), list(results), fontsize=10)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.grid(alpha=0.25)
+    meaning = " (●: a variant,  |: published; bold: other digits)" if published else ""
+    axes.set_title(f"Test metrics, after the last step{meaning}", fontsize=11, loc="left")
+    _set_value_scale(axes, [value for values in results.values() for logged in values.values() for value in logged])
+    _write_digits(table, variants, results, ["published", *variants] if published else list(variants))
+
+
+def _write_digits(
+    axes: Axes,
+    variants: Variants,
+    results: Mapping[str, Mapping[str, NDArray[np.float64]]],
+    columns: Sequence[str],
+) -> None:
+    """The medians of the metrics; in bold those that are not the published ones."""
+    axes.set_axis_off()
+    axes.set_xlim(0, len(columns))
+    axes.set_ylim(len(results) - 0.5, -0.5)
+    size = 10.5 if len(columns) <= 4 else 42 / len(columns)
+    for column, name in enumerate(columns):
+        color = _style(name, variants)[0] if name in variants else "black"
+        label = name.replace("_", "_\n")
+        axes.text(column + 0.5, -0.6, label, color=color, weight="bold", fontsize=size, ha="center", va="bottom")
+        for row, values in enumerate(results.values()):
+            text = digits(quartiles(values[name])[1]) if name in values else "-"
+            differs = "-" not in (text, published := _published(values)) and text != published
+            color, weight = ("#b00020", "bold") if differs else ("black", "normal")
+            axes.text(column + 0.5, row, text, fontsize=size, color=color, weight=weight, ha="center", va="center")
+
+
+def _published(values: Mapping[str, NDArray[np.float64]]) -> str:
+    return digits(values["published"][0]) if "published" in values else "-"
+
+
+def _set_value_scale(axes: Axes, values: Sequence[float]) -> None:
+    """Logarithmic beyond the smallest magnitudes, where one linear axis would show the largest only."""
+    magnitudes = np.abs([value for value in values if np.isfinite(value) and value != 0])
+    if len(magnitudes) and magnitudes.max() > 100 * np.median(magnitudes):
+        axes.set_xscale("symlog", linthresh=float(np.median(magnitudes)))
 
 
 def _draw_heading(axes: Axes, variants: Variants, layers: Sequence[str]) -> None:
@@ -211,10 +296,29 @@ def _layers(variants: Variants) -> list[str]:
     by_variant = [[tag for tag in runs[0].histograms if "act_hist/" in tag] for runs in variants.values()]
     tags = list(dict.fromkeys(tag for logged in by_variant for tag in logged))
     tags = [tag for tag in tags if tag.startswith("val_")] or tags
+    # A few values have no distribution.
+    most = {
+        tag: max(h.counts.sum() for runs in variants.values() for h in runs[0].histograms.get(tag, [])) for tag in tags
+    }
+    tags = [tag for tag in tags if most[tag] >= _MIN_VALUES]
     # Less those that one variant only has, such as a normalisation.
     tags = [tag for tag in tags if all(tag in logged for logged in by_variant)] or tags
     chosen = np.linspace(0, len(tags) - 1, min(len(tags), _MAX_COLUMNS)).round().astype(int)
     return [tags[index] for index in chosen]
+
+
+def _draw_layers(figure: Figure, place: SubplotSpec, name: str, variants: Variants, layers: Sequence[str]) -> None:
+    """A variant's row of layers."""
+    # Room above for what is written over each cell, and below for the ticks.
+    cells = place.subgridspec(3, len(layers), wspace=0.12, hspace=0.0, height_ratios=[0.72, 1.5, 0.2])
+    run = variants[name][0]
+    for column, layer in enumerate(layers):
+        axes = figure.add_subplot(cells[1, column])
+        _draw_layer(axes, run, layer, labelled=column == 0)
+        axes.set_title(f"{layer.partition('/')[2]}\n{_health(run, layer)}", fontsize=9, pad=2)
+        if column == 0:
+            color = _style(name, variants)[0]
+            axes.text(-0.4, 1.36, name, fontsize=12, weight="bold", color=color, transform=axes.transAxes)
 
 
 def _draw_layer(axes: Axes, run: Run, tag: str, labelled: bool) -> None:

@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ class Run:
         histograms: By tag, steps rising.
         predictions: ``(step, array of shape (N, 3) with columns x, y, prediction)``, steps rising.
         first_nonfinite: Step and module path of the first non-finite output, if there was one.
+        note: What the run's module wrote under ``test/note``, if it did.
         seconds: From the first to the last event.
     """
 
@@ -48,6 +49,7 @@ class Run:
     histograms: dict[str, list[HistogramAt]]
     predictions: list[tuple[int, NDArray[np.float32]]]
     first_nonfinite: tuple[int, str] | None
+    note: str | None
     seconds: float
 
     def last(self, tag: str) -> float | None:
@@ -87,8 +89,40 @@ def read_run(path: Path, root: Path) -> Run:
         scalars=scalars,
         histograms={tag: _histograms(events.Histograms(tag)) for tag in tags[ea.HISTOGRAMS]},
         predictions=_tensors(events, tags[ea.TENSORS], "val_prediction"),
-        first_nonfinite=_first_nonfinite(events, tags[ea.TENSORS]),
+        first_nonfinite=_text(events, tags[ea.TENSORS], "health/first_nonfinite_layer"),
+        note=note[1] if (note := _text(events, tags[ea.TENSORS], "test/note")) is not None else None,
         seconds=max(times, default=0.0) - min(times, default=0.0),
+    )
+
+
+def measured_in_tests(variants: Mapping[str, Sequence[Run]]) -> dict[str, dict[str, NDArray[np.float64]]]:
+    """What the runs' tests measured: the last values over a variant's runs, by metric and then by variant.
+
+    The metrics are those logged as ``test/<metric>``. Where a run logged ``published/<metric>``, too, that value stands
+    before the variants', as ``published``.
+    """
+    everything = [run for runs in variants.values() for run in runs]
+    columns = {"published": ("published/", everything)} | {name: ("test/", runs) for name, runs in variants.items()}
+    results: dict[str, dict[str, NDArray[np.float64]]] = {}
+    for tag in dict.fromkeys(tag for run in everything for tag in run.scalars):
+        group, _, metric = tag.partition("/")
+        if group not in ("test", "published") or metric in results:
+            continue
+        found = {
+            name: [run.scalars[prefix + metric][1][-1] for run in runs if prefix + metric in run.scalars]
+            for name, (prefix, runs) in columns.items()
+        }
+        # One publication, however many runs stand beside it.
+        results[metric] = {
+            name: np.array(values[:1] if name == "published" else values) for name, values in found.items() if values
+        }
+    return results
+
+
+def digits(value: float) -> str:
+    """The digits that tell a float32 from its neighbours, at most eight behind the point, as numpy prints arrays."""
+    return np.array2string(np.array([value], dtype=np.float32), precision=8, floatmode="maxprec")[1:-1].removesuffix(
+        "."
     )
 
 
@@ -124,11 +158,11 @@ def _tensors(events: Any, tags: Sequence[str], tag: str) -> list[tuple[int, NDAr
     return [(item.step, tensor_util.make_ndarray(item.tensor_proto)) for item in items]
 
 
-def _first_nonfinite(events: Any, tags: Sequence[str]) -> tuple[int, str] | None:
-    tag = "health/first_nonfinite_layer/text_summary"
-    if tag not in tags:
+def _text(events: Any, tags: Sequence[str], tag: str) -> tuple[int, str] | None:
+    """The first text of a tag, and its step."""
+    if f"{tag}/text_summary" not in tags:
         return None
-    item = events.Tensors(tag)[0]
+    item = events.Tensors(f"{tag}/text_summary")[0]
     return item.step, item.tensor_proto.string_val[0].decode()
 
 

@@ -8,9 +8,18 @@ import pytest
 from helpers import quiet_trainer, read_events
 from torch.utils.tensorboard import SummaryWriter
 
-from bnlightning import ActivationMonitor, LitRegressor, PredictionMonitor, SyntheticRegressionDataModule, compare_runs
+from bnlightning import (
+    ActivationMonitor,
+    LitMovingAverage,
+    LitRegressor,
+    PointsDataModule,
+    PredictionMonitor,
+    PublishedValues,
+    SyntheticRegressionDataModule,
+    compare_runs,
+)
 from bnlightning import _figure as figure
-from bnlightning._runs import HistogramAt, find_runs, quartiles, read_run
+from bnlightning._runs import HistogramAt, digits, find_runs, measured_in_tests, quartiles, read_run
 from bnlightning.compare import main
 
 
@@ -198,6 +207,100 @@ def test_a_strange_hparams_file_tells_no_seed(tmp_path):
             writer.add_scalar("val/loss", 1.0, 0)
         (tmp_path / name / "hparams.yaml").write_text(text)
     assert [read_run(tmp_path / name, tmp_path).seed for name in "abcd"] == [None, None, None, 3]
+
+
+@pytest.fixture(scope="module")
+def with_tests(tmp_path_factory):
+    """Two variants whose tests measured something, beside what was published."""
+    root = tmp_path_factory.mktemp("with_tests")
+    for convention in ("keras", "pytorch"):
+        options = {"convention": convention, "eps": 1e-3, "momentum": 0.5, "backend": "reference"}
+        model, data = LitMovingAverage(norm_options=options), PointsDataModule(x=[[0.0], [1.0]], y=[[3.0], [4.0]])
+        published = PublishedValues({"moving_var": 0.74709475, "moving_mean": 0.3514931, "loss": 0.5})
+        monitors = [published, PredictionMonitor(), ActivationMonitor()]
+        trainer = quiet_trainer(root / convention, max_steps=1, limit_val_batches=1, callbacks=monitors)
+        trainer.fit(model, data)
+        trainer.validate(model, data, verbose=False)
+        trainer.test(model, data, verbose=False)
+    return root
+
+
+def test_what_the_tests_measured_is_a_table_beside_what_was_published(with_tests, capsys):
+    comparison = compare_runs(with_tests)
+    results = {row["test metric"]: row for row in comparison.results}
+    assert results["moving_var"] == {
+        "test metric": "moving_var",
+        "published": "0.74709475",
+        "keras": "0.74709475",
+        "pytorch": "0.99418956",
+    }
+    assert results["moving_mean"]["pytorch"] == results["moving_mean"]["published"] == "0.3514931"
+    assert results["scale"]["published"] == "-" and results["loss"]["keras"] == "-"
+    marked = [line for line in comparison.markdown.splitlines() if "≠" in line]
+    assert marked == ["| moving_var | 0.74709475 | 0.74709475 | ≠ 0.99418956 |"]
+    assert [note.partition(" = ")[0] for note in comparison.notes] == [
+        "keras: moving variance 0.7470948",
+        "pytorch: moving variance 0.9941896",
+    ]
+    comparison.print()
+    assert "≠ 0.99418956" in (printed := capsys.readouterr().out) and all(note in printed for note in comparison.notes)
+    with (with_tests / "comparison.csv").open() as file:
+        rows = {row["variant"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["published", "keras", "pytorch"]
+    assert rows["published"]["final cost"] == "-" and rows["published"]["test/moving_var"] == "0.74709475"
+    assert rows["pytorch"]["test/moving_var"] == "0.99418956" and rows["keras"]["test/loss"] == "-"
+
+
+def test_the_figure_shows_what_the_tests_measured(with_tests):
+    variants = {name: [read_run(with_tests / name, with_tests)] for name in ("keras", "pytorch")}
+    drawn = figure.draw(variants, "val/loss", "title", [])
+    dots, table = drawn.axes[:2]
+    metrics = [label.get_text() for label in dots.get_yticklabels()]
+    row = metrics.index("moving_var")
+    drawn_at = [line.get_xdata()[0] for line in dots.get_lines() if abs(line.get_ydata()[0] - row) < 0.3]
+    assert drawn_at == pytest.approx([0.74709475, 0.74709475, 0.99418956])
+    bold = {text.get_text() for text in table.texts if text.get_weight() == "bold"}
+    assert bold == {"published", "keras", "pytorch", "0.99418956"}
+    # Both fits lie below both points: the axis holds them all the same.
+    fits = next(axes for axes in drawn.axes if axes.get_title(loc="left") == "Data and fit after 1 step")
+    low, high = fits.get_ylim()
+    assert low < min(line.get_ydata().min() for line in fits.get_lines()) < 3 < 4 < high
+    # Two values have no distribution.
+    assert not [axes for axes in drawn.axes if axes.get_title().startswith("net.")]
+
+
+def test_several_seeds_give_a_median_or_what_all_of_them_gave(tmp_path):
+    for seed, (changing, diverging) in enumerate([(1.0, 1.0), (2.0, math.nan), (4.0, math.inf)]):
+        with SummaryWriter(str(tmp_path / f"run_seed-{seed}")) as writer:
+            for tag, value in (("val/loss", 1.0), ("test/a", changing), ("test/b", 1 / 3), ("test/c", diverging)):
+                writer.add_scalar(tag, value, 0)
+    comparison = compare_runs(tmp_path)
+    assert [row["run"] for row in comparison.results] == ["2 [1.5, 3]", "0.33333334", "inf [1, inf]"]
+    assert list(measured_in_tests({"run": comparison.runs})) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.1, "0.1"),
+        (-0.0009999976, "-0.001"),
+        (0.0, "0"),
+        (1.2157849, "1.2157849"),
+        (1e-12, "1.e-12"),
+        (math.nan, "nan"),
+    ],
+)
+def test_digits_are_those_numpy_prints(value, text):
+    assert digits(value) == text
+
+
+@pytest.mark.parametrize(
+    ("values", "scale"), [([0.1, 1.0, -2.0], "linear"), ([0.9, 0.8, 1e4], "symlog"), ([], "linear")]
+)
+def test_metrics_of_other_magnitudes_share_an_axis(values, scale):
+    axes = figure.Figure().add_subplot()
+    figure._set_value_scale(axes, values)
+    assert axes.get_xscale() == scale
 
 
 def test_the_command_line(finished, capsys, tmp_path):
