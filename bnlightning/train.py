@@ -59,7 +59,7 @@ def train(config: DictConfig) -> None:
     if evaluates and evaluation.step != trainer.global_step:
         trainer.validate(model, data, verbose=False)
     if is_overridden("test_step", model):
-        trainer.test(model, data)
+        trainer.test(model, data, verbose=False)
 
 
 class RunLogger(TensorBoardLogger):

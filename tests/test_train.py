@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from bnlightning import CONF_DIR
 from bnlightning._runs import read_run
 
 EXPERIMENTS = sorted(path.stem for path in (CONF_DIR / "experiment").glob("*.yaml"))
+# By what an experiment sweeps; the others' are these two.
+VARIANTS = {"moving_average": {"custom_convention-keras", "custom_convention-pytorch"}}
 SHORT = ("trainer.max_steps=10", "callbacks.activation_monitor.every_n_steps=5")
 
 
@@ -40,16 +43,18 @@ def test_every_experiment_runs_and_leaves_one_tidy_directory(experiment, run_mod
     directory = run_directory(tmp_path, experiment)
     files = {path.name for path in directory.iterdir()}
     (events,) = [name for name in files if name.endswith(".comparison")]
-    assert files - {events} == {"multirun.yaml", "none", "custom", "comparison.png", "comparison.csv", "comparison.md"}
-    for variant in ("none", "custom"):
+    variants = VARIANTS.get(experiment, {"none", "custom"})
+    assert files - {events} == {"multirun.yaml", "comparison.png", "comparison.csv", "comparison.md"} | variants
+    for variant in variants:
         names = {re.sub(r"tfevents.*", "tfevents", path.name) for path in (directory / variant).iterdir()}
         assert names == {"events.out.tfevents", "checkpoints", ".hydra", "hparams.yaml"}
         assert [path.name for path in (directory / variant / "checkpoints").iterdir()] == ["last.ckpt"]
-        assert OmegaConf.load(directory / variant / ".hydra" / "config.yaml").model.norm == variant
+        assert OmegaConf.load(directory / variant / ".hydra" / "config.yaml").model.norm == variant.split("_")[0]
         logged = read_events(directory / variant)
         assert list(scalar(logged, "val/loss")) == [0, 5, 10, 12]
         assert list(scalar(logged, "train/loss")) == list(range(12))
-        assert [h.step for h in logged.Histograms("val_act_hist/net.input_norm")] == [0, 12]
+        first_layer = next(tag for tag in logged.Tags()["histograms"] if tag.startswith("val_act_hist/"))
+        assert [h.step for h in logged.Histograms(first_layer)] == [0, 12]
         assert [step for step, _ in read_run(directory / variant, directory).predictions] == [0, 12]
         checkpoint = torch.load(directory / variant / "checkpoints" / "last.ckpt", weights_only=True)
         assert checkpoint["global_step"] == 12
@@ -124,6 +129,45 @@ def test_relu_without_normalisation_diverges_and_is_not_called_dead(run_module, 
     assert (
         "Diverged is not dead" in result.stdout and "Diverged is not dead" in (directory / "comparison.md").read_text()
     )
+
+
+@pytest.mark.slow
+def test_moving_averages_after_one_step_are_the_published_ones(run_module, tmp_path):
+    with (Path(__file__).parent / "reference" / "moving_average.csv").open() as file:
+        published = {row["metric"]: row["published"] for row in csv.DictReader(file)}
+    result = run_module("bnlightning.train", "+experiment=moving_average")
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    directory = run_directory(tmp_path, "moving_average")
+    keras, pytorch = (read_events(directory / f"custom_convention-{name}") for name in ("keras", "pytorch"))
+    for metric, text in published.items():
+        for prefix in ("test", "published"):
+            (value,) = scalar(keras, f"{prefix}/{metric}").values()
+            assert np.array2string(np.float32([value]))[1:-1].removesuffix(".") == text, metric
+    assert scalar(keras, "test/moving_var") == {1: np.float32(0.74709475)}
+    assert scalar(keras, "test/norm_output_x0") == {1: np.float32(-0.40697935)}
+    assert scalar(keras, "test/norm_output_x1") == {1: np.float32(1.215785)}
+    assert f"{scalar(pytorch, 'test/moving_var')[1]:.7g}" == "0.9941896"
+    again = run_module("bnlightning.compare", str(directory))
+    for output in (result.stdout, again.stdout):
+        rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in output.splitlines() if "│" in line]
+        printed = {row[0]: row[1:] for row in rows if len(row) == 4}
+        assert {metric: row[:2] for metric, row in printed.items()} == {m: [text] * 2 for m, text in published.items()}
+        assert printed["moving_var"][2] == "≠ 0.99418956" and printed["moving_mean"][2] == "0.3514931"
+        assert "moving variance 0.7470948 = 0.5 * 1 before the step + 0.5 * 0.4941896" in output
+        assert "moving variance 0.9941896 = 0.5 * 1 before the step + 0.5 * 0.9883791" in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["torch", "none"])
+def test_moving_averages_of_other_layers(norm, run_module, tmp_path):
+    result = run_module("bnlightning.train", "+experiment=moving_average", f"model.norm={norm}", "seed=3")
+    assert result.returncode == 0, result.stderr
+    for convention in ("keras", "pytorch"):
+        events = read_events(run_directory(tmp_path, "moving_average") / f"{norm}_convention-{convention}")
+        if norm == "torch":
+            assert f"{scalar(events, 'test/moving_var')[1]:.7g}" == "0.9941896"
+        else:
+            assert "test/moving_var" not in events.Tags()["scalars"]
 
 
 @pytest.mark.slow
@@ -301,7 +345,10 @@ def test_two_ranks_give_what_one_process_gives_and_write_the_same_files(run_modu
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["+experiment=tnah"], r"Could not find 'experiment/tnah'\n\nAvailable options in 'experiment':\n\trelu"),
+        (
+            ["+experiment=tnah"],
+            r"Could not find 'experiment/tnah'\n\nAvailable options in 'experiment':\n(\t\w+\n)*\trelu\n",
+        ),
         (["model.norm=batch"], r"^norm='batch' is not known: choose one of none, custom, torch\.$"),
         (["model.activation=tan"], r"^activation='tan' is not known: choose one of elu, .*tanh\.$"),
         (["model.depth=0"], r"^depth=0 is not possible: give an integer of at least 1\.$"),
