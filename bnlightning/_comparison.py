@@ -81,6 +81,9 @@ def compare_runs(directory: str | Path, metric: str = "val/loss") -> Comparison:
     file there, so that it is in TensorBoard's Images tab, too. An earlier comparison is replaced. Runs that differ in
     nothing but ``seed-<number>`` in their directory's name are one variant.
 
+    Whatever a LightningModule's ``test_step`` logs as ``test/<metric>`` is shown by variant, and beside it
+    ``published/<metric>``, if that was logged, too; a text logged as ``test/note`` stands among the notes.
+
     Args:
         directory: With one run a subdirectory, at any depth.
         metric: The tag of the cost.

@@ -39,6 +39,15 @@ def test_one_step_prints_what_was_published_digit_for_digit():
     assert {row["published"] for row in REFERENCE} == {text[1:-1].removesuffix(".") for text in printed}
 
 
+def test_the_published_weight_before_the_step_does_not_lead_to_the_published_numbers_after_it():
+    model, data = LitMovingAverage(norm_options=OPTIONS, hidden_weight=1.405974), two_points()
+    trainer = quiet_trainer(max_steps=1, limit_val_batches=0)
+    trainer.fit(model, data)
+    (metrics,) = trainer.test(model, data, verbose=False)
+    assert str(np.float32(metrics["test/moving_mean"])) == "0.3514935"
+    assert metrics["test/hidden_weight"] == pytest.approx(1.405974 - 0.00099842, abs=2e-7)
+
+
 def test_one_step_in_float64():
     model, data = LitMovingAverage(norm_options=OPTIONS).double(), two_points()
     quiet_trainer(max_steps=1, limit_val_batches=0, precision="64-true").fit(model, data)
