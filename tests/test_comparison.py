@@ -216,7 +216,7 @@ def with_tests(tmp_path_factory):
     for convention in ("keras", "pytorch"):
         options = {"convention": convention, "eps": 1e-3, "momentum": 0.5, "backend": "reference"}
         model, data = LitMovingAverage(norm_options=options), PointsDataModule(x=[[0.0], [1.0]], y=[[3.0], [4.0]])
-        published = PublishedValues({"moving_var": 0.74709475, "moving_mean": 0.3514931, "loss": 0.5})
+        published = PublishedValues({"running_var": 0.74709475, "running_mean": 0.3514931, "loss": 0.5})
         monitors = [published, PredictionMonitor(), ActivationMonitor()]
         trainer = quiet_trainer(root / convention, max_steps=1, limit_val_batches=1, callbacks=monitors)
         trainer.fit(model, data)
@@ -228,27 +228,27 @@ def with_tests(tmp_path_factory):
 def test_what_the_tests_measured_is_a_table_beside_what_was_published(with_tests, capsys):
     comparison = compare_runs(with_tests)
     results = {row["test metric"]: row for row in comparison.results}
-    assert results["moving_var"] == {
-        "test metric": "moving_var",
+    assert results["running_var"] == {
+        "test metric": "running_var",
         "published": "0.74709475",
         "keras": "0.74709475",
         "pytorch": "0.99418956",
     }
-    assert results["moving_mean"]["pytorch"] == results["moving_mean"]["published"] == "0.3514931"
+    assert results["running_mean"]["pytorch"] == results["running_mean"]["published"] == "0.3514931"
     assert results["scale"]["published"] == "-" and results["loss"]["keras"] == "-"
     marked = [line for line in comparison.markdown.splitlines() if "≠" in line]
-    assert marked == ["| moving_var | 0.74709475 | 0.74709475 | ≠ 0.99418956 |"]
+    assert marked == ["| running_var | 0.74709475 | 0.74709475 | ≠ 0.99418956 |"]
     assert [note.partition(" = ")[0] for note in comparison.notes] == [
-        "keras: moving variance 0.7470948",
-        "pytorch: moving variance 0.9941896",
+        "keras: running variance 0.7470948",
+        "pytorch: running variance 0.9941896",
     ]
     comparison.print()
     assert "≠ 0.99418956" in (printed := capsys.readouterr().out) and all(note in printed for note in comparison.notes)
     with (with_tests / "comparison.csv").open() as file:
         rows = {row["variant"]: row for row in csv.DictReader(file)}
     assert list(rows) == ["published", "keras", "pytorch"]
-    assert rows["published"]["final cost"] == "-" and rows["published"]["test/moving_var"] == "0.74709475"
-    assert rows["pytorch"]["test/moving_var"] == "0.99418956" and rows["keras"]["test/loss"] == "-"
+    assert rows["published"]["final cost"] == "-" and rows["published"]["test/running_var"] == "0.74709475"
+    assert rows["pytorch"]["test/running_var"] == "0.99418956" and rows["keras"]["test/loss"] == "-"
 
 
 def test_the_figure_shows_what_the_tests_measured(with_tests):
@@ -256,7 +256,7 @@ def test_the_figure_shows_what_the_tests_measured(with_tests):
     drawn = figure.draw(variants, "val/loss", "title", [])
     dots, table = drawn.axes[:2]
     metrics = [label.get_text() for label in dots.get_yticklabels()]
-    row = metrics.index("moving_var")
+    row = metrics.index("running_var")
     drawn_at = [line.get_xdata()[0] for line in dots.get_lines() if abs(line.get_ydata()[0] - row) < 0.3]
     assert drawn_at == pytest.approx([0.74709475, 0.74709475, 0.99418956])
     bold = {text.get_text() for text in table.texts if text.get_weight() == "bold"}

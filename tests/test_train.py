@@ -143,18 +143,18 @@ def test_moving_averages_after_one_step_are_the_published_ones(run_module, tmp_p
         for prefix in ("test", "published"):
             (value,) = scalar(keras, f"{prefix}/{metric}").values()
             assert np.array2string(np.float32([value]))[1:-1].removesuffix(".") == text, metric
-    assert scalar(keras, "test/moving_var") == {1: np.float32(0.74709475)}
+    assert scalar(keras, "test/running_var") == {1: np.float32(0.74709475)}
     assert scalar(keras, "test/norm_output_x0") == {1: np.float32(-0.40697935)}
     assert scalar(keras, "test/norm_output_x1") == {1: np.float32(1.215785)}
-    assert f"{scalar(pytorch, 'test/moving_var')[1]:.7g}" == "0.9941896"
+    assert f"{scalar(pytorch, 'test/running_var')[1]:.7g}" == "0.9941896"
     again = run_module("bnlightning.compare", str(directory))
     for output in (result.stdout, again.stdout):
         rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in output.splitlines() if "│" in line]
         printed = {row[0]: row[1:] for row in rows if len(row) == 4}
         assert {metric: row[:2] for metric, row in printed.items()} == {m: [text] * 2 for m, text in published.items()}
-        assert printed["moving_var"][2] == "≠ 0.99418956" and printed["moving_mean"][2] == "0.3514931"
-        assert "moving variance 0.7470948 = 0.5 * 1 before the step + 0.5 * 0.4941896" in output
-        assert "moving variance 0.9941896 = 0.5 * 1 before the step + 0.5 * 0.9883791" in output
+        assert printed["running_var"][2] == "≠ 0.99418956" and printed["running_mean"][2] == "0.3514931"
+        assert "running variance 0.7470948 = 0.5 * 1 before the step + 0.5 * 0.4941896" in output
+        assert "running variance 0.9941896 = 0.5 * 1 before the step + 0.5 * 0.9883791" in output
 
 
 @pytest.mark.slow
@@ -165,9 +165,9 @@ def test_moving_averages_of_other_layers(norm, run_module, tmp_path):
     for convention in ("keras", "pytorch"):
         events = read_events(run_directory(tmp_path, "moving_average") / f"{norm}_convention-{convention}")
         if norm == "torch":
-            assert f"{scalar(events, 'test/moving_var')[1]:.7g}" == "0.9941896"
+            assert f"{scalar(events, 'test/running_var')[1]:.7g}" == "0.9941896"
         else:
-            assert "test/moving_var" not in events.Tags()["scalars"]
+            assert "test/running_var" not in events.Tags()["scalars"]
 
 
 @pytest.mark.slow

@@ -42,8 +42,8 @@ class LitMovingAverage(RegressionSteps):
         ``test/hidden_weight``;
         ``test/hidden_output_x<x>``, ``test/norm_output_x<x>``, ``test/act_output_x<x>``: what the hidden layer's linear
         map, normalisation and relu put out for each of the batch's first eight points, named by their x;
-        ``test/moving_mean``, ``test/moving_var``, ``test/scale``, ``test/shift``: of the hidden layer's normalisation;
-        ``test/note``, as text: how the last training step came to the moving variance.
+        ``test/running_mean``, ``test/running_var``, ``test/scale``, ``test/shift``: of the hidden layer's normalisation;
+        ``test/note``, as text: how the last training step came to the running variance.
 
     Raises:
         ValueError: If an argument is out of range or a name is not known; the message says which and what would do.
@@ -72,7 +72,7 @@ class LitMovingAverage(RegressionSteps):
         self.net = nn.Sequential(
             OrderedDict(linear1=linear, norm1=norm_layer(1), act1=nn.ReLU(), output=output, output_norm=norm_layer(1))
         )
-        # The moving variance before the last training step, and what the hidden layer's linear map put out in it.
+        # The running variance before the last training step, and what the hidden layer's linear map put out in it.
         self._update: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -99,7 +99,7 @@ class LitMovingAverage(RegressionSteps):
                 values[f"{label}_output_x{point.item():g}"] = value
         norm = self.net.norm1
         if isinstance(norm, nn.BatchNorm1d):
-            statistics = {"moving_mean": norm.running_mean, "moving_var": norm.running_var}
+            statistics = {"running_mean": norm.running_mean, "running_var": norm.running_var}
             values |= statistics | {"scale": norm.weight, "shift": norm.bias}
         # Each weighs 1: a weight of more would be a rounding more.
         self.log_dict(
@@ -115,7 +115,7 @@ class LitMovingAverage(RegressionSteps):
                 logger.experiment.add_text("test/note", note, global_step=self.global_step)
 
     def _note(self) -> str:
-        """How the moving variance came about, from the numbers themselves and not from the layer's convention."""
+        """How the running variance came about, from the numbers themselves and not from the layer's convention."""
         norm = self.net.norm1
         if self._update is None or not isinstance(norm, nn.BatchNorm1d) or norm.running_var is None:
             return ""
@@ -129,7 +129,7 @@ class LitMovingAverage(RegressionSteps):
             f"biased variance (divided by n = {n})" if var == biased else f"unbiased variance (by n - 1 = {n - 1})"
         )
         note = (
-            f"moving variance {new:.7g} = {1 - momentum:g} * {old:.7g} before the step "
+            f"running variance {new:.7g} = {1 - momentum:g} * {old:.7g} before the step "
             f"+ {momentum:g} * {var:.7g}, the batch's {divisor}."
         )
         if var == unbiased:

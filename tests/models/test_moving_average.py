@@ -44,7 +44,7 @@ def test_the_published_weight_before_the_step_does_not_lead_to_the_published_num
     trainer = quiet_trainer(max_steps=1, limit_val_batches=0)
     trainer.fit(model, data)
     (metrics,) = trainer.test(model, data, verbose=False)
-    assert str(np.float32(metrics["test/moving_mean"])) == "0.3514935"
+    assert str(np.float32(metrics["test/running_mean"])) == "0.3514935"
     assert metrics["test/hidden_weight"] == pytest.approx(1.405974 - 0.00099842, abs=2e-7)
 
 
@@ -61,17 +61,17 @@ def test_one_step_in_float64():
 
 
 @pytest.mark.parametrize(("norm", "options"), [("torch", OPTIONS), ("torch", TORCH), ("custom", TORCH)])
-def test_torchs_estimator_changes_the_moving_variance_and_what_follows_from_it_only(norm, options):
+def test_torchs_estimator_changes_the_running_variance_and_what_follows_from_it_only(norm, options):
     keras, _ = measured()
     metrics, _ = measured(norm=norm, norm_options=options)
     hidden = torch.tensor([0.0, 1.4059723615646362], dtype=torch.float64)
-    assert metrics["test/moving_var"] == pytest.approx(0.5 + 0.5 * hidden.var(correction=1).item(), rel=1e-6)
-    assert f"{metrics['test/moving_var']:.7g}" == "0.9941896"
+    assert metrics["test/running_var"] == pytest.approx(0.5 + 0.5 * hidden.var(correction=1).item(), rel=1e-6)
+    assert f"{metrics['test/running_var']:.7g}" == "0.9941896"
     different = {name for name in keras if metrics[name] != pytest.approx(keras[name], rel=1e-5)}
-    assert different == {"test/moving_var", "test/norm_output_x0", "test/norm_output_x1", "test/act_output_x1"}
+    assert different == {"test/running_var", "test/norm_output_x0", "test/norm_output_x1", "test/act_output_x1"}
     for x in (0, 1):
-        normal = (metrics[f"test/hidden_output_x{x}"] - metrics["test/moving_mean"]) / math.sqrt(
-            metrics["test/moving_var"] + 1e-3
+        normal = (metrics[f"test/hidden_output_x{x}"] - metrics["test/running_mean"]) / math.sqrt(
+            metrics["test/running_var"] + 1e-3
         )
         expected = metrics["test/scale"] * normal + metrics["test/shift"]
         assert metrics[f"test/norm_output_x{x}"] == pytest.approx(expected, rel=1e-6)
@@ -92,12 +92,12 @@ def test_torchs_layer_gives_what_ours_gives_in_its_convention():
         ("custom", {**OPTIONS, "momentum": None}, 2, ["= 0.5 * 0.4941896 before the step + 0.5 * 0.493"]),
     ],
 )
-def test_the_note_says_how_the_moving_variance_came_about(norm, options, steps, words, tmp_path):
+def test_the_note_says_how_the_running_variance_came_about(norm, options, steps, words, tmp_path):
     metrics, _ = measured(tmp_path, norm=norm, norm_options=options, steps=steps)
     events = read_events(tmp_path)
     (text,) = events.Tensors("test/note/text_summary")
     note = text.tensor_proto.string_val[0].decode()
-    assert note.startswith(f"moving variance {metrics['test/moving_var']:.7g} = ") and all(w in note for w in words)
+    assert note.startswith(f"running variance {metrics['test/running_var']:.7g} = ") and all(w in note for w in words)
     assert text.step == steps
     assert {tag: [*scalar(events, tag)] for tag in metrics} == {tag: [steps] for tag in metrics}
 
