@@ -1,6 +1,7 @@
 """Batch normalisation layers: torch's, with the running statistics of other frameworks' conventions, too."""
 
 import math
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal
@@ -207,6 +208,36 @@ class _ConventionBatchNorm(_TorchBatchNorm):
             return counted.reciprocal().to(dtype)
         # 1 - (1 - momentum)^k, which as a difference would lose its digits while it is small.
         return (self.momentum / -torch.expm1(counted * math.log1p(-self.momentum))).to(dtype)
+
+    @property
+    def qconfig(self) -> Any:
+        """What torch.ao's quantisation sets on a module; none until then.
+
+        Raises:
+            RuntimeError: If asked by ``convert_sync_batchnorm``, torch's or one that is written like it. That replaces
+                every batch norm layer by torch's, whatever its convention, and this is its only question to the layer.
+        """
+        if sys._getframe(1).f_code.co_name == "convert_sync_batchnorm":
+            raise RuntimeError(
+                f"convert_sync_batchnorm would replace {self} by torch.nn.SyncBatchNorm and lose its convention. "
+                "Instead of Trainer(sync_batchnorm=True) pass Trainer(plugins=[BatchNormSync()]) or the callback "
+                'SwapNorm("sync"); without a Trainer, call swap_norm(model, "sync"). The layers before this one have '
+                "been replaced by now: build the model again."
+            )
+        if "qconfig" not in self.__dict__:
+            # So that hasattr answers as on a module without the attribute.
+            raise AttributeError("qconfig")
+        return self.__dict__["qconfig"]
+
+    @qconfig.setter
+    def qconfig(self, value: Any) -> None:
+        self.__dict__["qconfig"] = value
+
+    @qconfig.deleter
+    def qconfig(self) -> None:
+        if "qconfig" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute 'qconfig'")
+        del self.__dict__["qconfig"]
 
     def extra_repr(self) -> str:
         """The arguments, as in torch, and our own."""
