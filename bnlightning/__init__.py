@@ -7,7 +7,7 @@ from bnlightning._conf import CONF_DIR
 from bnlightning.callbacks import ActivationMonitor, PredictionMonitor, PublishedValues, TrainingProgressBar
 from bnlightning.data import PointsDataModule, SyntheticRegressionDataModule
 from bnlightning.models import LitMovingAverage, LitRegressor
-from bnlightning.nn import MLP, BatchNorm1d, BatchNorm2d, BatchNorm3d, Convention
+from bnlightning.nn import MLP, BatchNorm1d, BatchNorm2d, BatchNorm3d, Convention, SwapReport, swap_norm
 
 __version__ = metadata.version("bnlightning")
 
@@ -25,7 +25,9 @@ __all__ = [
     "PointsDataModule",
     "PredictionMonitor",
     "PublishedValues",
+    "SwapReport",
     "SyntheticRegressionDataModule",
     "TrainingProgressBar",
     "compare_runs",
+    "swap_norm",
 ]

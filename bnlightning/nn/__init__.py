@@ -24,3 +24,6 @@ from bnlightning.nn.statistics import frozen_statistics as frozen_statistics
 from bnlightning.nn.statistics import running_statistics as running_statistics
 from bnlightning.nn.statistics import skip_nonfinite_batches as skip_nonfinite_batches
 from bnlightning.nn.statistics import skip_recomputed_batches as skip_recomputed_batches
+from bnlightning.nn.swap import SwappedLayer as SwappedLayer
+from bnlightning.nn.swap import SwapReport as SwapReport
+from bnlightning.nn.swap import swap_norm as swap_norm

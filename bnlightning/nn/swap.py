@@ -1,0 +1,614 @@
+"""Swapping the batch norm layers of any network: none, ours, torch's, synchronised, or anything else; and back.
+
+A swap by name changes the class of the layer object, as torch's parametrisations and lazy modules do. So whatever
+holds the layer or a part of it (parents under several names, lists, optimizers, hooks and their handles) goes on
+holding the right thing, and nothing need be copied. Only a callable puts another object in the layer's place.
+"""
+
+import inspect
+import warnings
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, fields
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as _TorchBatchNorm
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+from bnlightning.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, _ConventionBatchNorm
+from bnlightning.nn.convention import CONVENTIONS, Convention, convention_name
+
+_OURS: dict[type[nn.Module], type[_ConventionBatchNorm]] = {
+    nn.BatchNorm1d: BatchNorm1d,
+    nn.BatchNorm2d: BatchNorm2d,
+    nn.BatchNorm3d: BatchNorm3d,
+}
+_IN_PLACE = ("none", "custom", "torch", "sync")
+# A layer with another method of these does more than normalise, such as an activation, or stays in evaluation mode.
+_METHODS: dict[str, tuple[Callable, ...]] = {
+    "forward": (_TorchBatchNorm.forward, _ConventionBatchNorm.forward, nn.SyncBatchNorm.forward),
+    "train": (nn.Module.train,),
+    "__call__": (nn.Module.__call__,),
+}
+_OWN_TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+_KEPT_ARGUMENTS = ("num_features", "affine", "track_running_stats", "bias", "device", "dtype")
+# By name: to import what defines them takes longer than a swap.
+_WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
+_HOOKS = tuple(name for name in vars(nn.Module()) if "_hooks" in name)
+
+
+class _Absent:
+    """In place of a value: the attribute is not there."""
+
+
+class _RefusedError(Exception):
+    """A layer that cannot be swapped; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class SwappedLayer:
+    """One layer that was swapped.
+
+    Args:
+        paths: Every name of the layer in the module, as in ``named_modules``.
+        before: Its class before the swap.
+        after: Its class since.
+        note: What the swap changed beyond the class, and what it could not keep.
+    """
+
+    paths: tuple[str, ...]
+    before: str
+    after: str
+    note: str = ""
+
+
+class _Change(Protocol):
+    def apply(self) -> None: ...
+
+    def is_intact(self) -> bool: ...
+
+    def undo(self) -> None: ...
+
+
+@dataclass
+class SwapReport:
+    """What :func:`swap_norm` did; prints as a table.
+
+    Args:
+        to: What was asked for.
+        swapped: The layers swapped, in the order of ``named_modules``.
+        unchanged: The names of the layers that were already what was asked for.
+        skipped: The names of the layers that could not be swapped, with the reason (``strict=False`` only).
+    """
+
+    to: str
+    swapped: list[SwappedLayer] = field(default_factory=list)
+    unchanged: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    _changes: list[_Change] = field(default_factory=list, repr=False)
+
+    def revert(self) -> None:
+        """Make every swapped layer what it was: class, attributes, parameters, buffers and object, under every name.
+
+        What training has done since to parameters and running statistics stays. Running statistics that the swap
+        started again and that are untouched since get their former initial values. Tensors that the swap set aside
+        (``"none"``, a callable) come back on the device and in the dtype they had. A second call does nothing.
+
+        Raises:
+            RuntimeError: If a layer has been swapped or replaced again since; nothing is changed then.
+        """
+        for layer, change in zip(self.swapped, self._changes, strict=False):
+            if not change.is_intact():
+                raise RuntimeError(
+                    f"{_named(layer.paths)} has been changed since this swap to {self.to}: revert later swaps first."
+                )
+        changes, self._changes = self._changes, []
+        for change in reversed(changes):
+            change.undo()
+
+    def __str__(self) -> str:
+        lines = [f"to {self.to}: {len(self.swapped)} swapped, {len(self.unchanged)} unchanged, "]
+        lines[0] += f"{len(self.skipped)} skipped"
+        alike = defaultdict(list)
+        for layer in self.swapped:
+            alike[layer.before, layer.after, layer.note].append(_named(layer.paths))
+        for (before, after, note), names in alike.items():
+            lines.append(
+                f"  {len(names):>3} x {before} -> {after}: {_shortened(names)}" + (f" ({note})" if note else "")
+            )
+        lines += [f"  skipped {_named([path])}: {reason}" for path, reason in self.skipped.items()]
+        return "\n".join(lines)
+
+
+def swap_norm(
+    module: nn.Module, to: str | Callable[..., nn.Module], *, strict: bool = True, **options: Any
+) -> SwapReport:
+    """Swap every batch norm layer of ``module``, in place.
+
+    Whatever the target, parameters and buffers are the same tensors afterwards, so that a state_dict fits and an
+    optimizer built before goes on training them; hooks and their handles work, and the training flag stays. Swap before
+    wrapping by DDP or FSDP where that is possible; layers of instance norm are none of batch norm and stay.
+
+    Args:
+        module: A network, or a layer.
+        to: What the layers become.
+
+            - ``"custom"``: our layer of the same dimension, with the ``eps`` and ``momentum`` of the layer unless
+              given in ``options`` (``eps=None, momentum="convention"`` takes the convention's). One of ours gets the
+              options that are given and keeps its other settings, but synchronises no longer.
+            - ``"sync"``: the same, with statistics over all processes.
+            - ``"torch"``: torch's layer of the same dimension. Weights and running statistics are not rescaled; what
+              torch's layer cannot keep of a convention is in the report's notes.
+            - ``"none"``: the identity; parameters and buffers are set aside in the report.
+            - a callable: called with ``num_features`` and ``options``, it returns the module that takes the layer's
+              place in every parent. Parameters and buffers of the same name and shape move over; references held
+              outside of ``module`` still are to the old layer.
+
+            Running statistics that no batch has touched start from the initial values of the new convention.
+        strict: Whether a layer that cannot be swapped, or a module without any, is an error. Otherwise such layers are
+            left alone, with one warning, and are in the report.
+        **options: Keyword arguments of our layer (``convention``, ``backend``, ``eps``, ``momentum``,
+            ``process_group``) for ``"custom"`` and ``"sync"``, ``eps`` and ``momentum`` for ``"torch"``, none for
+            ``"none"``, and the callable's own.
+
+    Returns:
+        What was done to which layer; its :meth:`SwapReport.revert` undoes it. Swapping again changes nothing
+        (callables excepted).
+
+    Raises:
+        ValueError: For unknown arguments, and if ``strict`` for layers that cannot be swapped: they override
+            ``forward``, are parametrised, lazy without parameters, compiled by TorchScript, sharded, of an unknown
+            dimension (:class:`torch.nn.SyncBatchNorm`), or their parameters are in use by DDP or FSDP and would
+            change. Whatever is raised, the module is as before.
+
+    Example:
+        >>> network = nn.Sequential(nn.Linear(3, 30), nn.BatchNorm1d(30))
+        >>> print(swap_norm(network, "custom", convention="keras", momentum=0.5))
+        to custom: 1 swapped, 0 unchanged, 0 skipped
+            1 x torch.nn.BatchNorm1d -> bnlightning.BatchNorm1d: 1 (eps=1e-05 kept, keras has 0.001)
+    """
+    _check_arguments(module, to, options)
+    report = SwapReport(to if isinstance(to, str) else getattr(to, "__name__", repr(to)))
+    layers = _batch_norm_layers(module)
+    if strict and not layers and to != "none":
+        raise ValueError(
+            f"module={type(module).__name__}(...) has no batch norm layer that could be swapped to {report.to}: build "
+            "its layers first, or pass strict=False."
+        )
+    under_wrapper = _inside_wrappers(module)
+    for layer, paths in layers:
+        try:
+            change = _planned(module, layer, to, options, id(layer) in under_wrapper)
+        except _RefusedError as refusal:
+            report.skipped.update(dict.fromkeys(paths, str(refusal)))
+            continue
+        if change is None:
+            report.unchanged += paths
+        else:
+            report.swapped.append(SwappedLayer(tuple(paths), _class_name(layer), change.after, change.note))
+            report._changes.append(change)
+    _report_refusals(report, strict)
+    _apply_all(report._changes)
+    return report
+
+
+@dataclass
+class _InPlace:
+    """Another class and other attributes for the same object; applied a second time, back again."""
+
+    layer: Any
+    cls: type[nn.Module]
+    attributes: dict[str, Any]
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        self._expected = self.cls
+        self.after = _public_name(self.cls)
+
+    def apply(self) -> None:
+        before = _initial_statistics(self.layer)
+        self._exchange()
+        after = _initial_statistics(self.layer)
+        try:
+            if before is not None and after not in (None, before) and _are_untouched(self.layer, before):
+                self.layer.reset_running_stats()
+        except BaseException:
+            self._exchange()
+            raise
+
+    undo = apply
+
+    def is_intact(self) -> bool:
+        return type(self.layer) is self._expected
+
+    def _exchange(self) -> None:
+        attributes = vars(self.layer)
+        previous = {name: attributes.get(name, _Absent) for name in self.attributes}
+        # First, because only this can fail.
+        self.layer.__class__, self.cls = self.cls, type(self.layer)
+        for name, value in self.attributes.items():
+            if value is _Absent:
+                attributes.pop(name, None)
+            else:
+                attributes[name] = value
+        self.attributes = previous
+
+
+@dataclass
+class _Replacement:
+    """Another object in the layer's place, in every parent."""
+
+    old: nn.Module
+    new: nn.Module
+    places: list[tuple[nn.Module, str]]
+
+    def __post_init__(self) -> None:
+        self.after = _class_name(self.new)
+        self._carried = {
+            store: [name for name, value in getattr(self.new, store).items() if self._fits(store, name, value)]
+            for store in ("_parameters", "_buffers")
+        }
+        self._own_hooks = {name: vars(self.new)[name] for name in _HOOKS}
+        self.note = self._describe()
+
+    def _fits(self, store: str, name: str, value: Tensor | None) -> bool:
+        kept = getattr(self.old, store).get(name)
+        return kept is not None and value is not None and not is_lazy(value) and kept.shape == value.shape
+
+    def _describe(self) -> str:
+        carried = [name for names in self._carried.values() for name in names]
+        old, new = (
+            [name for name, _ in (*layer.named_parameters(), *layer.named_buffers()) if name not in carried]
+            for layer in (self.old, self.new)
+        )
+        parts = {"carried over": carried, "new": new, "left behind": old}
+        return "; ".join(f"{what}: {', '.join(names)}" for what, names in parts.items() if names)
+
+    def apply(self) -> None:
+        self._move_tensors(self.old, self.new)
+        # The dictionaries themselves move, because the handles refer to them; the new module's own hooks join them.
+        for name, own in self._own_hooks.items():
+            shared = vars(self.old)[name]
+            shared.update(own)
+            vars(self.new)[name] = shared
+        self._hand_over(self.old, self.new)
+
+    def undo(self) -> None:
+        self._move_tensors(self.new, self.old)
+        for name, own in self._own_hooks.items():
+            for key in own:
+                vars(self.old)[name].pop(key, None)
+            vars(self.new)[name] = own
+        self._hand_over(self.new, self.old)
+
+    def is_intact(self) -> bool:
+        return all(parent._modules.get(name) is self.new for parent, name in self.places)
+
+    def _move_tensors(self, source: nn.Module, target: nn.Module) -> None:
+        for store, names in self._carried.items():
+            for name in names:
+                getattr(target, store)[name] = getattr(source, store)[name]
+
+    def _hand_over(self, source: nn.Module, target: nn.Module) -> None:
+        if source._is_full_backward_hook is not None:
+            target._is_full_backward_hook = source._is_full_backward_hook
+        for hook in target._load_state_dict_pre_hooks.values():
+            if getattr(hook, "with_module", False):
+                # Otherwise it would be called with the module that is no longer there.
+                vars(hook)["module"] = weakref.ref(target)
+        target.train(source.training)
+        for parent, name in self.places:
+            parent._modules[name] = target
+
+
+def _check_arguments(module: nn.Module, to: str | Callable[..., nn.Module], options: dict[str, Any]) -> None:
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"module={module!r} is not possible: pass a torch.nn.Module.")
+    # A module is callable too, but it is a layer already and not what builds one.
+    if to not in _IN_PLACE if isinstance(to, str) else not callable(to) or isinstance(to, nn.Module):
+        raise ValueError(
+            f"to={to!r} is not known: choose one of {', '.join(_IN_PLACE)}, or pass a callable that builds a module "
+            "from the number of features."
+        )
+    if callable(to) and isinstance(module, _TorchBatchNorm):
+        raise ValueError(
+            f"module={module!r} is itself a batch norm layer, and a callable cannot replace it in the variable that "
+            f"holds it: use to(num_features) in its place, or pass a module that contains the layer."
+        )
+    if isinstance(to, str):
+        _check_options(to, options)
+
+
+def _check_options(to: str, options: dict[str, Any]) -> None:
+    if to in ("none", "torch"):
+        known = {"none": (), "torch": ("eps", "momentum")}[to]
+        unknown = [name for name in options if name not in known]
+        if unknown:
+            takes = " and ".join(known) or "no options"
+            raise ValueError(
+                f"{unknown[0]}={options[unknown[0]]!r} is not possible for to={to!r}, which takes {takes}."
+            )
+    for name in _KEPT_ARGUMENTS:
+        if name in options:
+            raise ValueError(
+                f"{name}={options[name]!r} is not possible: a swapped layer keeps its parameters and buffers."
+            )
+    if "sync" in options:
+        raise ValueError(f'sync={options["sync"]!r} is not possible: choose by to="sync" or to="custom".')
+
+
+def _batch_norm_layers(module: nn.Module) -> list[tuple[nn.Module, list[str]]]:
+    """Every batch norm layer with all of its names."""
+    layers: dict[int, tuple[nn.Module, list[str]]] = {}
+    for path, layer in module.named_modules(remove_duplicate=False):
+        scripted = isinstance(layer, torch.jit.ScriptModule) and "BatchNorm" in getattr(layer, "original_name", "")
+        if scripted or isinstance(layer, _TorchBatchNorm):
+            layers.setdefault(id(layer), (layer, []))[1].append(path)
+    return list(layers.values())
+
+
+def _inside_wrappers(module: nn.Module) -> set[int]:
+    wrappers = (layer for layer in module.modules() if _is_wrapper(layer))
+    return {id(layer) for wrapper in wrappers for layer in wrapper.modules()}
+
+
+def _is_wrapper(layer: nn.Module) -> bool:
+    return any(cls.__name__ in _WRAPPERS and cls.__module__.startswith("torch.") for cls in type(layer).__mro__)
+
+
+def _planned(
+    root: nn.Module,
+    layer: nn.Module,
+    to: str | Callable[..., nn.Module],
+    options: dict[str, Any],
+    is_under_wrapper: bool,
+) -> _InPlace | _Replacement | None:
+    """The change of one layer, not yet made, or ``None`` if it is what is asked for."""
+    _refuse_in_any_case(layer)
+    if to == "none" or callable(to):
+        _refuse_if_parameters_are_in_use(layer, is_under_wrapper)
+        return _built(root, layer, to, options) if callable(to) else _to_identity(layer)
+    base = next((base for base in _OURS if isinstance(layer, base)), None)
+    if base is None:
+        raise _RefusedError(
+            f"{type(layer).__name__} does not say its dimension: swap before it is made, or pass a callable"
+        )
+    change = _to_torch(layer, base, options) if to == "torch" else _to_ours(layer, base, str(to), options)
+    now = {name: vars(layer).get(name, _Absent) for name in change.attributes}
+    return None if change.cls is type(layer) and now == change.attributes else change
+
+
+def _refuse_in_any_case(layer: nn.Module) -> None:
+    if isinstance(layer, torch.jit.ScriptModule):
+        raise _RefusedError("compiled by TorchScript: swap before compiling")
+    if any(map(is_lazy, (*layer.parameters(), *layer.buffers()))):
+        raise _RefusedError("lazy, without parameters so far: call the module on a batch first")
+    if parametrize.is_parametrized(layer):
+        raise _RefusedError("parametrised: call torch.nn.utils.parametrize.remove_parametrizations first")
+    if _is_wrapper(layer):
+        raise _RefusedError("sharded by fully_shard: swap before sharding")
+    own = next((name for name, known in _METHODS.items() if getattr(type(layer), name) not in known), None)
+    if own or "forward" in vars(layer):
+        raise _RefusedError(
+            f"{type(layer).__name__} has its own {own or 'forward'}, which would be lost: replace the layer by hand"
+        )
+
+
+def _refuse_if_parameters_are_in_use(layer: nn.Module, is_under_wrapper: bool) -> None:
+    if is_under_wrapper:
+        raise _RefusedError("inside DDP or FSDP, which hold its parameters: swap before wrapping")
+    others = {name for name, _ in (*layer.named_parameters(), *layer.named_buffers())} - _OWN_TENSORS
+    if others:
+        raise _RefusedError(
+            f"holds tensors of its own, which would be lost ({', '.join(sorted(others))}): remove them first"
+        )
+
+
+def _to_identity(layer: nn.Module) -> _InPlace:
+    return _InPlace(layer, nn.Identity, {"_parameters": {}, "_buffers": {}, "_non_persistent_buffers_set": set()})
+
+
+def _to_torch(layer: Any, base: type[nn.Module], options: dict[str, Any]) -> _InPlace:
+    settings = _settings(layer)
+    # Not needed but to check the options.
+    ours = _template(_OURS[base], layer, settings | options, "torch", options)
+    given = {name: vars(ours)[name] for name in options}
+    if not isinstance(layer, _ConventionBatchNorm):
+        return _InPlace(layer, type(layer), given)
+    if _is_per_activation(layer) and base is not nn.BatchNorm1d:
+        raise _RefusedError("its statistics are per activation, and torch's per channel: pass a callable")
+    extras = [name for name in vars(ours) if name not in _torch_attributes()]
+    notes = _lost_convention(layer.convention) + _lost_settings(layer, extras)
+    return _InPlace(layer, base, dict.fromkeys(extras, _Absent) | given, "; ".join(notes))
+
+
+def _to_ours(layer: Any, base: type[nn.Module], to: str, options: dict[str, Any]) -> _InPlace:
+    cls = _OURS[base]
+    settings = _settings(layer)
+    # Without synchronisation a group of processes means nothing.
+    sync = {"sync": True} if to == "sync" else {"sync": False, "process_group": None}
+    new = _template(cls, layer, settings | sync | options, to, options)
+    names = [name for name in vars(new) if name not in _torch_attributes()] + ["eps", "momentum"]
+    attributes = {name: vars(new)[name] for name in names}
+    notes: list[str] = []
+    if isinstance(layer, _ConventionBatchNorm):
+        old = vars(_template(cls, layer, settings, to, options))
+        attributes = {name: value for name, value in attributes.items() if old.get(name, _Absent) != value}
+        cls = type(layer)
+        notes = [f"{name}={_shown(value)}" for name, value in attributes.items()]
+    if base is not nn.BatchNorm1d and _is_per_activation(layer) != _is_per_activation(new):
+        raise _RefusedError(
+            "its parameters are per channel, and per activation they would be C*H*W: build the layer with that many"
+            if _is_per_activation(new)
+            else "its parameters are per activation, and the convention's per channel: build the layer anew"
+        )
+    notes += _kept_constants(layer, new, options)
+    return _InPlace(layer, cls, attributes, "; ".join(notes))
+
+
+def _settings(layer: Any) -> dict[str, Any]:
+    """The constructor's keyword arguments that would build the layer again."""
+    names = ["eps", "momentum"]
+    if isinstance(layer, _ConventionBatchNorm):
+        parameters = inspect.signature(_ConventionBatchNorm.__init__).parameters.values()
+        names += [each.name for each in parameters if each.kind is each.KEYWORD_ONLY and each.name != "bias"]
+    return {name: vars(layer)[name] for name in names if name in vars(layer)}
+
+
+def _template(
+    cls: type[_ConventionBatchNorm], layer: Any, settings: dict[str, Any], to: str, options: dict[str, Any]
+) -> _ConventionBatchNorm:
+    """A layer like ``layer``, built by our constructor, without memory for its tensors."""
+    if layer.weight is not None and layer.bias is None and _torch_knows_bias():
+        settings = settings | {"bias": False}
+    try:
+        with warnings.catch_warnings():
+            # A momentum that the layer has anyway is nothing to warn of now.
+            warnings.simplefilter("default" if "momentum" in options else "ignore")
+            return cls(
+                layer.num_features,
+                affine=layer.affine,
+                track_running_stats=layer.track_running_stats,
+                device="meta",
+                **settings,
+            )
+    except TypeError as error:
+        raise ValueError(f"options={options!r} do not fit to={to!r}: {error}.") from error
+
+
+@cache
+def _torch_knows_bias() -> bool:
+    return "bias" in inspect.signature(nn.BatchNorm1d.__init__).parameters
+
+
+@cache
+def _torch_attributes() -> frozenset[str]:
+    return frozenset(vars(nn.BatchNorm1d(1, device="meta")))
+
+
+def _built(root: nn.Module, layer: Any, build: Callable[..., nn.Module], options: dict[str, Any]) -> _Replacement:
+    new = build(layer.num_features, **options)
+    if not isinstance(new, nn.Module):
+        raise ValueError(
+            f"to={build!r} returned {new!r} for {layer.num_features} features: it must return a torch.nn.Module."
+        )
+    like = next((value for value in _tensors(layer) if value.is_floating_point()), None)
+    if like is not None:
+        new.to(device=like.device, dtype=like.dtype)
+    places = [(parent, name) for parent in root.modules() for name in _names_in(parent, layer)]
+    return _Replacement(layer, new, places)
+
+
+def _tensors(layer: nn.Module) -> Iterator[Tensor]:
+    yield from layer.parameters()
+    yield from layer.buffers()
+
+
+def _names_in(parent: nn.Module, child: nn.Module) -> list[str]:
+    return [name for name, other in parent._modules.items() if other is child]
+
+
+def _report_refusals(report: SwapReport, strict: bool) -> None:
+    if not report.skipped:
+        return
+    reasons = "\n".join(f"  {_named([path])}: {reason}" for path, reason in report.skipped.items())
+    if strict:
+        raise ValueError(
+            f"{len(report.skipped)} batch norm layer(s) cannot be swapped to {report.to}, and nothing has been "
+            f"changed; strict=False leaves them as they are.\n{reasons}"
+        )
+    warnings.warn(f"Batch norm layers that could not be swapped to {report.to}:\n{reasons}", stacklevel=3)
+
+
+def _apply_all(changes: list[_Change]) -> None:
+    new = [change.new for change in changes if isinstance(change, _Replacement)]
+    if len({id(layer) for layer in new}) < len(new):
+        raise ValueError("to returned the same module for two layers: it must build one for each.")
+    done: list[_Change] = []
+    try:
+        for change in changes:
+            change.apply()
+            done.append(change)
+    except BaseException:
+        for change in reversed(done):
+            change.undo()
+        raise
+
+
+def _initial_statistics(layer: nn.Module) -> tuple[float, float] | None:
+    """What the layer's running mean and variance start from; ``None`` if it has none."""
+    if isinstance(layer, _ConventionBatchNorm):
+        return layer.convention.initial_mean, layer.convention.initial_var
+    return (0.0, 1.0) if isinstance(layer, _TorchBatchNorm) else None
+
+
+def _are_untouched(layer: Any, initial: tuple[float, float]) -> bool:
+    statistics = (layer.running_mean, layer.running_var, layer.num_batches_tracked)
+    if any(value is None or value.is_meta for value in statistics):
+        return False
+    return all(bool((value == start).all()) for value, start in zip(statistics, (*initial, 0), strict=True))
+
+
+def _is_per_activation(layer: nn.Module) -> bool:
+    return getattr(getattr(layer, "convention", None), "per_activation", False)
+
+
+def _lost_convention(convention: Convention) -> list[str]:
+    """What torch's layer does otherwise; its eps and momentum are arguments and not lost."""
+    torchs = CONVENTIONS["pytorch"]
+    names = [each.name for each in fields(convention) if each.name not in ("eps", "momentum")]
+    changed = [
+        f"{name} {getattr(convention, name)} -> {getattr(torchs, name)}"
+        for name in names
+        if getattr(convention, name) != getattr(torchs, name)
+    ]
+    return [f"convention {convention_name(convention)} becomes torch's: {', '.join(changed)}"] if changed else []
+
+
+def _lost_settings(layer: Any, names: list[str]) -> list[str]:
+    """Settings of our layer that make a difference and that torch's does not have."""
+    usual = vars(type(layer)(1, eps=1.0, momentum=0.0, device="meta"))
+    indifferent = ("convention", "backend")
+    differing = [name for name in names if name not in indifferent and vars(layer).get(name) != usual.get(name)]
+    return [f"{name}={vars(layer)[name]} is lost" for name in differing]
+
+
+def _kept_constants(layer: Any, new: _ConventionBatchNorm, options: dict[str, Any]) -> list[str]:
+    """Where the convention asked for has another eps or momentum than the layer, which keeps its own."""
+    if "convention" not in options:
+        return []
+    convention = new.convention
+    return [
+        f"{name}={getattr(layer, name)} kept, {_shown(convention)} has {getattr(convention, name)}"
+        for name in ("eps", "momentum")
+        if name not in options and getattr(convention, name) not in (None, getattr(layer, name))
+    ]
+
+
+def _shown(value: Any) -> str:
+    return convention_name(value) if isinstance(value, Convention) else str(value)
+
+
+def _class_name(layer: nn.Module) -> str:
+    return _public_name(type(layer))
+
+
+def _public_name(cls: type) -> str:
+    for inside, public in (("torch.nn.modules.", "torch.nn"), ("bnlightning.nn.", "bnlightning")):
+        if cls.__module__.startswith(inside):
+            return f"{public}.{cls.__qualname__}"
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _named(paths: Iterable[str]) -> str:
+    return " = ".join(path or "(the module itself)" for path in paths)
+
+
+def _shortened(names: list[str], at_most: int = 3) -> str:
+    rest = len(names) - at_most
+    return ", ".join(names[:at_most]) + (f" and {rest} more" if rest > 0 else "")
