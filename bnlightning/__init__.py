@@ -4,7 +4,14 @@ from importlib import metadata
 
 from bnlightning._comparison import Comparison, compare_runs
 from bnlightning._conf import CONF_DIR
-from bnlightning.callbacks import ActivationMonitor, PredictionMonitor, PublishedValues, TrainingProgressBar
+from bnlightning.callbacks import (
+    ActivationMonitor,
+    BatchNormSync,
+    PredictionMonitor,
+    PublishedValues,
+    SwapNorm,
+    TrainingProgressBar,
+)
 from bnlightning.data import PointsDataModule, SyntheticRegressionDataModule
 from bnlightning.models import LitMovingAverage, LitRegressor
 from bnlightning.nn import MLP, BatchNorm1d, BatchNorm2d, BatchNorm3d, Convention, SwapReport, swap_norm
@@ -18,6 +25,7 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "BatchNormSync",
     "Comparison",
     "Convention",
     "LitMovingAverage",
@@ -25,6 +33,7 @@ __all__ = [
     "PointsDataModule",
     "PredictionMonitor",
     "PublishedValues",
+    "SwapNorm",
     "SwapReport",
     "SyntheticRegressionDataModule",
     "TrainingProgressBar",

@@ -5,3 +5,5 @@ from bnlightning.callbacks.activation_monitor import saturation_limits as satura
 from bnlightning.callbacks.prediction_monitor import PredictionMonitor as PredictionMonitor
 from bnlightning.callbacks.progress_bar import TrainingProgressBar as TrainingProgressBar
 from bnlightning.callbacks.published_values import PublishedValues as PublishedValues
+from bnlightning.callbacks.swap_norm import BatchNormSync as BatchNormSync
+from bnlightning.callbacks.swap_norm import SwapNorm as SwapNorm

@@ -1,0 +1,126 @@
+"""Swapping the batch norm layers of a LightningModule before it trains."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.layer_sync import LayerSync
+from torch import nn
+
+from bnlightning.nn.swap import SwapReport, swap_norm
+
+# Where a module may build layers after the callbacks' setup, the last one first.
+_LATE_HOOKS = ("configure_model", "setup")
+
+
+class SwapNorm(Callback):
+    """Swap the batch norm layers of the LightningModule, by :func:`bnlightning.swap_norm`.
+
+    The swap comes before checkpoints are restored, optimizers are built and the strategy wraps the module, whatever the
+    strategy: in ``setup``, or, if the module overrides ``setup`` or ``configure_model`` and so may build its layers
+    there, right after the last of these. List the callback before others that copy the module in ``setup``, such as
+    ``WeightAveraging``.
+
+    A module is swapped once, however many stages and trainers follow, and stays swapped after them:
+    ``callback.report.revert()`` undoes it. A checkpoint has the keys of the swapped module; those of ``"custom"``,
+    ``"torch"`` and ``"sync"`` are the original's. ``load_from_checkpoint`` builds the module as its class does, so a
+    Trainer that goes on with it needs the callback again. With a strategy that runs in spawned or forked processes
+    (``ddp_spawn``, ``ddp_notebook``) the module that the caller holds stays as it was, and only the trained values come
+    back to it: there use only the three choices that keep the keys.
+
+    Args:
+        to: As in :func:`bnlightning.swap_norm`: ``"none"``, ``"custom"``, ``"torch"``, ``"sync"`` or a callable.
+        strict: Whether a layer that cannot be swapped is an error.
+        **options: As in :func:`bnlightning.swap_norm`.
+
+    Attributes:
+        report: Of the last swap, a :class:`bnlightning.SwapReport`; ``None`` before the first.
+
+    Raises:
+        ValueError: In ``setup``, as :func:`bnlightning.swap_norm`.
+
+    Example:
+        >>> trainer = lightning.Trainer(callbacks=[SwapNorm("custom", convention="keras", momentum=0.01)])
+    """
+
+    def __init__(self, to: str | Callable[..., nn.Module], strict: bool = True, **options: Any) -> None:
+        self.to = to
+        self.strict = strict
+        self.options = options
+        self.report: SwapReport | None = None
+        self._swapped: list[nn.Module] = []
+        self._put_back: Callable[[], None] | None = None
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        if any(module is pl_module for module in self._swapped):
+            return
+        late = next((name for name in _LATE_HOOKS if _is_overridden(pl_module, name)), None)
+        if late is None:
+            self._swap(pl_module)
+        else:
+            self._swap_after(pl_module, late)
+
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        # The hook may not have been reached.
+        if self._put_back is not None:
+            self._put_back()
+
+    def _swap(self, module: lightning.LightningModule) -> None:
+        self.report = swap_norm(module, self.to, strict=self.strict, **self.options)
+        self._swapped.append(module)
+
+    def _swap_after(self, module: lightning.LightningModule, name: str) -> None:
+        """Let the module's next call of a hook of its own be followed by the swap."""
+        hook = getattr(module, name)
+        attributes = vars(module)
+        own = {name: attributes[name]} if name in attributes else {}
+
+        def put_back() -> None:
+            attributes.pop(name, None)
+            attributes.update(own)
+            self._put_back = None
+
+        # Lightning asks what is wrapped whether the hook is overridden at all.
+        @functools.wraps(hook)
+        def hook_and_swap(*args: Any, **kwargs: Any) -> None:
+            put_back()
+            hook(*args, **kwargs)
+            self._swap(module)
+
+        attributes[name] = hook_and_swap
+        self._put_back = put_back
+
+
+class BatchNormSync(LayerSync):
+    """Synchronise the batch norm layers during a fit, by :func:`bnlightning.swap_norm`: a plugin of the Trainer.
+
+    Takes the place of ``Trainer(sync_batchnorm=True)``, which would replace our layers by torch's and lose their
+    convention: ``Trainer(plugins=[BatchNormSync()], strategy="ddp")``. Torch's layers become ours of torch's convention
+    meanwhile, so that this works on the CPU, too. When the fit is over every layer is what it was.
+
+    Of the strategies only DDP and FSDP use such plugins, and only in a fit; for others take ``SwapNorm("sync")``.
+
+    Args:
+        strict: Whether a layer that cannot be synchronised, or a module without any, is an error.
+    """
+
+    def __init__(self, strict: bool = True) -> None:
+        self.strict = strict
+        self._report: SwapReport | None = None
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        self._report = swap_norm(model, "sync", strict=self.strict)
+        return model
+
+    def revert(self, model: nn.Module) -> nn.Module:
+        if self._report is not None:
+            self._report.revert()
+        return model
+
+
+def _is_overridden(module: lightning.LightningModule, name: str) -> bool:
+    return name in vars(module) or getattr(type(module), name) is not getattr(lightning.LightningModule, name)
