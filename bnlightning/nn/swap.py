@@ -170,7 +170,7 @@ def swap_norm(
         >>> network = nn.Sequential(nn.Linear(3, 30), nn.BatchNorm1d(30))
         >>> print(swap_norm(network, "custom", convention="keras", momentum=0.5))
         to custom: 1 swapped, 0 unchanged, 0 skipped
-            1 x torch.nn.BatchNorm1d -> bnlightning.BatchNorm1d: 1 (eps=1e-05 kept, keras has 0.001)
+            1 x torch.nn.BatchNorm1d -> bnlightning.BatchNorm1d: 1 (eps=1e-05 kept, 'keras' has 0.001)
     """
     _check_arguments(module, to, options)
     report = SwapReport(to if isinstance(to, str) else getattr(to, "__name__", repr(to)))
@@ -423,7 +423,7 @@ def _to_torch(layer: Any, base: type[nn.Module], options: dict[str, Any]) -> _In
     if _is_per_activation(layer) and base is not nn.BatchNorm1d:
         raise _RefusedError("its statistics are per activation, and torch's per channel: pass a callable")
     extras = [name for name in vars(ours) if name not in _torch_attributes()]
-    notes = _lost_convention(layer.convention) + _lost_settings(layer, extras)
+    notes = _lost_convention(layer.convention) + _lost_settings(layer, vars(_OURS[base](1, device="meta")), extras)
     return _InPlace(layer, base, dict.fromkeys(extras, _Absent) | given, "; ".join(notes))
 
 
@@ -437,7 +437,7 @@ def _to_ours(layer: Any, base: type[nn.Module], to: str, options: dict[str, Any]
     attributes = {name: vars(new)[name] for name in names}
     notes: list[str] = []
     if isinstance(layer, _ConventionBatchNorm):
-        old = vars(_template(cls, layer, settings, to, options))
+        old = vars(_template(cls, layer, settings, to, {}))
         attributes = {name: value for name, value in attributes.items() if old.get(name, _Absent) != value}
         cls = type(layer)
         notes = [f"{name}={_shown(value)}" for name, value in attributes.items()]
@@ -468,8 +468,9 @@ def _template(
         settings = settings | {"bias": False}
     try:
         with warnings.catch_warnings():
-            # A momentum that the layer has anyway is nothing to warn of now.
-            warnings.simplefilter("default" if "momentum" in options else "ignore")
+            if "momentum" not in options:
+                # What the layer has anyway is nothing to warn of now.
+                warnings.simplefilter("ignore")
             return cls(
                 layer.num_features,
                 affine=layer.affine,
@@ -570,9 +571,8 @@ def _lost_convention(convention: Convention) -> list[str]:
     return [f"convention {convention_name(convention)} becomes torch's: {', '.join(changed)}"] if changed else []
 
 
-def _lost_settings(layer: Any, names: list[str]) -> list[str]:
+def _lost_settings(layer: Any, usual: dict[str, Any], names: list[str]) -> list[str]:
     """Settings of our layer that make a difference and that torch's does not have."""
-    usual = vars(type(layer)(1, eps=1.0, momentum=0.0, device="meta"))
     indifferent = ("convention", "backend")
     differing = [name for name in names if name not in indifferent and vars(layer).get(name) != usual.get(name)]
     return [f"{name}={vars(layer)[name]} is lost" for name in differing]
