@@ -1,6 +1,5 @@
 """Swapping the batch norm layers of a LightningModule before it trains."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -84,8 +83,6 @@ class SwapNorm(Callback):
             attributes.update(own)
             self._put_back = None
 
-        # Lightning asks what is wrapped whether the hook is overridden at all.
-        @functools.wraps(hook)
         def hook_and_swap(*args: Any, **kwargs: Any) -> None:
             put_back()
             hook(*args, **kwargs)

@@ -410,7 +410,7 @@ def _refuse_if_parameters_are_in_use(layer: nn.Module, is_under_wrapper: bool) -
 
 
 def _to_identity(layer: nn.Module) -> _InPlace:
-    return _InPlace(layer, nn.Identity, {"_parameters": {}, "_buffers": {}, "_non_persistent_buffers_set": set()})
+    return _InPlace(layer, nn.Identity, {"_parameters": {}, "_buffers": {}})
 
 
 def _to_torch(layer: Any, base: type[nn.Module], options: dict[str, Any]) -> _InPlace:
@@ -464,8 +464,6 @@ def _template(
     cls: type[_ConventionBatchNorm], layer: Any, settings: dict[str, Any], to: str, options: dict[str, Any]
 ) -> _ConventionBatchNorm:
     """A layer like ``layer``, built by our constructor, without memory for its tensors."""
-    if layer.weight is not None and layer.bias is None and _torch_knows_bias():
-        settings = settings | {"bias": False}
     try:
         with warnings.catch_warnings():
             if "momentum" not in options:
@@ -480,11 +478,6 @@ def _template(
             )
     except TypeError as error:
         raise ValueError(f"options={options!r} do not fit to={to!r}: {error}.") from error
-
-
-@cache
-def _torch_knows_bias() -> bool:
-    return "bias" in inspect.signature(nn.BatchNorm1d.__init__).parameters
 
 
 @cache

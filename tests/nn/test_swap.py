@@ -420,6 +420,16 @@ def test_a_failure_midway_leaves_the_module_as_it_was():
     assert_same(before, snapshot(model))
 
 
+def test_statistics_that_cannot_be_reset_leave_the_module_as_it_was():
+    model = network()
+    with torch.inference_mode():
+        model[4].running_var = torch.ones(4)
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="inference tensor"):
+        swap_norm(model, "custom", convention="tf_ema")
+    assert_same(before, snapshot(model))
+
+
 class Activated(nn.BatchNorm1d):
     def forward(self, x):
         return super().forward(x).relu()
