@@ -130,9 +130,9 @@ def swap_norm(
 ) -> SwapReport:
     """Swap every batch norm layer of ``module``, in place.
 
-    Whatever the target, parameters and buffers are the same tensors afterwards, so that a state_dict fits and an
-    optimizer built before goes on training them; hooks and their handles work, and the training flag stays. Swap before
-    wrapping by DDP or FSDP where that is possible; layers of instance norm are none of batch norm and stay.
+    Parameters and buffers are the same tensors afterwards, where the target has them, so that a state_dict fits and an
+    optimizer built before goes on training them; hooks and their handles work, and the training flag stays. Layers of
+    instance norm are none of batch norm and stay.
 
     Args:
         module: A network, or a layer.
