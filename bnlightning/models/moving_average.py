@@ -42,7 +42,7 @@ class LitMovingAverage(RegressionSteps):
         ``test/hidden_weight``;
         ``test/hidden_output_x<x>``, ``test/norm_output_x<x>``, ``test/act_output_x<x>``: what the hidden layer's linear
         map, normalisation and relu put out for each of the batch's first eight points, named by their x;
-        ``test/running_mean``, ``test/running_var``, ``test/scale``, ``test/shift``: of the hidden layer's normalisation;
+        ``test/running_mean``, ``test/running_var``, ``test/scale``, ``test/shift``: of the hidden normalisation;
         ``test/note``, as text: how the last training step came to the running variance.
 
     Raises:
