@@ -39,6 +39,7 @@ TITLES = [
     "Time: ratio to torch's, median [quartiles]; budgets 1.40 at 10x30, 1.25 at 200x300, 1.05 above",
     "Time with a ReLU after it: ratio to torch's, median [quartiles]; the same budgets",
     "Peak memory: ratio to torch's (in sizes of the input); budget 1",
+    "Peak memory with a ReLU after it: ratio to torch's (in sizes of the input)",
     "Memory kept for the backward pass besides input, parameters and buffers, in sizes of the input",
 ]
 Step = Callable[[], Any]
@@ -96,6 +97,8 @@ def normalisations(x: Tensor) -> dict[str, nn.Module]:
 def with_relu(x: Tensor) -> dict[str, nn.Module]:
     layers = {BASE: torchs(x), "ours, pytorch": ours(x, "pytorch"), "ours, keras": ours(x, "keras")}
     sequences = {name: nn.Sequential(layer, nn.ReLU()) for name, layer in layers.items()}
+    in_place = {"torch, in place": torchs(x), "ours, keras, in place": ours(x, "keras")}
+    sequences |= {name: nn.Sequential(layer, nn.ReLU(inplace=True)) for name, layer in in_place.items()}
     return sequences | {
         "compiled torch": compiled(nn.Sequential(torchs(x), nn.ReLU())),
         "compiled ours, keras": compiled(nn.Sequential(ours(x, "keras"), nn.ReLU())),
@@ -187,6 +190,7 @@ def measure(shape: str, device: str, rounds: int) -> list[Cells]:
         time_cells(steps, rounds, budget),
         time_cells(relu_steps, rounds, budget),
         memory_cells({name: peak_bytes(step, device) for name, step in steps.items()}, size),
+        memory_cells({name: peak_bytes(step, device) for name, step in relu_steps.items()}, size),
         {name: f"{saved_bytes(layer, x) / size:.3f}" for name, layer in layers.items()},
     ]
 

@@ -8,6 +8,11 @@ import pytest
 import torch
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    # Each takes half a gigabyte, and some tests start processes of their own.
+    return min(os.cpu_count() or 1, 4)
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     # With more, a busy machine with few cores slows networks this small a hundredfold.
@@ -19,8 +24,8 @@ def _nothing_leaks() -> Iterator[None]:
     before = dict(os.environ)
     yield
     # The interpreter's own bookkeeping of what pytest runs, and what Lightning and torch announce to their children.
-    ignored = {"PYTEST_CURRENT_TEST", "PL_GLOBAL_SEED", "PL_SEED_WORKERS", "TORCHINDUCTOR_CACHE_DIR"}
-    ignored.add("_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR")
+    ignored = {"PYTEST_CURRENT_TEST", "PL_GLOBAL_SEED", "PL_SEED_WORKERS"}
+    ignored |= {"TORCHINDUCTOR_CACHE_DIR", "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"}
     leaked = {key for key in os.environ.keys() | before.keys() if os.environ.get(key) != before.get(key)} - ignored
     for key in leaked:
         os.environ.pop(key)
