@@ -111,7 +111,7 @@ class _ConventionBatchNorm(_TorchBatchNorm):
         if n < 2 and not synced and (n == 0 or self.batch_of_one != "raise"):
             return self._normalize_too_few(input, n)
         if updates and self.backend == "fast" and self.update_rule is None and not synced:
-            momentum = self._weight_of_next_batch()
+            momentum = self.weight_of_next_batch()
             if isinstance(momentum, float):
                 return self._normalize_and_average(input, momentum)
         count: int | Tensor = n
@@ -176,7 +176,7 @@ class _ConventionBatchNorm(_TorchBatchNorm):
                 decision made on the device needs no wait for it.
         """
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
-        weight = self._weight_of_next_batch()
+        weight = self.weight_of_next_batch()
         if isinstance(n, Tensor):
             seen = n > 0
             mean = torch.where(seen, mean, self.running_mean)
@@ -192,8 +192,11 @@ class _ConventionBatchNorm(_TorchBatchNorm):
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), weight)
         self.running_var.lerp_(var.to(self.running_var.dtype), weight)
 
-    def _weight_of_next_batch(self) -> float | Tensor:
-        """The share of the next batch in the running statistics; a tensor where a number would mean a wait."""
+    def weight_of_next_batch(self) -> float | Tensor:
+        """The share of the next batch in the running statistics; a tensor where a number would mean a wait.
+
+        The momentum, unless that is ``None`` or the convention debiases: then it falls from 1 as batches are counted.
+        """
         if self.momentum is not None and (not self.convention.debias or self.momentum == 1):
             return float(self.momentum)
         assert self.running_mean is not None and self.num_batches_tracked is not None
@@ -306,7 +309,10 @@ def _channels_message(layer: _ConventionBatchNorm, input: Tensor) -> str:
             f"input has {shape[1]} features a sample, and num_features={features}: under a convention per activation "
             f"give num_features={shape[1]}, the product of all dimensions but the batch's."
         )
-    return f"input of shape {shape} has {shape[1]} channels: num_features={features}."
+    return (
+        f"input of shape {shape} has {shape[1]} channels, and num_features={features}: give input with {features} "
+        f"channels, or build the layer with num_features={shape[1]}."
+    )
 
 
 def _momentum(value: Any, named: Convention, convention: str | Convention) -> float:

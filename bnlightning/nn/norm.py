@@ -1,5 +1,6 @@
 """Normalisation layers by name."""
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -37,7 +38,10 @@ def get_norm_layer(norm: str, **options: Any) -> Callable[[int], nn.Module]:
         options = {name: value for name, value in options.items() if name not in _OURS_ALONE}
     layer = partial(NORM_LAYERS[norm], **options)
     try:
-        layer(1)
+        with warnings.catch_warnings():
+            # What there is to warn of, the layers themselves do.
+            warnings.simplefilter("ignore")
+            layer(1)
     except TypeError as error:
         raise ValueError(f"norm_options={options!r} do not fit norm={norm!r}: {error}.") from error
     return layer

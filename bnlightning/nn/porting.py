@@ -37,6 +37,11 @@ def from_keras(variables: Mapping[str, Any]) -> dict[str, Tensor]:
     Raises:
         ValueError: For a name that is not one of these, one given twice, or missing statistics.
     """
+    if not isinstance(variables, Mapping):
+        raise ValueError(
+            f"variables={type(variables).__name__} is not possible: give arrays by name, such as "
+            "{variable.name: variable.numpy() for variable in layer.variables}."
+        )
     state: dict[str, Tensor] = {}
     for name, value in variables.items():
         key = _KERAS_NAMES.get(name.rpartition("/")[2].removesuffix(":0"))
@@ -52,7 +57,11 @@ def from_keras(variables: Mapping[str, Any]) -> dict[str, Tensor]:
 def to_keras(state_dict: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     """A layer's variables in Keras or TensorFlow, by name without scope, from its state_dict; the inverse of
     :func:`from_keras`.
+
+    Raises:
+        ValueError: If ``state_dict`` is not that of one batch norm layer with running statistics.
     """
+    _check_state_dict(state_dict)
     return {name: _array(state_dict[key]) for name, key in _KERAS_NAMES.items() if key in state_dict}
 
 
@@ -65,7 +74,8 @@ def from_caffe(batch_norm: Sequence[Any], scale: Sequence[Any] = (), *, momentum
 
     Args:
         batch_norm: Three blobs: sum of means and sum of variances, of shape ``(C,)``, and the sum of weights, a number.
-        scale: The Scale layer's blobs: none, the scale, or scale and shift, of shape ``(C,)``.
+        scale: The Scale layer's blobs: none, for a layer with ``affine=False``; the scale; or scale and shift, of shape
+            ``(C,)``.
         momentum: ``1 - moving_average_fraction``, above 0.
 
     Raises:
@@ -78,8 +88,9 @@ def from_caffe(batch_norm: Sequence[Any], scale: Sequence[Any] = (), *, momentum
             "(mean, variance, factor) and none, one or two of the Scale layer."
         )
     total = float(np.asarray(batch_norm[2]).item())
-    divisor = total if total != 0 else 1.0
-    state = {"running_mean": _tensor(batch_norm[0]) / divisor, "running_var": _tensor(batch_norm[1]) / divisor}
+    # As Caffe has it: without a weight the statistics are zero, whatever the sums say.
+    share = 1 / total if total != 0 else 0.0
+    state = {"running_mean": _tensor(batch_norm[0]) * share, "running_var": _tensor(batch_norm[1]) * share}
     for key, blob in zip(("weight", "bias"), scale, strict=False):
         state[key] = _tensor(blob)
     # total = (1 - fraction^k) / (1 - fraction); in float32 it ends at 1 / momentum, after about 17 / momentum batches.
@@ -92,14 +103,27 @@ def to_caffe(state_dict: Mapping[str, Tensor], *, momentum: float = 1e-3) -> tup
     """The blobs of Caffe's BatchNorm layer and of the Scale layer behind it; the inverse of :func:`from_caffe`.
 
     The statistics of a layer that has counted no batch get the weight of one.
+
+    Raises:
+        ValueError: If ``state_dict`` is not that of one batch norm layer with running statistics, or for a momentum
+            outside (0, 1).
     """
     _check_caffe_momentum(momentum)
+    _check_state_dict(state_dict)
     batches = int(state_dict["num_batches_tracked"])
     total = -math.expm1(batches * math.log1p(-momentum)) / momentum if batches else 1.0
     mean, var = _array(state_dict["running_mean"]), _array(state_dict["running_var"])
     dtype = mean.dtype
     scale = [_array(state_dict[key]) for key in ("weight", "bias") if key in state_dict]
     return [(mean * total).astype(dtype), (var * total).astype(dtype), np.array([total], dtype)], scale
+
+
+def _check_state_dict(state_dict: Mapping[str, Tensor]) -> None:
+    if "running_mean" not in state_dict:
+        raise ValueError(
+            f"state_dict has {', '.join(list(state_dict)[:3]) or 'nothing'}: give that of one batch norm layer with "
+            "running statistics, layer.state_dict()."
+        )
 
 
 def _check_caffe_momentum(momentum: float) -> None:

@@ -48,8 +48,11 @@ def recompute_statistics(
         The number of batches taken on this rank.
 
     Raises:
-        ValueError: If ``module`` has no batch norm layer with running statistics, or no rank had a batch.
+        ValueError: If ``module`` has no batch norm layer with running statistics, no rank had a batch, or ``data``
+            is a single tensor.
     """
+    if isinstance(data, Tensor):
+        raise ValueError(f"data=Tensor of shape {tuple(data.shape)} is not possible: give batches, such as [data].")
     if steps is not None:
         check_integer("steps", steps, at_least=1)
     layers = {

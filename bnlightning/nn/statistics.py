@@ -13,6 +13,8 @@ function says otherwise: ``swap_norm(model, "custom")`` makes them so and change
 """
 
 from collections.abc import Callable
+from functools import partial
+from operator import is_
 from typing import Any
 
 import torch
@@ -112,8 +114,18 @@ def accumulate_statistics(module: nn.Module, optimizer: torch.optim.Optimizer) -
     and variances are merged exactly, in float64. Each is still normalised by its own statistics. What is pending when
     the handle is removed is dropped.
 
-    In Lightning, call it in ``configure_optimizers``, where model and optimizer are at hand.
+    In Lightning, call it in ``configure_optimizers``, where model and optimizer are at hand. Lightning calls that for
+    every fit: a later call for the same layers takes the place of the earlier one.
+
+    Raises:
+        ValueError: If ``optimizer`` is none, or the model has batch norm layers that are not ours.
     """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(
+            f"optimizer={optimizer!r} is not possible: give the torch.optim.Optimizer that trains the model."
+        )
+    for layer in _layers(module):
+        layer.update_rule = _without(layer.update_rule, lambda rule: isinstance(rule, _Accumulate))
     accumulated: list[_Accumulate] = []
 
     def start(rule: UpdateRule | None) -> "_Accumulate":
@@ -183,9 +195,10 @@ def _layers(module: nn.Module) -> list[_ConventionBatchNorm]:
     named = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, _TorchBatchNorm)]
     others = [name or "the module itself" for name, layer in named if not isinstance(layer, _ConventionBatchNorm)]
     if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         raise ValueError(
-            f"module={type(module).__name__} has batch norm layers that are not ours ({', '.join(others)}), and this "
-            'works on ours alone: call bnlightning.swap_norm(module, "custom") first, which changes nothing else.'
+            f"module={type(module).__name__} has batch norm layers that are not ours ({', '.join(others[:3])}{more}), "
+            'and this works on ours alone: call bnlightning.swap_norm(module, "custom") first, nothing else changes.'
         )
     return [layer for _, layer in named if isinstance(layer, _ConventionBatchNorm)]
 
@@ -212,15 +225,13 @@ def _wrap(module: nn.Module, rule: Callable[[UpdateRule | None], _Rule]) -> Stat
 
     def undo() -> None:
         for layer, mine in added:
-            layer.update_rule = _without(layer.update_rule, mine)
+            layer.update_rule = _without(layer.update_rule, partial(is_, mine))
 
     return StatisticsHandle(undo)
 
 
-def _without(rule: UpdateRule | None, removed: _Rule) -> UpdateRule | None:
+def _without(rule: UpdateRule | None, is_removed: Callable[[_Rule], bool]) -> UpdateRule | None:
     if not isinstance(rule, _Rule):
         return rule
-    if rule is removed:
-        return removed.inner
-    rule.inner = _without(rule.inner, removed)
-    return rule
+    rule.inner = _without(rule.inner, is_removed)
+    return rule.inner if is_removed(rule) else rule

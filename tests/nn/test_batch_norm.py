@@ -194,7 +194,7 @@ def test_an_empty_batch_gives_an_empty_output_as_in_torch(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_another_number_of_channels_is_refused(backend):
-    with pytest.raises(ValueError, match=r"input of shape \(8, 1\) has 1 channels: num_features=4"):
+    with pytest.raises(ValueError, match=r"input of shape \(8, 1\) has 1 channels, and num_features=4: give"):
         BatchNorm1d(4, backend=backend)(torch.randn(8, 1))
 
 
@@ -253,7 +253,10 @@ def test_torch_export(options, training):
     shapes = ({0: torch.export.Dim("n", min=2)},)
     module = torch.export.export(layer, (torch.randn(4, 3),), dynamic_shapes=shapes).module()
     torch.testing.assert_close(module(x), twin(x))
-    torch.testing.assert_close(dict(module.named_buffers()), dict(twin.named_buffers()))
+    # An older torch leaves out the buffer that evaluation does not read.
+    exported = dict(module.named_buffers())
+    torch.testing.assert_close(exported, {key: value for key, value in twin.named_buffers() if key in exported})
+    assert training <= ("num_batches_tracked" in exported or not layer.track_running_stats)
 
 
 @pytest.mark.parametrize("options", [option for option in OPTIONS if "backend" not in option], ids=str)

@@ -107,6 +107,21 @@ def test_statistics_without_a_count_get_the_weight_of_one_batch():
     assert blobs[0].dtype == np.float32
 
 
+def test_caffes_statistics_without_a_weight_are_zero():
+    state = from_caffe([np.full(C, 3.0), np.full(C, 6.0), np.zeros(1)])
+    assert state["running_mean"].tolist() == state["running_var"].tolist() == [0.0] * C
+    assert state["num_batches_tracked"] == 0 and "weight" not in state
+
+
+def test_what_is_not_a_layer_is_refused():
+    with pytest.raises(ValueError, match="variables=list is not possible: give arrays by name"):
+        from_keras([np.ones(C)] * 4)
+    whole = torch.nn.Sequential(BatchNorm1d(C)).state_dict()
+    for function in (to_keras, to_caffe):
+        with pytest.raises(ValueError, match=r"state_dict has 0.weight, 0.bias.*: give that of one batch norm layer"):
+            function(whole)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

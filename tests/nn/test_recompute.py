@@ -135,6 +135,7 @@ def test_an_exception_leaves_the_model_as_it_was():
     [
         (nn.Linear(3, 3), [torch.ones(2, 3)], {}, "module=Linear has no batch norm layer that keeps running"),
         (BatchNorm1d(3), [], {}, "data=list gave no batch"),
+        (BatchNorm1d(3), torch.ones(2, 3), {}, r"data=Tensor of shape \(2, 3\) is not possible: give batches"),
         (BatchNorm1d(3), [torch.ones(2, 3)], {"steps": 0}, "steps=0 is not possible"),
     ],
 )

@@ -159,6 +159,21 @@ def test_the_micro_batches_of_a_step_count_as_one_batch(convention):
     torch.testing.assert_close(state(layer), state(whole))
 
 
+def test_accumulating_for_another_optimizer_takes_the_place_of_the_first():
+    layer, twin = BatchNorm1d(3), BatchNorm1d(3)
+    # As configure_optimizers is called for every fit.
+    handles = [accumulate_statistics(layer, torch.optim.SGD(layer.parameters(), lr=0.0)) for _ in range(2)]
+    skip_nonfinite_batches(layer)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    accumulate_statistics(layer, optimizer)
+    for seed in range(3):
+        layer(values(6, 3, seed=seed)), twin(values(6, 3, seed=seed))
+        optimizer.step()
+    handles[0].remove()
+    layer(values(6, 3)), twin(values(6, 3)), optimizer.step()
+    torch.testing.assert_close(state(layer), state(twin))
+
+
 def test_rules_can_be_combined_and_removed_in_any_order():
     layer = BatchNorm1d(3)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
@@ -204,6 +219,10 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match=r"module=Sequential has batch norm layers that are not ours \(1\).*swap_norm"):
         frozen_statistics(mixed)
     assert not mixed[0].frozen
+    with pytest.raises(ValueError, match=r"not ours \(0, 1, 2 and 17 more\)"):
+        frozen_statistics(nn.Sequential(*[nn.BatchNorm1d(2) for _ in range(20)]))
+    with pytest.raises(ValueError, match=r"optimizer=\[.*\] is not possible: give the torch.optim.Optimizer"):
+        accumulate_statistics(BatchNorm1d(2), [torch.optim.SGD(BatchNorm1d(2).parameters())])
 
 
 def test_changed_layers_can_be_copied_and_pickled():

@@ -56,8 +56,14 @@ def train_on_rank(rank, cases, parts, compiles):
     return results
 
 
+OLD = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10)
+COMPILED = pytest.param(
+    2, True, marks=pytest.mark.skipif(OLD, reason="torch 2.6 waits for ever in compiled collectives")
+)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("world_size", "compiles"), [(2, False), (3, False), (2, True)])
+@pytest.mark.parametrize(("world_size", "compiles"), [(2, False), (3, False), COMPILED])
 def test_ranks_together_give_what_one_process_gives(world_size, compiles, tmp_path):
     # Compiling takes seconds a case.
     parts = PARTS[world_size][:2] if compiles else PARTS[world_size]
