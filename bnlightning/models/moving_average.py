@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from bnlightning._check import check_number
 from bnlightning.models._regression import RegressionSteps
-from bnlightning.nn import get_norm_layer
+from bnlightning.nn import BatchNorm1d, get_norm_layer
 
 _MAX_POINTS = 8
 
@@ -72,8 +72,9 @@ class LitMovingAverage(RegressionSteps):
         self.net = nn.Sequential(
             OrderedDict(linear1=linear, norm1=norm_layer(1), act1=nn.ReLU(), output=output, output_norm=norm_layer(1))
         )
-        # The running variance before the last training step, and what the hidden layer's linear map put out in it.
-        self._update: tuple[Tensor, Tensor] | None = None
+        # The running variance before the last training step, the share of that step's batch in the next, and what the
+        # hidden layer's linear map put out in it.
+        self._update: tuple[Tensor, float, Tensor] | None = None
 
     @property
     def _hidden_weight(self) -> Tensor:
@@ -84,7 +85,8 @@ class LitMovingAverage(RegressionSteps):
         norm = self.net.norm1
         if isinstance(norm, nn.BatchNorm1d) and norm.running_var is not None:
             # As a function and not as the module, which monitors would see twice.
-            self._update = norm.running_var.clone(), F.linear(batch[0], self._hidden_weight).detach()
+            hidden = F.linear(batch[0], self._hidden_weight).detach()
+            self._update = norm.running_var.clone(), _weight_of_next_batch(norm), hidden
         return super().training_step(batch, batch_idx)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -119,18 +121,18 @@ class LitMovingAverage(RegressionSteps):
         norm = self.net.norm1
         if self._update is None or not isinstance(norm, nn.BatchNorm1d) or norm.running_var is None:
             return ""
-        old, new = self._update[0].item(), norm.running_var.item()
-        momentum = norm.momentum if norm.momentum is not None else 1 / norm.get_buffer("num_batches_tracked").item()
-        n = len(self._update[1])
-        biased, unbiased = (self._update[1].double().var(correction=correction).item() for correction in (0, 1))
+        variance, momentum, hidden = self._update
+        old, new = variance.item(), norm.running_var.item()
+        n = len(hidden)
+        biased, unbiased = (hidden.double().var(correction=correction).item() for correction in (0, 1))
         sums = {var: (1 - momentum) * old + momentum * var for var in (biased, unbiased)}
         var = min(sums, key=lambda var: abs(sums[var] - new))
         divisor = (
             f"biased variance (divided by n = {n})" if var == biased else f"unbiased variance (by n - 1 = {n - 1})"
         )
         note = (
-            f"running variance {new:.7g} = {1 - momentum:g} * {old:.7g} before the step "
-            f"+ {momentum:g} * {var:.7g}, the batch's {divisor}."
+            f"running variance {new:.7g} = {1 - momentum:.7g} * {old:.7g} before the step "
+            f"+ {momentum:.7g} * {var:.7g}, the batch's {divisor}."
         )
         if var == unbiased:
             note += f" Training normalises by the biased one, {biased:.7g}, all the same: only evaluation differs."
@@ -142,3 +144,10 @@ class LitMovingAverage(RegressionSteps):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam."""
         return torch.optim.Adam(self.parameters(), lr=self.hparams["learning_rate"], eps=self.hparams["adam_eps"])
+
+
+def _weight_of_next_batch(norm: nn.BatchNorm1d) -> float:
+    """Under any convention, and in torch's own layer."""
+    if isinstance(norm, BatchNorm1d):
+        return float(norm.weight_of_next_batch())
+    return norm.momentum if norm.momentum is not None else 1 / (norm.get_buffer("num_batches_tracked").item() + 1)

@@ -1,5 +1,6 @@
 import csv
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,8 @@ def test_torchs_layer_gives_what_ours_gives_in_its_convention():
         ("custom", OPTIONS, 1, ["0.7470948 = 0.5 * 1 before the step + 0.5 * 0.4941896, the batch's biased variance"]),
         ("custom", TORCH, 1, ["0.9941896 = 0.5 * 1 before the step + 0.5 * 0.9883791, the batch's unbiased variance"]),
         ("torch", OPTIONS, 1, ["0.9883791, the batch's unbiased variance", "'keras' is left aside"]),
+        ("custom", {**OPTIONS, "convention": "caffe"}, 1, ["0.9883791 = 0 * 0 before the step + 1 * 0.9883791"]),
+        ("custom", {**OPTIONS, "convention": "caffe"}, 3, ["= 0.4285714 * 0.987", "+ 0.5714286 * 0.98"]),
         ("custom", {**OPTIONS, "momentum": None}, 2, ["= 0.5 * 0.4941896 before the step + 0.5 * 0.493"]),
     ],
 )
@@ -98,6 +101,8 @@ def test_the_note_says_how_the_running_variance_came_about(norm, options, steps,
     (text,) = events.Tensors("test/note/text_summary")
     note = text.tensor_proto.string_val[0].decode()
     assert note.startswith(f"running variance {metrics['test/running_var']:.7g} = ") and all(w in note for w in words)
+    new, decay, old, momentum, var = (float(number) for number in re.findall(r"\d+(?:\.\d+)?", note)[:5])
+    assert new == pytest.approx(decay * old + momentum * var, rel=1e-6)
     assert text.step == steps
     assert {tag: [*scalar(events, tag)] for tag in metrics} == {tag: [steps] for tag in metrics}
 
@@ -105,7 +110,7 @@ def test_the_note_says_how_the_running_variance_came_about(norm, options, steps,
 def test_without_normalisation_there_is_nothing_to_average(tmp_path):
     metrics, model = measured(tmp_path, norm="none")
     assert isinstance(model.net.norm1, nn.Identity)
-    assert [name for name in metrics if "moving" in name or "scale" in name] == []
+    assert [name for name in metrics if "running" in name or "scale" in name] == []
     assert metrics["test/norm_output_x1"] == metrics["test/hidden_output_x1"] == metrics["test/hidden_weight"]
     assert "test/note/text_summary" not in read_events(tmp_path).Tags()["tensors"]
 

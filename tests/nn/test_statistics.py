@@ -221,7 +221,7 @@ def test_bad_arguments():
     assert not mixed[0].frozen
     with pytest.raises(ValueError, match=r"not ours \(0, 1, 2 and 17 more\)"):
         frozen_statistics(nn.Sequential(*[nn.BatchNorm1d(2) for _ in range(20)]))
-    with pytest.raises(ValueError, match=r"optimizer=\[.*\] is not possible: give the torch.optim.Optimizer"):
+    with pytest.raises(ValueError, match=r"(?s)optimizer=\[.*\] is not possible: give the torch.optim.Optimizer"):
         accumulate_statistics(BatchNorm1d(2), [torch.optim.SGD(BatchNorm1d(2).parameters())])
 
 
