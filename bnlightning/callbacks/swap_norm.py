@@ -1,5 +1,6 @@
 """Swapping the batch norm layers of a LightningModule before it trains."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -38,19 +39,34 @@ class SwapNorm(Callback):
         report: Of the last swap, a :class:`bnlightning.SwapReport`; ``None`` before the first.
 
     Raises:
-        ValueError: In ``setup``, as :func:`bnlightning.swap_norm`.
+        ValueError: For unknown arguments; and in ``setup``, as :func:`bnlightning.swap_norm`.
+
+    A checkpoint remembers ``to`` and the options, so that Lightning warns when it is resumed without the callback.
 
     Example:
         >>> trainer = lightning.Trainer(callbacks=[SwapNorm("custom", convention="keras", momentum=0.01)])
     """
 
     def __init__(self, to: str | Callable[..., nn.Module], strict: bool = True, **options: Any) -> None:
+        if isinstance(to, str):
+            with warnings.catch_warnings():
+                # What is wrong with the arguments is told here; what there is to warn of, when it happens.
+                warnings.simplefilter("ignore")
+                swap_norm(nn.BatchNorm1d(1, device="meta"), to, **options)
         self.to = to
         self.strict = strict
         self.options = options
         self.report: SwapReport | None = None
         self._swapped: list[nn.Module] = []
         self._put_back: Callable[[], None] | None = None
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(**self.state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        to = self.to if isinstance(self.to, str) else getattr(self.to, "__name__", "callable")
+        return {"to": to, "options": {name: repr(value) for name, value in self.options.items()}}
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         if any(module is pl_module for module in self._swapped):

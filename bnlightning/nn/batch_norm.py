@@ -319,13 +319,18 @@ def _momentum(value: Any, named: Convention, convention: str | Convention) -> fl
     momentum = _given("momentum", value, named.momentum, convention)
     if momentum > 1:
         raise ValueError(f"momentum={momentum!r} is not possible: give the weight of the new batch, from 0 to 1.")
+    warn_of_momentum(momentum, stacklevel=4)
+    return momentum
+
+
+def warn_of_momentum(momentum: float, stacklevel: int) -> None:
+    """Warn where TensorFlow's decay was given for torch's momentum; ``stacklevel`` counts from here."""
     if momentum > 0.5:
         warnings.warn(
             f"momentum={momentum!r} gives the newest batch most of the weight: torch's momentum is the weight of the "
             f"new value, TensorFlow's and Keras's that of the old one. Did you mean momentum={1 - momentum:.6g}?",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
-    return momentum
 
 
 def _given(name: str, value: Any, default: float | None, convention: str | Convention) -> float:

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as _TorchBatchNorm
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from bnlightning.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, _ConventionBatchNorm
+from bnlightning.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, _ConventionBatchNorm, warn_of_momentum
 from bnlightning.nn.convention import CONVENTIONS, Convention, convention_name
 
 _OURS: dict[type[nn.Module], type[_ConventionBatchNorm]] = {
@@ -168,11 +168,13 @@ def swap_norm(
 
     Example:
         >>> network = nn.Sequential(nn.Linear(3, 30), nn.BatchNorm1d(30))
-        >>> print(swap_norm(network, "custom", convention="keras", momentum=0.5))
+        >>> print(swap_norm(network, "custom", convention="keras", eps=1e-3, momentum=0.5))
         to custom: 1 swapped, 0 unchanged, 0 skipped
-            1 x torch.nn.BatchNorm1d -> bnlightning.BatchNorm1d: 1 (eps=1e-05 kept, 'keras' has 0.001)
+            1 x torch.nn.BatchNorm1d -> bnlightning.BatchNorm1d: 1 (convention='keras'; eps=0.001; momentum=0.5)
     """
     _check_arguments(module, to, options)
+    if isinstance(to, str) and isinstance(options.get("momentum"), float):
+        warn_of_momentum(options["momentum"], stacklevel=3)
     report = SwapReport(to if isinstance(to, str) else getattr(to, "__name__", repr(to)))
     layers = _batch_norm_layers(module)
     if strict and not layers and to != "none":
@@ -338,6 +340,10 @@ def _check_options(to: str, options: dict[str, Any]) -> None:
             raise ValueError(
                 f"{name}={options[name]!r} is not possible: a swapped layer keeps its parameters and buffers."
             )
+    known = (*(each.name for each in _own_parameters() if each.name != "sync"), "eps", "momentum")
+    unknown = [name for name in options if name not in (*known, *_KEPT_ARGUMENTS, "sync")]
+    if unknown and to in ("custom", "sync"):
+        raise ValueError(f"{unknown[0]}={options[unknown[0]]!r} is not known: choose among {', '.join(known)}.")
     if "sync" in options:
         raise ValueError(f'sync={options["sync"]!r} is not possible: choose by to="sync" or to="custom".')
 
@@ -416,14 +422,16 @@ def _to_identity(layer: nn.Module) -> _InPlace:
 def _to_torch(layer: Any, base: type[nn.Module], options: dict[str, Any]) -> _InPlace:
     settings = _settings(layer)
     # Not needed but to check the options.
-    ours = _template(_OURS[base], layer, settings | options, "torch", options)
+    ours = _template(_OURS[base], layer, settings | options)
     given = {name: vars(ours)[name] for name in options}
+    changed = [f"{name}={value}" for name, value in given.items() if vars(layer)[name] != value]
     if not isinstance(layer, _ConventionBatchNorm):
-        return _InPlace(layer, type(layer), given)
+        return _InPlace(layer, type(layer), given, "; ".join(changed))
     if _is_per_activation(layer) and base is not nn.BatchNorm1d:
         raise _RefusedError("its statistics are per activation, and torch's per channel: pass a callable")
     extras = [name for name in vars(ours) if name not in _torch_attributes()]
-    notes = _lost_convention(layer.convention) + _lost_settings(layer, vars(_OURS[base](1, device="meta")), extras)
+    notes = changed + _lost_convention(layer.convention)
+    notes += _lost_settings(layer, vars(_OURS[base](1, device="meta")), extras)
     return _InPlace(layer, base, dict.fromkeys(extras, _Absent) | given, "; ".join(notes))
 
 
@@ -432,18 +440,17 @@ def _to_ours(layer: Any, base: type[nn.Module], to: str, options: dict[str, Any]
     settings = _settings(layer)
     # Without synchronisation a group of processes means nothing.
     sync = {"sync": True} if to == "sync" else {"sync": False, "process_group": None}
-    new = _template(cls, layer, settings | sync | options, to, options)
+    new = _template(cls, layer, settings | sync | options)
     names = [name for name in vars(new) if name not in _torch_attributes()] + ["eps", "momentum"]
+    old = vars(_template(cls, layer, settings))
+    changed = {name: vars(new)[name] for name in names if old.get(name, _Absent) != vars(new)[name]}
+    notes = [f"{name}={_shown(value)}" for name, value in changed.items()]
     attributes = {name: vars(new)[name] for name in names}
-    notes: list[str] = []
     if isinstance(layer, _ConventionBatchNorm):
-        old = vars(_template(cls, layer, settings, to, {}))
-        attributes = {name: value for name, value in attributes.items() if old.get(name, _Absent) != value}
-        cls = type(layer)
-        notes = [f"{name}={_shown(value)}" for name, value in attributes.items()]
+        attributes, cls = changed, type(layer)
     if base is not nn.BatchNorm1d and _is_per_activation(layer) != _is_per_activation(new):
         raise _RefusedError(
-            "its parameters are per channel, and per activation they would be C*H*W: build the layer with that many"
+            "its parameters are per channel, and the convention's per activation: build it anew, num_features=C·H·W"
             if _is_per_activation(new)
             else "its parameters are per activation, and the convention's per channel: build the layer anew"
         )
@@ -455,29 +462,28 @@ def _settings(layer: Any) -> dict[str, Any]:
     """The constructor's keyword arguments that would build the layer again."""
     names = ["eps", "momentum"]
     if isinstance(layer, _ConventionBatchNorm):
-        parameters = inspect.signature(_ConventionBatchNorm.__init__).parameters.values()
-        names += [each.name for each in parameters if each.kind is each.KEYWORD_ONLY and each.name != "bias"]
+        names += [each.name for each in _own_parameters()]
     return {name: vars(layer)[name] for name in names if name in vars(layer)}
 
 
-def _template(
-    cls: type[_ConventionBatchNorm], layer: Any, settings: dict[str, Any], to: str, options: dict[str, Any]
-) -> _ConventionBatchNorm:
+def _own_parameters() -> list[inspect.Parameter]:
+    """The arguments of our constructor that torch's does not have."""
+    parameters = inspect.signature(_ConventionBatchNorm.__init__).parameters.values()
+    return [each for each in parameters if each.kind is each.KEYWORD_ONLY and each.name != "bias"]
+
+
+def _template(cls: type[_ConventionBatchNorm], layer: Any, settings: dict[str, Any]) -> _ConventionBatchNorm:
     """A layer like ``layer``, built by our constructor, without memory for its tensors."""
-    try:
-        with warnings.catch_warnings():
-            if "momentum" not in options:
-                # What the layer has anyway is nothing to warn of now.
-                warnings.simplefilter("ignore")
-            return cls(
-                layer.num_features,
-                affine=layer.affine,
-                track_running_stats=layer.track_running_stats,
-                device="meta",
-                **settings,
-            )
-    except TypeError as error:
-        raise ValueError(f"options={options!r} do not fit to={to!r}: {error}.") from error
+    with warnings.catch_warnings():
+        # What the layer has anyway is nothing to warn of now, and what is asked for is warned of once.
+        warnings.simplefilter("ignore")
+        return cls(
+            layer.num_features,
+            affine=layer.affine,
+            track_running_stats=layer.track_running_stats,
+            device="meta",
+            **settings,
+        )
 
 
 @cache
@@ -510,7 +516,10 @@ def _names_in(parent: nn.Module, child: nn.Module) -> list[str]:
 def _report_refusals(report: SwapReport, strict: bool) -> None:
     if not report.skipped:
         return
-    reasons = "\n".join(f"  {_named([path])}: {reason}" for path, reason in report.skipped.items())
+    alike = defaultdict(list)
+    for path, reason in report.skipped.items():
+        alike[reason].append(_named([path]))
+    reasons = "\n".join(f"  {_shortened(paths)}: {reason}" for reason, paths in alike.items())
     if strict:
         raise ValueError(
             f"{len(report.skipped)} batch norm layer(s) cannot be swapped to {report.to}, and nothing has been "
@@ -577,7 +586,7 @@ def _kept_constants(layer: Any, new: _ConventionBatchNorm, options: dict[str, An
         return []
     convention = new.convention
     return [
-        f"{name}={getattr(layer, name)} kept, {_shown(convention)} has {getattr(convention, name)}"
+        f"{name}={getattr(layer, name)} kept, {_shown(convention)} has {name}={getattr(convention, name)}"
         for name in ("eps", "momentum")
         if name not in options and getattr(convention, name) not in (None, getattr(layer, name))
     ]

@@ -12,7 +12,7 @@ from torch import multiprocessing as mp
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from bnlightning import BatchNorm1d, BatchNormSync, SwapNorm
+from bnlightning import BatchNorm1d, BatchNormSync, LitRegressor, SwapNorm, SyntheticRegressionDataModule
 from bnlightning.nn import CONVENTIONS
 
 
@@ -320,3 +320,25 @@ def test_the_module_can_be_copied_after_the_fit():
     module = ConfiguresModel()
     trainer(SwapNorm("custom")).fit(module, data())
     assert type(copy.deepcopy(module).net[1]) is BatchNorm1d
+
+
+@pytest.mark.parametrize(
+    ("to", "options", "message"),
+    [
+        ("keras", {}, "to='keras' is not known: choose one of none, custom, torch, sync"),
+        ("custom", {"conv": 1}, "conv=1 is not known: choose among convention, backend"),
+        ("custom", {"convention": "kears"}, "convention='kears' is not known"),
+    ],
+)
+def test_bad_arguments_are_told_before_any_fit(to, options, message):
+    with pytest.raises(ValueError, match=message):
+        SwapNorm(to, **options)
+
+
+def test_resuming_without_the_callback_is_warned_of(tmp_path):
+    trainer = quiet_trainer(tmp_path, max_steps=1, callbacks=[SwapNorm("custom", convention="keras")])
+    data = SyntheticRegressionDataModule()
+    trainer.fit(LitRegressor(norm="torch"), data)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    with pytest.warns(UserWarning, match="SwapNorm"):
+        quiet_trainer(max_steps=2).fit(LitRegressor(norm="torch"), data, ckpt_path=tmp_path / "last.ckpt")

@@ -87,7 +87,7 @@ def test_to_torch_leaves_nothing_of_ours(torchs, ours, shape):
     assert type(layer[0]) is torchs
     assert vars(layer[0]).keys() == vars(torchs(4)).keys()
     assert (layer[0].eps, layer[0].momentum) == (1e-3, 0.2)
-    assert report.swapped[0].note == "convention 'keras' becomes torch's: unbiased False -> True"
+    assert report.swapped[0].note == "momentum=0.2; convention 'keras' becomes torch's: unbiased False -> True"
     assert swap_norm(nn.Sequential(ours(4)), "torch").swapped[0].note == ""
 
 
@@ -143,7 +143,7 @@ def test_ours_keeps_its_convention_and_settings_when_synchronised_and_back():
 
 def test_notes_name_the_constants_that_the_convention_would_have():
     assert swap_norm(network(), "custom", convention="keras", momentum=0.5).swapped[0].note == (
-        "eps=1e-05 kept, 'keras' has 0.001"
+        "convention='keras'; momentum=0.5; eps=1e-05 kept, 'keras' has eps=0.001"
     )
     assert swap_norm(network(), "custom").swapped[0].note == ""
 
@@ -497,7 +497,7 @@ def test_what_cannot_be_swapped_is_refused(build, to, reason):
         swap_norm(model, to)
     lines = str(error.value).splitlines()
     assert lines[0].startswith("2 batch norm layer(s) cannot be swapped to ")
-    assert [line.split(":")[0] for line in lines[1:]] == ["  1", "  2.again"]
+    assert [line.split(":")[0] for line in lines[1:]] == ["  1, 2.again"]
     assert all(reason in line for line in lines[1:])
     assert [type(layer) for layer in model.modules()] == classes
 
@@ -555,9 +555,7 @@ def test_pruned_layers_keep_their_mask():
 
 def test_conventions_per_activation_need_another_number_of_features():
     model = nn.Sequential(nn.BatchNorm2d(4))
-    with pytest.raises(
-        ValueError, match=r"0: its parameters are per channel, and per activation they would be C\*H\*W"
-    ):
+    with pytest.raises(ValueError, match=r"0: its parameters are per channel, and the convention's per activation"):
         swap_norm(model, "custom", convention="from_scratch")
     swap_norm(nn.Sequential(nn.BatchNorm1d(4)), "custom", convention="from_scratch")
     model = nn.Sequential(BatchNorm2d(16, convention="from_scratch"))
@@ -574,7 +572,9 @@ def test_parameters_in_use_are_not_taken_away(to, tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         model = nn.Sequential(nn.parallel.DistributedDataParallel(network()))
-        with pytest.raises(ValueError, match=r"0\.module\.1: inside DDP or FSDP, which hold its parameters"):
+        with pytest.raises(
+            ValueError, match=r"0\.module\.1, 0\.module\.4: inside DDP or FSDP, which hold its parameters"
+        ):
             swap_norm(model, to)
         swap_norm(model, "custom", convention="keras")
         assert model[0].module[1].convention == CONVENTIONS["keras"]
@@ -605,7 +605,7 @@ def test_sharded_layers_are_refused(tmp_path):
         ("none", {"eps": 1.0}, "eps=1.0 is not possible for to='none', which takes no options"),
         ("torch", {"convention": "keras"}, "convention='keras' is not possible for to='torch', which takes eps and"),
         ("torch", {"eps": -1.0}, "eps=-1.0 is not possible: give a number of at least 0"),
-        ("custom", {"spin": 1}, "options={'spin': 1} do not fit to='custom': .*unexpected keyword argument 'spin'"),
+        ("custom", {"spin": 1}, "spin=1 is not known: choose among convention"),
         ("custom", {"convention": "latin"}, "convention='latin' is not known"),
         ("custom", {"affine": False}, "affine=False is not possible: a swapped layer keeps its parameters"),
         ("sync", {"sync": False}, 'sync=False is not possible: choose by to="sync" or to="custom"'),
@@ -734,3 +734,27 @@ class TestConvertSyncBatchnorm:
 def test_public_names():
     assert bnlightning.swap_norm is swap_norm
     assert isinstance(swap_norm(network(), "none"), bnlightning.SwapReport)
+
+
+def test_the_report_says_what_a_swap_changes():
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2))
+    report = swap_norm(model, "custom", convention="keras", eps=None, momentum="convention")
+    assert "0, 1 (convention='keras'; eps=0.001; momentum=0.01)" in str(report)
+    assert swap_norm(model, "sync").swapped[0].note == "sync=True"
+    assert swap_norm(nn.Sequential(nn.BatchNorm1d(2)), "torch", eps=1e-3).swapped[0].note == "eps=0.001"
+    assert swap_norm(nn.Sequential(nn.BatchNorm1d(2)), "custom").swapped[0].note == ""
+
+
+@pytest.mark.parametrize("to", ["custom", "sync", "torch"])
+def test_a_momentum_that_looks_like_tensorflows_warns_once_and_of_the_users_line(to):
+    model = nn.Sequential(*[nn.BatchNorm1d(2) for _ in range(3)])
+    with pytest.warns(UserWarning, match=r"Did you mean momentum=0.01\?") as record:
+        swap_norm(model, to, momentum=0.99)
+    assert len(record) == 1 and record[0].filename == __file__
+
+
+def test_unknown_options_are_named_beside_the_known_ones():
+    model = nn.Sequential(nn.BatchNorm1d(2))
+    message = "conventions='keras' is not known: choose among convention, backend, process_group, eps, momentum"
+    with pytest.raises(ValueError, match=message):
+        swap_norm(model, "custom", conventions="keras")
