@@ -220,6 +220,8 @@ def _wrap(module: nn.Module, rule: Callable[[UpdateRule | None], _Rule]) -> Stat
     added: list[tuple[_ConventionBatchNorm, _Rule]] = []
     for layer in _layers(module):
         mine = rule(layer.update_rule)
+        if _has(layer.update_rule, type(mine)):
+            continue
         layer.update_rule = mine
         added.append((layer, mine))
 
@@ -228,6 +230,10 @@ def _wrap(module: nn.Module, rule: Callable[[UpdateRule | None], _Rule]) -> Stat
             layer.update_rule = _without(layer.update_rule, partial(is_, mine))
 
     return StatisticsHandle(undo)
+
+
+def _has(rule: UpdateRule | None, kind: type[_Rule]) -> bool:
+    return isinstance(rule, _Rule) and (isinstance(rule, kind) or _has(rule.inner, kind))
 
 
 def _without(rule: UpdateRule | None, is_removed: Callable[[_Rule], bool]) -> UpdateRule | None:

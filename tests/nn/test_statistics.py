@@ -174,6 +174,17 @@ def test_accumulating_for_another_optimizer_takes_the_place_of_the_first():
     torch.testing.assert_close(state(layer), state(twin))
 
 
+@pytest.mark.parametrize("change", [skip_nonfinite_batches, skip_recomputed_batches, frozen_statistics])
+def test_a_second_call_adds_nothing_and_takes_nothing_away(change):
+    layer = BatchNorm1d(3)
+    with change(layer):
+        first = (layer.update_rule, layer.frozen)
+        with change(layer):
+            assert (layer.update_rule, layer.frozen) == first
+        assert (layer.update_rule, layer.frozen) == first
+    assert layer.update_rule is None and not layer.frozen
+
+
 def test_rules_can_be_combined_and_removed_in_any_order():
     layer = BatchNorm1d(3)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
