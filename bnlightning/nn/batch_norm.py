@@ -19,9 +19,12 @@ from bnlightning.nn.functional import (
     batch_norm_inference_fast,
     batch_norm_inference_reference,
     batch_norm_reference,
+    check_enough_values,
+    reduced_dims,
+    statistics_dtype,
 )
 from bnlightning.nn.moments import world_size
-from bnlightning.nn.sync import batch_norm_sync
+from bnlightning.nn.sync import batch_norm_sync, moments_over_ranks
 
 UpdateRule = Callable[[Any, Tensor, Tensor, int | Tensor], None]
 _BACKENDS = {"fast": batch_norm_fast, "reference": batch_norm_reference}
@@ -39,7 +42,7 @@ class _ConventionBatchNorm(_TorchBatchNorm):
             instead of :meth:`update_running_stats`, which it may call.
         batch_of_one: What a batch of one value per channel does in training: ``raise``, ``running`` or ``skip``.
 
-    They are changed by the functions of :mod:`bnlightning.nn.statistics`.
+    They are changed by the functions of :mod:`bnlightning.nn.statistics`, which keep in ``changes`` what is in force.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class _ConventionBatchNorm(_TorchBatchNorm):
         self.frozen = False
         self.update_rule: UpdateRule | None = None
         self.batch_of_one = "raise"
+        self.changes: list[Any] = []
         super().__init__(
             num_features,
             _given("eps", eps, named.eps, convention),
@@ -85,6 +89,7 @@ class _ConventionBatchNorm(_TorchBatchNorm):
     def reset_running_stats(self) -> None:
         """Start the running statistics again from the convention's initial values."""
         super().reset_running_stats()
+        self._seen_untrained = True
         if self.running_mean is not None and self.running_var is not None:
             self.running_mean.fill_(self.convention.initial_mean)
             self.running_var.fill_(self.convention.initial_var)
@@ -105,15 +110,15 @@ class _ConventionBatchNorm(_TorchBatchNorm):
         n = input.numel() // max(self.num_features, 1)
         tracked = self.track_running_stats and self.running_mean is not None
         updates = tracked and self.training and not self.frozen
-        if self._normalizes_by_running():
-            return self._normalize_by_running(input, n if updates else 0)
         synced = self.sync and self.training and world_size(self.process_group) > 1
+        if self._normalizes_by_running():
+            return self._normalize_by_running(input, n, synced) if updates else self._infer(input)
         if n < 2 and not synced and (n == 0 or self.batch_of_one != "raise"):
             return self._normalize_too_few(input, n)
-        if updates and self.backend == "fast" and self.update_rule is None and not synced:
-            momentum = self.weight_of_next_batch()
-            if isinstance(momentum, float):
-                return self._normalize_and_average(input, momentum)
+        if self.backend == "fast" and not synced and self.update_rule is None:
+            momentum = self.weight_of_next_batch() if updates else None
+            if not isinstance(momentum, Tensor):
+                return self._normalize_by_kernel(input, momentum)
         count: int | Tensor = n
         if synced:
             output, mean, var, count = batch_norm_sync(input, self.weight, self.bias, self.eps, self.process_group)
@@ -128,30 +133,51 @@ class _ConventionBatchNorm(_TorchBatchNorm):
             return False
         return not self.training or self.normalize_by == "running"
 
-    def _normalize_by_running(self, input: Tensor, n: int = 0) -> Tensor:
-        """Normalise by the running statistics; with ``n`` values per channel, update them from the batch before."""
+    def _normalize_by_running(self, input: Tensor, n: int, synced: bool) -> Tensor:
+        """Update the running statistics from the batch, then normalise by them."""
         mean, var = self.running_mean, self.running_var
         assert mean is not None and var is not None
-        if n > 1:
-            dims = [dim for dim in range(input.dim()) if dim != 1]
-            batch_var, batch_mean = torch.var_mean(input.detach().to(mean.dtype), dim=dims, correction=0)
+        if synced:
+            self._update(*moments_over_ranks(input.detach(), self.process_group))
+        elif n > 1:
+            x = input.detach().to(statistics_dtype(input))
+            batch_var, batch_mean = torch.var_mean(x, dim=reduced_dims(x), correction=0)
             self._update(batch_mean, batch_var, n)
-            # The next batch will change the buffers, perhaps before this one's backward pass.
-            mean, var = mean.clone(), var.clone()
-        elif self.convention.initial_var == 0 and not torch.compiler.is_compiling() and not var.any():
-            warnings.warn(_UNTRAINED, stacklevel=4)
+        # The next batch will change the buffers, perhaps before this one's backward pass.
+        infer = _INFERENCE_BACKENDS[self.backend]
+        return infer(input, mean.clone(), var.clone(), self.weight, self.bias, self.eps)
+
+    def _infer(self, input: Tensor) -> Tensor:
+        mean, var = self.running_mean, self.running_var
+        assert mean is not None and var is not None
+        if self._seen_untrained and self.convention.initial_var == 0 and not torch.compiler.is_compiling():
+            self._warn_if_untrained(var)
         return _INFERENCE_BACKENDS[self.backend](input, mean, var, self.weight, self.bias, self.eps)
+
+    def _warn_if_untrained(self, var: Tensor) -> None:
+        # Nothing can be read from a tensor without data: on the meta device, or traced.
+        if var.is_meta or type(var) is not Tensor:
+            return
+        # Remembered, so that a device is waited for once.
+        self._seen_untrained = not self.num_batches_tracked and not var.any()
+        if self._seen_untrained:
+            warnings.warn(_UNTRAINED, stacklevel=5)
 
     def _normalize_too_few(self, input: Tensor, n: int) -> Tensor:
         """A batch with nothing in it, or with one value per channel, from which there is nothing to learn."""
         if n == 0:
             return F.batch_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
         if self.batch_of_one == "running" and self.running_mean is not None:
-            return self._normalize_by_running(input)
-        zeros = torch.zeros(self.num_features, dtype=input.dtype, device=input.device)
+            return self._infer(input)
+        dtype = self.weight.dtype if self.weight is not None else input.dtype
+        zeros = torch.zeros(self.num_features, dtype=dtype, device=input.device)
         return F.batch_norm(input, zeros, zeros + 1, self.weight, self.bias, False, 0.0, 0.0)
 
-    def _normalize_and_average(self, input: Tensor, momentum: float) -> Tensor:
+    def _normalize_by_kernel(self, input: Tensor, momentum: float | None) -> Tensor:
+        """The one call that normalises, and averages too, unless ``momentum`` is ``None``."""
+        check_enough_values(input)
+        if momentum is None:
+            return F.batch_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
         mean, var, count = self.running_mean, self.running_var, self.num_batches_tracked
         assert mean is not None and var is not None and count is not None
         unbiased = self.convention.unbiased
@@ -172,20 +198,23 @@ class _ConventionBatchNorm(_TorchBatchNorm):
         Args:
             mean: The batch's mean, shape ``(C,)``.
             var: Its biased variance, shape ``(C,)``.
-            n: The number of values per channel that they are of. A tensor may be 0: then nothing changes, so that a
+            n: The number of values per channel that they are of. Below 2 nothing changes. It may be a tensor, so that a
                 decision made on the device needs no wait for it.
         """
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         weight = self.weight_of_next_batch()
         if isinstance(n, Tensor):
-            seen = n > 0
+            seen = n > 1
             mean = torch.where(seen, mean, self.running_mean)
             var = torch.where(seen, var, self.running_var)
-            count = n.to(var.dtype)
-            bessel: float | Tensor = torch.where(seen, count / (count - 1).clamp(min=1), 1)
+            # Half precision ends before a large count does.
+            count = n.to(torch.promote_types(var.dtype, torch.float32))
+            bessel: float | Tensor = torch.where(seen, count / (count - 1), 1).to(var.dtype)
             self.num_batches_tracked.add_(seen)
+        elif n < 2:
+            return
         else:
-            bessel = n / (n - 1) if n > 1 else 1.0
+            bessel = n / (n - 1)
             self.num_batches_tracked.add_(1)
         if self.convention.unbiased:
             var = var * bessel
@@ -200,17 +229,17 @@ class _ConventionBatchNorm(_TorchBatchNorm):
         if self.momentum is not None and (not self.convention.debias or self.momentum == 1):
             return float(self.momentum)
         assert self.running_mean is not None and self.num_batches_tracked is not None
+        # Debiased, a momentum of 0 weighs all batches alike, as None does.
+        decay = math.log1p(-self.momentum) if self.momentum else None
         if self.num_batches_tracked.is_cpu and not torch.compiler.is_compiling():
             count = self.num_batches_tracked.item() + 1
-            return (
-                1 / count if self.momentum is None else self.momentum / -math.expm1(count * math.log1p(-self.momentum))
-            )
-        dtype = self.running_mean.dtype
-        counted = (self.num_batches_tracked + 1).to(torch.float64 if dtype == torch.float64 else torch.float32)
-        if self.momentum is None:
-            return counted.reciprocal().to(dtype)
-        # 1 - (1 - momentum)^k, which as a difference would lose its digits while it is small.
-        return (self.momentum / -torch.expm1(counted * math.log1p(-self.momentum))).to(dtype)
+            return 1 / count if decay is None else math.expm1(decay) / math.expm1(count * decay)
+        dtype = torch.promote_types(self.running_mean.dtype, torch.float32)
+        counted = (self.num_batches_tracked + 1).to(dtype)
+        if decay is None:
+            return counted.reciprocal().to(self.running_mean.dtype)
+        # (1 - d) / (1 - d^k) for d = 1 - momentum; as differences they would lose their digits while they are small.
+        return (math.expm1(decay) / torch.expm1(counted * decay)).to(self.running_mean.dtype)
 
     @property
     def qconfig(self) -> Any:

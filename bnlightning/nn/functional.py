@@ -106,7 +106,7 @@ def batch_norm_reference(
     Raises:
         ValueError: If a channel has fewer than two values.
     """
-    _check_enough_values(input)
+    check_enough_values(input)
     return _BatchNorm.apply(input, weight, bias, eps)
 
 
@@ -118,7 +118,7 @@ def batch_norm_fast(
     The kernels write their statistics into running buffers. With a momentum of 1 and buffers made for this call these
     are the batch's statistics themselves (the variance unbiased), so any rule of averaging can follow.
     """
-    n = _check_enough_values(input)
+    n = check_enough_values(input)
     dtype = weight.dtype if weight is not None else statistics_dtype(input)
     # Zeros, because a momentum of 1 multiplies the old value by 0, and in uninitialised memory there may be a NaN.
     mean = torch.zeros(input.shape[1], dtype=dtype, device=input.device)
@@ -155,7 +155,7 @@ def batch_norm_averaging(
     Raises:
         ValueError: If a channel has fewer than two values.
     """
-    n = _check_enough_values(input)
+    n = check_enough_values(input)
     if unbiased:
         return F.batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps)
     # n / (n - 1) times, as a sum, which takes half the time of a product with a number; a tensor of this call's own,
@@ -213,12 +213,12 @@ def _centre(x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     return mean + remainder, centred - over_channels(remainder, x)
 
 
-def _check_enough_values(input: Tensor) -> int:
+def check_enough_values(input: Tensor) -> int:
     """The number of values per channel, at least 2."""
     n = input.numel() // max(input.shape[1], 1)
     if n < 2:
         raise ValueError(
-            f"input of shape {tuple(input.shape)} has {n} value(s) per channel, and batch normalisation in training "
+            f"input of shape {tuple(input.shape)} has {n} value(s) per channel, and normalising by the batch "
             "needs at least 2: use a larger batch, drop the incomplete last batch, call .eval(), or choose another "
             'policy with bnlightning.nn.batch_of_one(model, "running").'
         )

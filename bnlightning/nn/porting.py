@@ -32,7 +32,9 @@ def from_keras(variables: Mapping[str, Any]) -> dict[str, Tensor]:
             is that of a layer with ``affine=False``.
 
     Returns:
-        Tensors of the arrays' dtype, copied, for ``load_state_dict``. No value is rescaled.
+        Tensors of the arrays' dtype, copied, for ``load_state_dict``. No value is rescaled. ``num_batches_tracked``,
+        which these frameworks do not count, is 0: where averages depend on it (``momentum=None``, a convention that
+        debiases) the next batch would replace the statistics.
 
     Raises:
         ValueError: For a name that is not one of these, one given twice, or missing statistics.
@@ -79,7 +81,7 @@ def from_caffe(batch_norm: Sequence[Any], scale: Sequence[Any] = (), *, momentum
         momentum: ``1 - moving_average_fraction``, above 0.
 
     Raises:
-        ValueError: For another number of blobs, or a momentum outside (0, 1).
+        ValueError: For another number of blobs, a momentum outside (0, 1), or a sum of weights that does not fit it.
     """
     _check_caffe_momentum(momentum)
     if len(batch_norm) != 3 or len(scale) > 2:
@@ -88,6 +90,12 @@ def from_caffe(batch_norm: Sequence[Any], scale: Sequence[Any] = (), *, momentum
             "(mean, variance, factor) and none, one or two of the Scale layer."
         )
     total = float(np.asarray(batch_norm[2]).item())
+    # A sum of float32 may end a little above 1 / momentum.
+    if not 0 <= total * momentum <= 1.001:
+        raise ValueError(
+            f"batch_norm[2]={total:g} is not possible with momentum={momentum!r}, under which weights sum to "
+            f"{1 / momentum:g} at most: give momentum=1 - moving_average_fraction."
+        )
     # As Caffe has it: without a weight the statistics are zero, whatever the sums say.
     share = 1 / total if total != 0 else 0.0
     state = {"running_mean": _tensor(batch_norm[0]) * share, "running_var": _tensor(batch_norm[1]) * share}

@@ -13,7 +13,7 @@ from bnlightning._check import check_integer
 from bnlightning.nn.batch_norm import _ConventionBatchNorm
 from bnlightning.nn.functional import reduced_dims
 from bnlightning.nn.moments import Moments, merge_over_ranks, world_size
-from bnlightning.nn.statistics import batch_statistics
+from bnlightning.nn.statistics import batch_statistics, discard_pending_statistics
 
 
 def recompute_statistics(
@@ -27,12 +27,12 @@ def recompute_statistics(
     """Replace the running statistics by precise ones: the mean and variance over all values of ``steps`` batches.
 
     Running averages lag behind the weights and see few batches; these are of the weights as they are now (Wu and
-    Johnson, "Rethinking 'Batch' in BatchNorm", 2021, section 3). Every batch is normalised by its own statistics, as in
-    training; otherwise the model runs as it is, so ``model.eval()`` first leaves out dropout. No gradient is computed.
-    Means and variances are merged exactly, in float64, over batches, over several calls of one layer in a forward pass
-    and over ranks, weighted by the number of values. The running variance becomes the biased or the unbiased one, as
-    the layer's convention has it. Works on torch's layers and on ours. Layers that keep no running statistics or that
-    no batch reaches stay as they are.
+    Johnson, "Rethinking 'Batch' in BatchNorm", 2021, section 3). Every batch is normalised by its own statistics on its
+    own rank, as in training without synchronisation; otherwise the model runs as it is, so ``model.eval()`` first
+    leaves out dropout. No gradient is computed. Means and variances are merged exactly, in float64, over batches, over
+    several calls of one layer in a forward pass and over ranks, weighted by the number of values. The running variance
+    becomes the biased or the unbiased one, as the layer's convention has it. Works on torch's layers and on ours.
+    Layers that keep no running statistics or that no batch reaches stay as they are.
 
     Args:
         module: The model. Nothing in it is changed before all batches have passed; an exception leaves it as found.
@@ -79,15 +79,20 @@ def _measure(
 ) -> int:
     device = next(iter(layers.values())).n.device
 
-    def add(layer: Any, inputs: tuple[Tensor, ...]) -> None:
-        if inputs[0].numel():
+    def add(layer: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        input = args[0] if args else kwargs["input"]
+        if input.numel():
             per_activation = isinstance(layer, _ConventionBatchNorm) and layer.convention.per_activation
-            x = (inputs[0].flatten(1) if per_activation else inputs[0]).double()
+            x = (input.flatten(1) if per_activation else input).double()
             var, mean = torch.var_mean(x, dim=reduced_dims(x), correction=0)
             layers[layer].add(mean, var, x.numel() // x.shape[1])
 
     count = 0
-    hooks = [layer.register_forward_pre_hook(add) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(add, with_kwargs=True) for layer in layers]
+    # Ranks may have different numbers of batches: none may wait for another one's.
+    synced = [layer for layer in layers if isinstance(layer, _ConventionBatchNorm) and layer.sync]
+    for each in synced:
+        each.sync = False
     try:
         with batch_statistics(module), torch.no_grad():
             for batch in batches:
@@ -96,6 +101,8 @@ def _measure(
     finally:
         for hook in hooks:
             hook.remove()
+        for each in synced:
+            each.sync = True
     return count
 
 
@@ -130,6 +137,7 @@ def _write(layer: _TorchBatchNorm, moments: Moments, batches: int) -> None:
     unbiased = not isinstance(layer, _ConventionBatchNorm) or layer.convention.unbiased
     layer.running_mean.copy_(moments.mean)
     layer.running_var.copy_(moments.var * (n / (n - 1)) if unbiased and n > 1 else moments.var)
+    discard_pending_statistics(layer)
     if layer.num_batches_tracked is not None:
         # What an average over all batches, or one without the initial values, goes on from.
         layer.num_batches_tracked.add_(batches)

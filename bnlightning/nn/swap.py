@@ -575,9 +575,13 @@ def _lost_convention(convention: Convention) -> list[str]:
 
 def _lost_settings(layer: Any, usual: dict[str, Any], names: list[str]) -> list[str]:
     """Settings of our layer that make a difference and that torch's does not have."""
-    indifferent = ("convention", "backend")
-    differing = [name for name in names if name not in indifferent and vars(layer).get(name) != usual.get(name)]
-    return [f"{name}={vars(layer)[name]} is lost" for name in differing]
+    indifferent = ("convention", "backend", "changes")
+    differing = [
+        name
+        for name in names
+        if name not in indifferent and not name.startswith("_") and vars(layer).get(name) != usual.get(name)
+    ]
+    return [f"{name}={_shown(vars(layer)[name])} is lost" for name in differing]
 
 
 def _kept_constants(layer: Any, new: _ConventionBatchNorm, options: dict[str, Any]) -> list[str]:
@@ -593,6 +597,8 @@ def _kept_constants(layer: Any, new: _ConventionBatchNorm, options: dict[str, An
 
 
 def _shown(value: Any) -> str:
+    if callable(value):
+        return getattr(value, "__name__", type(value).__name__)
     return convention_name(value) if isinstance(value, Convention) else str(value)
 
 

@@ -1,4 +1,4 @@
-"""Batch normalisation over the batches of all ranks, on any device and any backend of ``torch.distributed``."""
+"""Batch normalisation over the batches of all ranks, on any backend of ``torch.distributed``."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ class _SyncBatchNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x = input.to(statistics_dtype(input))
         origin, mean, var = _moments(x)
-        n, mean, var = merge_over_ranks(input.numel() // input.shape[1], mean, var, process_group)
+        n, mean, var = merge_over_ranks(x.numel() // x.shape[1], mean, var, process_group)
         # In float64, because the difference of two close means is wanted to float32 accuracy.
         shift = (origin.double() - mean).to(x.dtype)
         mean, var = mean.to(x.dtype), var.to(x.dtype)
@@ -49,7 +49,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         normalised = _normalise(input.to(origin.dtype), origin, shift, invstd)
         dims = reduced_dims(grad)
         grad_bias, grad_weight = grad.sum(dim=dims), (grad * normalised).sum(dim=dims)
-        # Every rank must take part, also one that wants no gradient of its input.
+        # Also where no gradient of the input is wanted: another rank may wait for the sums.
         sums = torch.stack([grad_bias, grad_weight])
         dist.all_reduce(sums, group=ctx.process_group)
         means = sums / n.clamp(min=1).to(sums.dtype)
@@ -85,6 +85,14 @@ def batch_norm_sync(
         number of values per channel (float64, no dimensions), over all ranks.
     """
     return _SyncBatchNorm.apply(input, weight, bias, eps, process_group)
+
+
+def moments_over_ranks(input: Tensor, process_group: Any = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and biased variance, of shape ``(C,)``, and number of values per channel, of all ranks; see above."""
+    x = input.to(statistics_dtype(input))
+    _, mean, var = _moments(x)
+    n, mean, var = merge_over_ranks(x.numel() // x.shape[1], mean, var, process_group)
+    return mean.to(x.dtype), var.to(x.dtype), n
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

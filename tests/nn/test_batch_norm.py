@@ -1,4 +1,5 @@
 import copy
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -131,6 +132,57 @@ def test_debiasing_is_accurate_in_float32(steps):
     # A constant is its own average, however few batches there were.
     assert layer.running_mean.item() == pytest.approx(2.0, rel=2e-6)
     assert layer.running_var.item() == pytest.approx(2.0, rel=2e-6)
+
+
+@pytest.mark.filterwarnings("ignore:momentum=1.0 gives the newest batch")
+@pytest.mark.parametrize(("momentum", "share"), [(0.0, [1, 1 / 2, 1 / 3]), (1.0, [1, 1, 1]), (0.5, [1, 2 / 3, 4 / 7])])
+@pytest.mark.parametrize("rule", [False, True])
+def test_the_share_of_a_batch_when_the_start_is_averaged_out(momentum, share, rule):
+    layer = BatchNorm1d(1, convention="caffe", momentum=momentum, dtype=torch.float64)
+    if rule:
+        layer.update_rule = lambda layer, mean, var, n: layer.update_running_stats(mean, var, n)
+    mean = 0.0
+    for x, weight in zip(batches((4, 1)), share, strict=False):
+        assert float(layer.weight_of_next_batch()) == pytest.approx(weight)
+        # As a compiled layer computes it.
+        with mock.patch("torch.compiler.is_compiling", return_value=True):
+            assert float(layer.weight_of_next_batch()) == pytest.approx(weight)
+        layer(x.double())
+        mean += weight * (x.double().mean().item() - mean)
+        assert layer.running_mean.item() == pytest.approx(mean)
+
+
+def test_without_data_and_under_vmap():
+    layer = BatchNorm1d(3, convention="caffe", device="meta")
+    assert layer(torch.randn(4, 3, device="meta")).shape == layer.eval()(torch.randn(4, 3, device="meta")).shape
+    x = torch.randn(2, 5, 3)
+    untracked = BatchNorm1d(3, track_running_stats=False)
+    torch.testing.assert_close(torch.func.vmap(untracked)(x), torch.stack([untracked(part) for part in x]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_torchs_way_of_freezing(backend):
+    # As Lightning's BaseFinetuning.freeze does it.
+    layer, theirs, x = BatchNorm1d(3, backend=backend), nn.BatchNorm1d(3), torch.randn(6, 3)
+    for each in (layer, theirs):
+        each(x)
+        each.track_running_stats = False
+        before = copy.deepcopy(each.state_dict())
+        each(x + 5)
+        torch.testing.assert_close(each.state_dict(), before, rtol=0, atol=0)
+    torch.testing.assert_close(layer(x), theirs(x))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_half_precision_modules(backend):
+    layer, x = BatchNorm1d(3, convention="keras", backend=backend, dtype=torch.bfloat16), torch.randn(64, 3)
+    skip = copy.deepcopy(layer)
+    skip.update_rule = lambda layer, mean, var, n: layer.update_running_stats(mean, var, n)
+    for each in (layer, skip):
+        output = each(x.bfloat16())
+        assert output.dtype == each.running_mean.dtype == torch.bfloat16
+        torch.testing.assert_close(output.float(), (x - x.mean(0)) / x.std(0), rtol=0.05, atol=0.05)
+        assert each.eval()(x.bfloat16()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(("layer_class", "shape"), [(BatchNorm1d, (6, 4, 5)), (BatchNorm2d, (6, 3, 2, 4))])

@@ -74,6 +74,12 @@ def test_agrees_with_torchs_layer(batch_norm, shape, affine):
 
 
 @pytest.mark.parametrize("batch_norm", BACKENDS)
+def test_no_gradient_flows_through_the_statistics(batch_norm):
+    _, mean, var = batch_norm(*inputs((6, 2)), 1e-5)
+    assert not mean.requires_grad and not var.requires_grad
+
+
+@pytest.mark.parametrize("batch_norm", BACKENDS)
 def test_gradcheck(batch_norm):
     x, weight, bias = inputs((5, 3))
     assert torch.autograd.gradcheck(lambda *a: batch_norm(*a, 1e-5)[0], (x, weight, bias))

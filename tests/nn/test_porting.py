@@ -55,7 +55,8 @@ def test_what_keras_leaves_out():
     del variables["gamma"]
     state = from_keras(variables)
     assert state["weight"].tolist() == [1.0] * C and state["bias"].tolist() == variables["beta"].tolist()
-    del variables["beta"]
+    shift = variables.pop("beta")
+    assert from_keras(variables | {"gamma": shift})["bias"].tolist() == [0.0] * C
     BatchNorm2d(C, affine=False).load_state_dict(from_keras(variables), strict=True)
 
 
@@ -64,6 +65,9 @@ def test_the_arrays_are_copied():
     state = from_keras(variables)
     state["weight"].zero_()
     assert np.all(variables["gamma"] != 0)
+    layer = BatchNorm1d(C)
+    to_keras(layer.state_dict())["gamma"][:] = 7
+    assert layer.weight.tolist() == [1.0] * C
 
 
 @pytest.mark.parametrize(
@@ -132,6 +136,19 @@ def test_what_is_not_a_layer_is_refused():
 def test_other_blobs_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         from_caffe(*arguments)
+
+
+@pytest.mark.parametrize("total", [999.0, -5.0])
+def test_a_sum_of_weights_that_cannot_be_is_refused(total):
+    with pytest.raises(ValueError, match=rf"batch_norm\[2\]={total:g} is not possible with momentum=0.1"):
+        from_caffe([np.ones(C), np.ones(C), np.array([total])], momentum=0.1)
+
+
+def test_caffes_shapes_and_a_full_sum_of_weights():
+    state = from_caffe([np.ones((1, C, 1, 1)), np.ones((1, C, 1, 1)), np.array([[1000.0]], np.float32)])
+    assert state["running_mean"].shape == (C,) and state["num_batches_tracked"] > 10_000
+    blobs, _ = to_caffe(state)
+    assert blobs[2] == pytest.approx(1000.0)
 
 
 @pytest.mark.parametrize("momentum", [0, 1, 1.5])

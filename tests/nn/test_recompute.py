@@ -7,7 +7,7 @@ from helpers import run_on_ranks
 from torch import nn
 
 from bnlightning import BatchNorm1d, BatchNorm2d
-from bnlightning.nn import recompute_statistics
+from bnlightning.nn import accumulate_statistics, recompute_statistics
 
 
 def batches(*sizes, shift=0.0):
@@ -76,10 +76,6 @@ def test_a_layer_called_twice_and_one_never_called():
 
 
 def test_what_is_a_batch():
-    class Net(BatchNorm1d):
-        def forward(self, input, scale=1.0):
-            return super().forward(input * scale)
-
     data = batches(4, 6)
     mean, _ = statistics(data, 0)
     for batches_, options in [
@@ -91,6 +87,9 @@ def test_what_is_a_batch():
         net.forward = lambda input, scale=1.0, net=net: net[0](input * scale)
         recompute_statistics(net, batches_, **options)
         np.testing.assert_allclose(net[0].running_mean.numpy(), mean, rtol=1e-6)
+    layer = BatchNorm1d(3)
+    recompute_statistics(layer, [{"input": x} for x in data])
+    np.testing.assert_allclose(layer.running_mean.numpy(), mean, rtol=1e-6)
     layer = BatchNorm1d(3)
     recompute_statistics(layer, [("a", x) for x in data], forward=lambda batch: layer(batch[1]))
     np.testing.assert_allclose(layer.running_mean.numpy(), mean, rtol=1e-6)
@@ -144,8 +143,29 @@ def test_bad_arguments(module, data, options, message):
         recompute_statistics(module, data, **options)
 
 
+def test_a_trained_layer_counts_on_and_forgets_what_is_pending():
+    layer = BatchNorm1d(3)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    layer(torch.randn(4, 3))
+    accumulate_statistics(layer, optimizer)
+    layer(torch.randn(4, 3))
+    recompute_statistics(layer, batches(4, 6))
+    precise = copy.deepcopy(layer.state_dict())
+    optimizer.step()
+    torch.testing.assert_close(layer.state_dict(), precise, rtol=0, atol=0)
+    assert layer.num_batches_tracked == 3
+
+
+def test_layers_without_statistics_and_empty_batches():
+    net = nn.Sequential(BatchNorm1d(3), BatchNorm1d(3, track_running_stats=False))
+    data = batches(4, 6)
+    recompute_statistics(net, [data[0], torch.zeros(0, 3), data[1]])
+    np.testing.assert_allclose(net[0].running_var.numpy(), statistics(data, 1)[1], rtol=1e-6)
+    assert net[1].running_mean is None
+
+
 def recompute_on_rank(rank, parts):
-    net = nn.Sequential(BatchNorm1d(3, convention="keras"), nn.BatchNorm1d(3))
+    net = nn.Sequential(BatchNorm1d(3, convention="keras", sync=True), nn.BatchNorm1d(3))
     return recompute_statistics(net, parts[rank]), net.state_dict()
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from bnlightning import BatchNorm1d, BatchNorm2d
+from bnlightning import BatchNorm1d, BatchNorm2d, swap_norm
 from bnlightning.nn import (
     accumulate_statistics,
     batch_of_one,
@@ -236,16 +236,141 @@ def test_bad_arguments():
         accumulate_statistics(BatchNorm1d(2), [torch.optim.SGD(BatchNorm1d(2).parameters())])
 
 
-def test_changed_layers_can_be_copied_and_pickled():
-    layer = BatchNorm1d(3)
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_a_copy_has_what_the_layer_has_but_does_not_wait_for_its_optimizer(copied):
+    layer, bad = BatchNorm1d(3), torch.full((6, 3), float("nan"))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
     skip_nonfinite_batches(layer)
-    accumulate_statistics(layer, torch.optim.SGD(layer.parameters(), lr=0.0))
-    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert type(copied.update_rule) is type(layer.update_rule)
-        assert copied.update_rule is not layer.update_rule
+    accumulate_statistics(layer, optimizer)
+    twin, x = copied(layer), values(6, 3)
+    twin(x), twin(bad)
+    assert twin.num_batches_tracked == 1 and layer.num_batches_tracked == 0
+    frozen_statistics(twin)
+    assert not layer.frozen
+    twin(x), optimizer.step()
+    assert twin.num_batches_tracked == 1
 
 
-@pytest.mark.parametrize("change", [running_statistics, frozen_statistics, skip_nonfinite_batches])
+def test_update_bn_and_averaged_models_need_no_optimizer_step():
+    net = nn.Sequential(BatchNorm1d(3))
+    accumulate_statistics(net, torch.optim.SGD(net.parameters(), lr=0.0))
+    data = [values(8, 3, seed=seed) for seed in range(3)]
+    averaged = torch.optim.swa_utils.AveragedModel(net)
+    for model, layer in ((net, net[0]), (averaged, averaged.module[0])):
+        torch.optim.swa_utils.update_bn(data, model)
+        torch.testing.assert_close(layer.running_mean, torch.stack([x.mean(0) for x in data]).mean(0))
+        assert layer.num_batches_tracked == 3
+
+
+@pytest.mark.parametrize("change", [batch_statistics, frozen_statistics, running_statistics, skip_nonfinite_batches])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_handles_are_removed_in_any_order(change, order):
+    layer, theirs = trained(), nn.BatchNorm1d(3)
+    usual = (layer.normalize_by, layer.frozen, layer.update_rule)
+    before = state(layer), state(theirs)
+    handles = [change(layer), change(layer)]
+    changed = (layer.normalize_by, layer.frozen, layer.update_rule)
+    both = [batch_statistics(theirs), batch_statistics(theirs)]
+    handles[order[0]].remove(), both[order[0]].remove()
+    assert (layer.normalize_by, layer.frozen, layer.update_rule) == changed != usual
+    handles[order[1]].remove(), both[order[1]].remove()
+    assert (layer.normalize_by, layer.frozen, layer.update_rule) == usual
+    same((state(layer), state(theirs)), before)
+
+
+def test_the_later_of_two_holds_and_the_earlier_one_again_after_it():
+    layer = trained()
+    running_statistics(layer), batch_of_one(layer, "skip")
+    with batch_statistics(layer), batch_of_one(layer, "running"):
+        assert (layer.normalize_by, layer.batch_of_one, layer.frozen) == ("batch", "running", True)
+    assert (layer.normalize_by, layer.batch_of_one, layer.frozen) == ("running", "skip", False)
+
+
+def test_a_checkpoint_a_copy_and_another_dtype_while_the_batch_normalises():
+    layer = trained()
+    with batch_statistics(layer):
+        assert state(layer).keys() == BatchNorm1d(3).state_dict().keys()
+        assert copy.deepcopy(layer).running_mean is not None
+        layer.double()
+    assert layer.eval()(values(4, 3).double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("first", [skip_nonfinite_batches, skip_recomputed_batches])
+@pytest.mark.parametrize("accumulates_first", [True, False])
+def test_accumulated_is_what_counts_whatever_was_called_first(first, accumulates_first):
+    net, bad = batch_norm_net(), torch.full((6, 3), float("nan"))
+    plain = copy.deepcopy(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    calls = [lambda: accumulate_statistics(net, optimizer), lambda: first(net)]
+    for call in calls if accumulates_first else calls[::-1]:
+        call()
+    x = values(6, 3).requires_grad_()
+    if first is skip_nonfinite_batches:
+        net(bad), net(x)
+    else:
+        checkpoint(net, x, use_reentrant=False).sum().backward()
+    optimizer.step()
+    plain(x)
+    torch.testing.assert_close(state(net), state(plain))
+
+
+@pytest.mark.parametrize("to", ["torch", "none"])
+def test_a_layer_that_is_swapped_meanwhile_is_left_alone(to):
+    net = nn.Sequential(BatchNorm1d(3), nn.Linear(3, 1))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    handles = [frozen_statistics(net), skip_nonfinite_batches(net), accumulate_statistics(net, optimizer)]
+    net(values(6, 3))
+    swap_norm(net, to)
+    attributes = set(vars(net[0]))
+    optimizer.step()
+    for handle in handles:
+        handle.remove()
+    assert set(vars(net[0])) == attributes
+
+
+def test_what_is_pending_when_a_layer_is_frozen_is_dropped():
+    layer, x = BatchNorm1d(3), values(6, 3)
+    before = state(layer)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    accumulate_statistics(layer, optimizer)
+    layer(x), frozen_statistics(layer), optimizer.step()
+    same(state(layer), before)
+
+
+def test_a_rule_of_ones_own_stays_innermost():
+    seen = []
+    layer = BatchNorm1d(3)
+    layer.update_rule = lambda layer, mean, var, n: seen.append(bool(n > 1))
+    handle = skip_nonfinite_batches(layer)
+    layer(values(6, 3)), layer(torch.full((6, 3), float("inf")))
+    handle.remove()
+    layer(values(6, 3))
+    assert seen == [True, False, True] and layer.num_batches_tracked == 0
+
+
+def test_a_skipped_batch_of_one_under_autocast():
+    layer = BatchNorm1d(3)
+    with batch_of_one(layer, "skip"), torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.ones(1, 3, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_a_variance_that_overflows_is_not_finite_either():
+    layer = BatchNorm1d(1)
+    skip_nonfinite_batches(layer)
+    layer(torch.tensor([[1e30], [-1e30]]))
+    assert layer.num_batches_tracked == 0
+
+
+def test_many_values_in_half_precision():
+    layer = BatchNorm2d(2, dtype=torch.float16)
+    skip_nonfinite_batches(layer)
+    layer(torch.randn(32, 2, 56, 56).half())
+    torch.testing.assert_close(layer.running_var.float(), torch.ones(2), rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize(
+    "change", [running_statistics, frozen_statistics, skip_nonfinite_batches, skip_recomputed_batches]
+)
 def test_torch_compile_keeps_one_graph(change):
     layer = trained()
     change(layer)

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bnlightning import BatchNorm1d, BatchNorm2d
+from bnlightning.nn import running_statistics
 
 STEPS = 3
 
@@ -112,6 +113,57 @@ def test_training_on_two_ranks_is_training_on_the_whole_batch(tmp_path):
         torch.testing.assert_close({key.removeprefix("module."): value for key, value in state.items()}, expected)
 
 
+def by_running_on_rank(rank, x):
+    layer = BatchNorm1d(3, sync=True)
+    layer(x.chunk(2)[rank])
+    running_statistics(layer)
+    output = layer(x.split([11, 1])[rank] * 2)
+    training = layer.state_dict()
+    # In evaluation, without running statistics, too, every rank is by itself.
+    alone = BatchNorm1d(3, sync=True, track_running_stats=False).eval()
+    return output.detach(), training, (alone(x) if rank == 0 else x.new_zeros(0)).detach()
+
+
+@pytest.mark.slow
+def test_normalising_by_the_running_statistics_and_evaluation(tmp_path):
+    x = values(12, 3)
+    layer = BatchNorm1d(3)
+    layer(x)
+    running_statistics(layer)
+    output = layer(x * 2)
+    ranks = run_on_ranks(by_running_on_rank, 2, tmp_path, x)
+    torch.testing.assert_close(torch.cat([rank[0] for rank in ranks]), output)
+    for _, training, _ in ranks:
+        torch.testing.assert_close(training, layer.state_dict())
+    torch.testing.assert_close(ranks[0][2], BatchNorm1d(3, track_running_stats=False)(x))
+
+
+def half_on_rank(rank, x):
+    layer = BatchNorm1d(3, sync=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = layer(x.split([9, 3])[rank])
+    return output, layer.state_dict()
+
+
+@pytest.mark.slow
+def test_half_precision_keeps_float32_statistics(tmp_path):
+    x = values(12, 3, mean=100.0).bfloat16()
+    layer = BatchNorm1d(3, dtype=torch.float64)
+    output = layer(x.double())
+    ranks = run_on_ranks(half_on_rank, 2, tmp_path, x)
+    assert ranks[0][0].dtype == torch.bfloat16
+    torch.testing.assert_close(torch.cat([rank[0] for rank in ranks]).double(), output, rtol=0, atol=0.02)
+    for _, got in ranks:
+        torch.testing.assert_close(got, layer.state_dict(), rtol=1e-6, atol=1e-6, check_dtype=False)
+
+
+def one_value_on_rank(rank):
+    layer = BatchNorm1d(3, sync=True)
+    before = copy.deepcopy(layer.state_dict())
+    layer(values(1 - rank, 3))
+    return before, layer.state_dict()
+
+
 def empty_on_rank(rank):
     layer = BatchNorm1d(3, sync=True)
     before = copy.deepcopy(layer.state_dict())
@@ -121,8 +173,9 @@ def empty_on_rank(rank):
 
 
 @pytest.mark.slow
-def test_where_no_rank_has_a_value_nothing_changes(tmp_path):
-    for before, after in run_on_ranks(empty_on_rank, 2, tmp_path):
+@pytest.mark.parametrize("function", [empty_on_rank, one_value_on_rank])
+def test_where_all_ranks_have_less_than_two_values_nothing_is_learnt(function, tmp_path):
+    for before, after in run_on_ranks(function, 2, tmp_path):
         torch.testing.assert_close(after, before, rtol=0, atol=0)
 
 
