@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 
-from bnlightning.nn import CONVENTIONS, BatchNorm1d, BatchNorm2d
+from bnlightning.nn import CONVENTIONS, BatchNorm1d, BatchNorm2d, BatchNormAct1d, BatchNormAct2d
 
 SHAPES = ["10x30", "200x300", "64x256x14x14", "128x64x28x28", "128x64x28x28:channels_last"]
 # The time budget by the number of elements up to which it holds; memory may never exceed torch's.
@@ -97,6 +97,8 @@ def normalisations(x: Tensor) -> dict[str, nn.Module]:
 def with_relu(x: Tensor) -> dict[str, nn.Module]:
     layers = {BASE: torchs(x), "ours, pytorch": ours(x, "pytorch"), "ours, keras": ours(x, "keras")}
     sequences = {name: nn.Sequential(layer, nn.ReLU()) for name, layer in layers.items()}
+    fused = BatchNormAct1d if x.dim() == 2 else BatchNormAct2d
+    sequences["ours, keras, fused"] = fused(x.shape[1], convention="keras")
     in_place = {"torch, in place": torchs(x), "ours, keras, in place": ours(x, "keras")}
     sequences |= {name: nn.Sequential(layer, nn.ReLU(inplace=True)) for name, layer in in_place.items()}
     return sequences | {

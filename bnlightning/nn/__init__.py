@@ -3,6 +3,9 @@
 from bnlightning.nn.batch_norm import BatchNorm1d as BatchNorm1d
 from bnlightning.nn.batch_norm import BatchNorm2d as BatchNorm2d
 from bnlightning.nn.batch_norm import BatchNorm3d as BatchNorm3d
+from bnlightning.nn.batch_norm_act import BatchNormAct1d as BatchNormAct1d
+from bnlightning.nn.batch_norm_act import BatchNormAct2d as BatchNormAct2d
+from bnlightning.nn.batch_norm_act import BatchNormAct3d as BatchNormAct3d
 from bnlightning.nn.convention import CONVENTIONS as CONVENTIONS
 from bnlightning.nn.convention import Convention as Convention
 from bnlightning.nn.networks import ACTIVATIONS as ACTIVATIONS

@@ -19,7 +19,6 @@ from bnlightning.nn.functional import (
     batch_norm_inference_fast,
     batch_norm_inference_reference,
     batch_norm_reference,
-    check_enough_values,
     reduced_dims,
     statistics_dtype,
 )
@@ -44,6 +43,8 @@ class _ConventionBatchNorm(_TorchBatchNorm):
 
     They are changed by the functions of :mod:`bnlightning.nn.statistics`, which keep in ``changes`` what is in force.
     """
+
+    _kernel: Callable[..., Tensor] = staticmethod(F.batch_norm)
 
     def __init__(
         self,
@@ -111,14 +112,19 @@ class _ConventionBatchNorm(_TorchBatchNorm):
         tracked = self.track_running_stats and self.running_mean is not None
         updates = tracked and self.training and not self.frozen
         synced = self.sync and self.training and world_size(self.process_group) > 1
+        plain = self.backend == "fast" and self.update_rule is None and not synced and n > 1
+        if plain and not self._normalizes_by_running():
+            momentum = self.weight_of_next_batch() if updates else None
+            if not isinstance(momentum, Tensor):
+                return self._normalize_by_kernel(input, momentum)
+        return self._normalize_in_parts(input, n, updates, synced)
+
+    def _normalize_in_parts(self, input: Tensor, n: int, updates: bool, synced: bool) -> Tensor:
+        """First the output, then the running statistics."""
         if self._normalizes_by_running():
             return self._normalize_by_running(input, n, synced) if updates else self._infer(input)
         if n < 2 and not synced and (n == 0 or self.batch_of_one != "raise"):
             return self._normalize_too_few(input, n)
-        if self.backend == "fast" and not synced and self.update_rule is None:
-            momentum = self.weight_of_next_batch() if updates else None
-            if not isinstance(momentum, Tensor):
-                return self._normalize_by_kernel(input, momentum)
         count: int | Tensor = n
         if synced:
             output, mean, var, count = batch_norm_sync(input, self.weight, self.bias, self.eps, self.process_group)
@@ -175,13 +181,14 @@ class _ConventionBatchNorm(_TorchBatchNorm):
 
     def _normalize_by_kernel(self, input: Tensor, momentum: float | None) -> Tensor:
         """The one call that normalises, and averages too, unless ``momentum`` is ``None``."""
-        check_enough_values(input)
         if momentum is None:
-            return F.batch_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
+            return self._kernel(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
         mean, var, count = self.running_mean, self.running_var, self.num_batches_tracked
         assert mean is not None and var is not None and count is not None
         unbiased = self.convention.unbiased
-        output = batch_norm_averaging(input, mean, var, self.weight, self.bias, momentum, self.eps, unbiased)
+        output = batch_norm_averaging(
+            input, mean, var, self.weight, self.bias, momentum, self.eps, unbiased, self._kernel
+        )
         count.add_(1)
         return output
 

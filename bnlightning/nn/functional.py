@@ -12,6 +12,7 @@ The functions take ``input`` of shape ``(N, C)`` or ``(N, C, ...)`` and normalis
 (Ioffe and Szegedy, "Batch Normalization", 2015, algorithm 1).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -136,6 +137,7 @@ def batch_norm_averaging(
     momentum: float,
     eps: float,
     unbiased: bool,
+    kernel: Callable[..., Tensor] = F.batch_norm,
 ) -> Tensor:
     """As :func:`batch_norm_fast`, and the same call averages the statistics, in place: the cheapest way.
 
@@ -151,17 +153,18 @@ def batch_norm_averaging(
         momentum: Weight of this batch.
         eps: Added to the variance.
         unbiased: Whether the running variance takes the unbiased variance of the batch or the biased one.
+        kernel: With the arguments of :func:`torch.nn.functional.batch_norm`.
 
     Raises:
         ValueError: If a channel has fewer than two values.
     """
     n = check_enough_values(input)
     if unbiased:
-        return F.batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps)
+        return kernel(input, running_mean, running_var, weight, bias, True, momentum, eps)
     # n / (n - 1) times, as a sum, which takes half the time of a product with a number; a tensor of this call's own,
     # because autograd keeps what the kernel is given, and that must not be changed afterwards.
     scaled = torch.add(running_var, running_var, alpha=1 / (n - 1))
-    output = F.batch_norm(input, running_mean, scaled, weight, bias, True, momentum, eps)
+    output = kernel(input, running_mean, scaled, weight, bias, True, momentum, eps)
     torch.sub(scaled, scaled, alpha=1 / n, out=running_var)
     return output
 
