@@ -216,7 +216,7 @@ def _share(runs: Sequence[Run], tag: str) -> str:
 def _first_nonfinite(runs: Sequence[Run]) -> str:
     found = [run.first_nonfinite for run in runs if run.first_nonfinite is not None]
     if not found:
-        return "none seen"
+        return "none seen" if _share(runs, "health/act_nonfinite") != "-" else "-"
     step, layers = _earliest(found)
     where = f"step {step}, {layers}"
     return where if len(runs) == 1 else f"{where} ({len(found)} of {len(runs)} runs)"

@@ -45,7 +45,11 @@ def draw(variants: Variants, metric: str, title: str, notes: Sequence[str]) -> F
     lines = sum(text.count("\n") + 1 for text in texts)
     tests = [1.2 + 0.27 * len(results)] if results else []
     legend = 0.55 + 0.24 * (len(variants) + 1)
-    heights = [0.85, *tests, 3.4, legend, *([0.7] if rows else []), *[2.42] * rows]
+    fitted = {name: runs[0].predictions[-1] for name, runs in variants.items() if runs[0].predictions}
+    # Two evaluations are no curve, where there are other results to show.
+    evaluations = max(len(_curves(runs, metric)[0]) for runs in variants.values())
+    curves = [3.4, legend] if not results or fitted or evaluations > 2 else []
+    heights = [0.85, *tests, *curves, *([0.7] if rows else []), *[2.42] * rows]
     heights.append(0.3 + 0.24 * lines + 0.1 * len(texts))
     figure = Figure(figsize=(15.0, sum(heights)), dpi=100, facecolor="white")
     figure.text(0.015, 1 - 0.3 / sum(heights), title, fontsize=15, weight="bold", va="center")
@@ -56,16 +60,13 @@ def draw(variants: Variants, metric: str, title: str, notes: Sequence[str]) -> F
     )
     if results:
         _draw_results(figure, page[1], tests[0], variants, results)
-    fitted = {name: runs[0].predictions[-1] for name, runs in variants.items() if runs[0].predictions}
-    costs = 1 + len(tests)
-    top = page[costs].subgridspec(1, 2 if fitted else 1, width_ratios=[1.15, 1.0] if fitted else [1.0], wspace=0.16)
-    _draw_costs(figure.add_subplot(top[0]), variants, metric)
-    if fitted:
-        _draw_fits(figure.add_subplot(top[1]), variants, fitted)
+    if curves:
+        _draw_curves(figure, page[1 + len(tests)], variants, metric, fitted)
     if rows:
-        _draw_heading(figure.add_subplot(page[costs + 2]), variants, layers)
+        first = 1 + len(tests) + len(curves)
+        _draw_heading(figure.add_subplot(page[first]), variants, layers)
         for row, name in enumerate(variants):
-            _draw_layers(figure, page[costs + 3 + row], name, variants, layers)
+            _draw_layers(figure, page[first + 1 + row], name, variants, layers)
     y = 0.24 * lines + 0.1 * len(texts)
     for text in texts:
         figure.text(0.03, y / sum(heights), text, fontsize=10.5, va="top")
@@ -81,6 +82,19 @@ def _style(name: str, variants: Variants) -> tuple[str, Any]:
     # All colors before a line style comes again with another one.
     line = _OTHER_LINES[(index + index // len(_OTHER_COLORS)) % len(_OTHER_LINES)]
     return _OTHER_COLORS[index % len(_OTHER_COLORS)], line
+
+
+def _draw_curves(
+    figure: Figure,
+    place: SubplotSpec,
+    variants: Variants,
+    metric: str,
+    fitted: Mapping[str, tuple[int, NDArray[np.float32]]],
+) -> None:
+    top = place.subgridspec(1, 2 if fitted else 1, width_ratios=[1.15, 1.0] if fitted else [1.0], wspace=0.16)
+    _draw_costs(figure.add_subplot(top[0]), variants, metric)
+    if fitted:
+        _draw_fits(figure.add_subplot(top[1]), variants, fitted)
 
 
 def _draw_costs(axes: Axes, variants: Variants, metric: str) -> None:
@@ -242,7 +256,7 @@ def _draw_results(
     axes.set_yticks(range(len(results)), list(results), fontsize=10)
     axes.tick_params(axis="x", labelsize=8)
     axes.grid(alpha=0.25)
-    meaning = " (●: a variant,  |: published; bold: other digits)" if published else ""
+    meaning = " (●: a variant,  |: published; red: other digits)" if published else ""
     axes.set_title(f"Test metrics, after the last step{meaning}", fontsize=11, loc="left")
     _set_value_scale(axes, [value for values in results.values() for logged in values.values() for value in logged])
     _write_digits(table, variants, results, ["published", *variants] if published else list(variants))

@@ -269,6 +269,22 @@ def test_the_figure_shows_what_the_tests_measured(with_tests):
     assert not [axes for axes in drawn.axes if axes.get_title().startswith("net.")]
 
 
+@pytest.mark.parametrize(
+    ("evaluations", "measured", "has_curve"), [(2, True, False), (3, True, True), (2, False, True)]
+)
+def test_two_evaluations_are_no_curve_beside_what_the_tests_measured(evaluations, measured, has_curve, tmp_path):
+    with SummaryWriter(str(tmp_path / "run")) as writer:
+        for step in range(evaluations):
+            writer.add_scalar("val/loss", 1.0 + step, step)
+        if measured:
+            writer.add_scalar("test/acc", 0.5, evaluations)
+    comparison = compare_runs(tmp_path)
+    drawn = figure.draw({"run": comparison.runs}, "val/loss", "title", [])
+    assert ("Cost" in [axes.get_title(loc="left") for axes in drawn.axes]) == has_curve
+    # Nobody looked for values that are not finite.
+    assert comparison.rows[0]["first non-finite"] == "-"
+
+
 def test_several_seeds_give_a_median_or_what_all_of_them_gave(tmp_path):
     for seed, (changing, diverging) in enumerate([(1.0, 1.0), (2.0, math.nan), (4.0, math.inf)]):
         with SummaryWriter(str(tmp_path / f"run_seed-{seed}")) as writer:
