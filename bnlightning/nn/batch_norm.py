@@ -44,8 +44,6 @@ class _ConventionBatchNorm(_TorchBatchNorm):
     They are changed by the functions of :mod:`bnlightning.nn.statistics`, which keep in ``changes`` what is in force.
     """
 
-    _kernel: Callable[..., Tensor] = staticmethod(F.batch_norm)
-
     def __init__(
         self,
         num_features: int,
@@ -179,16 +177,16 @@ class _ConventionBatchNorm(_TorchBatchNorm):
         zeros = torch.zeros(self.num_features, dtype=dtype, device=input.device)
         return F.batch_norm(input, zeros, zeros + 1, self.weight, self.bias, False, 0.0, 0.0)
 
-    def _normalize_by_kernel(self, input: Tensor, momentum: float | None) -> Tensor:
+    def _normalize_by_kernel(
+        self, input: Tensor, momentum: float | None, kernel: Callable[..., Tensor] = F.batch_norm
+    ) -> Tensor:
         """The one call that normalises, and averages too, unless ``momentum`` is ``None``."""
         if momentum is None:
-            return self._kernel(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
+            return kernel(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
         mean, var, count = self.running_mean, self.running_var, self.num_batches_tracked
         assert mean is not None and var is not None and count is not None
         unbiased = self.convention.unbiased
-        output = batch_norm_averaging(
-            input, mean, var, self.weight, self.bias, momentum, self.eps, unbiased, self._kernel
-        )
+        output = batch_norm_averaging(input, mean, var, self.weight, self.bias, momentum, self.eps, unbiased, kernel)
         count.add_(1)
         return output
 

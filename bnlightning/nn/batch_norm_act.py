@@ -20,13 +20,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional as F
 
 from bnlightning._check import check_choice
 from bnlightning.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, _ConventionBatchNorm
 from bnlightning.nn.functional import over_channels
 
 _aten = torch.ops.aten
+
+FUSED_FROM = 2**20
+"""Number of elements from which one layer takes no longer than two (``benchmarks/norm.py``)."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +42,8 @@ class _Activation:
 
 
 FUSED_ACTIVATIONS: dict[str, _Activation] = {
-    "elu": _Activation(nn.functional.elu_, lambda grad, y: _aten.elu_backward(grad, 1, 1, 1, True, y)),
-    "leaky_relu": _Activation(
-        nn.functional.leaky_relu_, lambda grad, y: _aten.leaky_relu_backward(grad, y, 0.01, True)
-    ),
+    "elu": _Activation(F.elu_, lambda grad, y: _aten.elu_backward(grad, 1, 1, 1, True, y)),
+    "leaky_relu": _Activation(F.leaky_relu_, lambda grad, y: _aten.leaky_relu_backward(grad, y, 0.01, True)),
     "relu": _Activation(torch.relu_, lambda grad, y: _aten.threshold_backward(grad, y, 0)),
     "sigmoid": _Activation(torch.sigmoid_, lambda grad, y: _aten.sigmoid_backward(grad, y)),
     "tanh": _Activation(torch.tanh_, lambda grad, y: _aten.tanh_backward(grad, y)),
@@ -75,17 +77,15 @@ class _BatchNormAct(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, output, mean, invstd = ctx.saved_tensors
         grad = FUSED_ACTIVATIONS[ctx.activation].backward(grad_output, output)
-        # On other devices the kernel takes no scratch, and half precision is not to be rounded in between.
-        in_place = grad.device.type == "cpu" and grad.dtype == mean.dtype
-        wanted = [ctx.needs_input_grad[0] and not in_place, True, True]
-        grad_input, grad_weight, grad_bias = _aten.native_batch_norm_backward(
-            grad, input, weight, None, None, mean, invstd, True, ctx.eps, wanted
+        _, grad_weight, grad_bias = _aten.native_batch_norm_backward(
+            grad, input, weight, None, None, mean, invstd, True, ctx.eps, [False, True, True]
         )
-        if ctx.needs_input_grad[0] and in_place:
-            n = input.numel() // input.shape[1]
-            a = invstd if weight is None else invstd * weight
-            b = -a * invstd * grad_weight / n
-            c = -a * grad_bias / n - b * mean
+        n = input.numel() // input.shape[1]
+        a = invstd if weight is None else invstd * weight
+        b = -a * invstd * grad_weight / n
+        c = -a * grad_bias / n - b * mean
+        grad_input = None
+        if ctx.needs_input_grad[0]:
             grad_input = grad.mul_(over_channels(a, grad)).addcmul_(input, over_channels(b, grad))
             grad_input.add_(over_channels(c, grad))
         return (
@@ -112,10 +112,10 @@ def batch_norm_act(
     *,
     activation: str,
 ) -> Tensor:
-    """:func:`torch.nn.functional.batch_norm` with the statistics of the batch, and an activation behind it.
+    """:func:`torch.F.batch_norm` with the statistics of the batch, and an activation behind it.
 
     Args:
-        input: Shape ``(N, C)`` or ``(N, C, ...)``, any floating dtype.
+        input: Shape ``(N, C)`` or ``(N, C, ...)``, float32 or float64.
         running_mean: Shape ``(C,)``, or ``None``; updated in place, as torch does.
         running_var: Likewise.
         weight: Scale of shape ``(C,)``, or ``None`` for 1.
@@ -140,17 +140,22 @@ class _ActivatedBatchNorm(_ConventionBatchNorm):
         super().__init__(*args, **kwargs)
         self.activation = activation
 
-    @property
-    def _kernel(self) -> Callable[..., Tensor]:  # type: ignore[override]
-        return partial(batch_norm_act, activation=self.activation)
-
     def forward(self, input: Tensor) -> Tensor:
         """Normalise ``input`` as :class:`BatchNorm1d` does, and activate it."""
         return super().forward(input)
 
     def _normalize_in_parts(self, input: Tensor, n: int, updates: bool, synced: bool) -> Tensor:
-        output = super()._normalize_in_parts(input, n, updates, synced)
-        return getattr(torch, self.activation, getattr(nn.functional, self.activation))(output)
+        return self._activate(super()._normalize_in_parts(input, n, updates, synced))
+
+    def _normalize_by_kernel(
+        self, input: Tensor, momentum: float | None, kernel: Callable[..., Tensor] = F.batch_norm
+    ) -> Tensor:
+        if input.is_cpu and input.dtype in (torch.float32, torch.float64) and input.numel() >= FUSED_FROM:
+            return super()._normalize_by_kernel(input, momentum, partial(batch_norm_act, activation=self.activation))
+        return self._activate(super()._normalize_by_kernel(input, momentum, kernel))
+
+    def _activate(self, output: Tensor) -> Tensor:
+        return getattr(F, self.activation)(output)
 
     def extra_repr(self) -> str:
         """The arguments, and the activation."""
@@ -161,9 +166,9 @@ class BatchNormAct1d(_ActivatedBatchNorm, BatchNorm1d):
     """:class:`BatchNorm1d` and an activation in one layer: the same values, half the memory in the backward pass.
 
     Beside ``nn.Sequential(BatchNorm1d(C), nn.ReLU())`` the peak memory of a training step is 2 sizes of the input
-    instead of 4, on a CPU in float32 or float64 (``benchmarks/norm.py``). It is fused in training with
-    ``backend="fast"``, without ``sync`` or a rule of :mod:`bnlightning.nn.statistics`, and then can be differentiated
-    once; everywhere else it is the two layers.
+    instead of 4 (``benchmarks/norm.py``). It is fused where that was measured to be no slower, for a training batch of
+    a million elements and more, on a CPU, in float32 or float64, with ``backend="fast"``, without ``sync`` or a rule of
+    :mod:`bnlightning.nn.statistics`, and then can be differentiated once; everywhere else it is the two layers.
 
     Args:
         *args: As :class:`BatchNorm1d`.

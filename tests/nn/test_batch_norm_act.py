@@ -9,10 +9,17 @@ from bnlightning.nn import (
     BatchNormAct1d,
     BatchNormAct2d,
     BatchNormAct3d,
+    batch_norm_act,
     batch_statistics,
     running_statistics,
     skip_nonfinite_batches,
 )
+
+
+@pytest.fixture(autouse=True)
+def _fused_from_the_first_element(monkeypatch):
+    monkeypatch.setattr(batch_norm_act, "FUSED_FROM", 0)
+
 
 ACTIVATIONS = {
     "elu": nn.ELU(),
@@ -145,6 +152,16 @@ def test_an_output_changed_in_place_is_noticed():
 def test_it_is_not_swapped_away():
     with pytest.raises(ValueError, match="BatchNormAct1d has its own forward, which would be lost"):
         swap_norm(nn.Sequential(BatchNormAct1d(4)), "torch")
+
+
+def test_small_batches_are_not_fused(monkeypatch):
+    monkeypatch.undo()
+    fused, two = pair(BatchNormAct1d, BatchNorm1d, "tanh")
+    x = values(6, 4)
+    assert torch.equal(fused(x), two(x)) and torch.equal(fused.running_var, two[0].running_var)
+    # Differentiable twice, then.
+    x = x.double().requires_grad_()
+    assert torch.autograd.gradgradcheck(BatchNormAct1d(4, activation="elu", dtype=torch.float64), x)
 
 
 def test_another_activation_is_refused():
