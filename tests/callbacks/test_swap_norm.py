@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from bnlightning import BatchNorm1d, BatchNormSync, LitRegressor, SwapNorm, SyntheticRegressionDataModule
-from bnlightning.nn import CONVENTIONS
+from bnlightning.nn import CONVENTIONS, accumulate_statistics
 
 
 def data(n=8, batch_size=4):
@@ -320,6 +320,24 @@ def test_the_module_can_be_copied_after_the_fit():
     module = ConfiguresModel()
     trainer(SwapNorm("custom")).fit(module, data())
     assert type(copy.deepcopy(module).net[1]) is BatchNorm1d
+
+
+class Accumulating(LitRegressor):
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        accumulate_statistics(self, optimizer)
+        return optimizer
+
+
+def test_accumulated_statistics_are_updated_once_a_step_in_every_fit():
+    model, data = Accumulating(norm="torch", depth=1), SyntheticRegressionDataModule(num_points=60, batch_size=10)
+    for fit in (1, 2):
+        trainer = quiet_trainer(
+            max_epochs=1, accumulate_grad_batches=3, limit_val_batches=0, callbacks=[SwapNorm("custom")]
+        )
+        trainer.fit(model, data)
+        assert trainer.global_step == 2
+        assert model.net.norm1.num_batches_tracked == 2 * fit
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import copy
+import inspect
 from unittest import mock
 
 import numpy as np
@@ -44,6 +45,17 @@ def test_by_default_the_same_numbers_as_torch(ours, torchs, shape, backend, mome
     assert isinstance(mine, torchs)
     mine.eval(), theirs.eval()
     torch.testing.assert_close(mine(x), theirs(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif("bias" not in inspect.signature(nn.BatchNorm1d).parameters, reason="needs torch 2.15")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_a_bias(backend):
+    mine, theirs = BatchNorm1d(4, bias=False, backend=backend), nn.BatchNorm1d(4, bias=False)
+    x = batches((6, 4))[1]
+    torch.testing.assert_close(mine(x), theirs(x), rtol=1e-5, atol=1e-5)
+    assert mine.state_dict().keys() == theirs.state_dict().keys() and mine.bias is None
+    mine(x).square().sum().backward()
+    assert mine.weight.grad is not None
 
 
 def test_state_dicts_load_strictly_both_ways():
