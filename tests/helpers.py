@@ -51,4 +51,6 @@ def _run_on_rank(
     store = f"file://{directory / 'store'}"
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
     torch.save(function(rank, *arguments), directory / f"{rank}.pt")
+    # The store must not go with the first to finish.
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
