@@ -7,12 +7,11 @@ holding the right thing, and nothing need be copied. Only a callable puts anothe
 
 import inspect
 import warnings
-import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as _TorchBatchNorm
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from bnlightning.nn._swap_changes import Absent, Change, InPlace, Replacement, class_name
 from bnlightning.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, _ConventionBatchNorm, warn_of_momentum
 from bnlightning.nn.convention import CONVENTIONS, Convention, convention_name
 
@@ -39,11 +39,6 @@ _OWN_TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tr
 _KEPT_ARGUMENTS = ("num_features", "affine", "track_running_stats", "bias", "device", "dtype")
 # By name: to import what defines them takes longer than a swap.
 _WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
-_HOOKS = tuple(name for name in vars(nn.Module()) if "_hooks" in name)
-
-
-class _Absent:
-    """In place of a value: the attribute is not there."""
 
 
 class _RefusedError(Exception):
@@ -67,14 +62,6 @@ class SwappedLayer:
     note: str = ""
 
 
-class _Change(Protocol):
-    def apply(self) -> None: ...
-
-    def is_intact(self) -> bool: ...
-
-    def undo(self) -> None: ...
-
-
 @dataclass
 class SwapReport:
     """What :func:`swap_norm` did; prints as a table.
@@ -90,7 +77,7 @@ class SwapReport:
     swapped: list[SwappedLayer] = field(default_factory=list)
     unchanged: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
-    _changes: list[_Change] = field(default_factory=list, repr=False)
+    _changes: list[Change] = field(default_factory=list, repr=False)
 
     def revert(self) -> None:
         """Make every swapped layer what it was: class, attributes, parameters, buffers and object, under every name.
@@ -192,120 +179,11 @@ def swap_norm(
         if change is None:
             report.unchanged += paths
         else:
-            report.swapped.append(SwappedLayer(tuple(paths), _class_name(layer), change.after, change.note))
+            report.swapped.append(SwappedLayer(tuple(paths), class_name(layer), change.after, change.note))
             report._changes.append(change)
     _report_refusals(report, strict)
     _apply_all(report._changes)
     return report
-
-
-@dataclass
-class _InPlace:
-    """Another class and other attributes for the same object; applied a second time, back again."""
-
-    layer: Any
-    cls: type[nn.Module]
-    attributes: dict[str, Any]
-    note: str = ""
-
-    def __post_init__(self) -> None:
-        self._expected = self.cls
-        self.after = _public_name(self.cls)
-
-    def apply(self) -> None:
-        before = _initial_statistics(self.layer)
-        self._exchange()
-        after = _initial_statistics(self.layer)
-        try:
-            if before is not None and after not in (None, before) and _are_untouched(self.layer, before):
-                self.layer.reset_running_stats()
-        except BaseException:
-            self._exchange()
-            raise
-
-    undo = apply
-
-    def is_intact(self) -> bool:
-        return type(self.layer) is self._expected
-
-    def _exchange(self) -> None:
-        attributes = vars(self.layer)
-        previous = {name: attributes.get(name, _Absent) for name in self.attributes}
-        # First, because only this can fail.
-        self.layer.__class__, self.cls = self.cls, type(self.layer)
-        for name, value in self.attributes.items():
-            if value is _Absent:
-                attributes.pop(name, None)
-            else:
-                attributes[name] = value
-        self.attributes = previous
-
-
-@dataclass
-class _Replacement:
-    """Another object in the layer's place, in every parent."""
-
-    old: nn.Module
-    new: nn.Module
-    places: list[tuple[nn.Module, str]]
-
-    def __post_init__(self) -> None:
-        self.after = _class_name(self.new)
-        self._carried = {
-            store: [name for name, value in getattr(self.new, store).items() if self._fits(store, name, value)]
-            for store in ("_parameters", "_buffers")
-        }
-        self._own_hooks = {name: vars(self.new)[name] for name in _HOOKS}
-        self.note = self._describe()
-
-    def _fits(self, store: str, name: str, value: Tensor | None) -> bool:
-        kept = getattr(self.old, store).get(name)
-        return kept is not None and value is not None and not is_lazy(value) and kept.shape == value.shape
-
-    def _describe(self) -> str:
-        carried = [name for names in self._carried.values() for name in names]
-        old, new = (
-            [name for name, _ in (*layer.named_parameters(), *layer.named_buffers()) if name not in carried]
-            for layer in (self.old, self.new)
-        )
-        parts = {"carried over": carried, "new": new, "left behind": old}
-        return "; ".join(f"{what}: {', '.join(names)}" for what, names in parts.items() if names)
-
-    def apply(self) -> None:
-        self._move_tensors(self.old, self.new)
-        # The dictionaries themselves move, because the handles refer to them; the new module's own hooks join them.
-        for name, own in self._own_hooks.items():
-            shared = vars(self.old)[name]
-            shared.update(own)
-            vars(self.new)[name] = shared
-        self._hand_over(self.old, self.new)
-
-    def undo(self) -> None:
-        self._move_tensors(self.new, self.old)
-        for name, own in self._own_hooks.items():
-            for key in own:
-                vars(self.old)[name].pop(key, None)
-            vars(self.new)[name] = own
-        self._hand_over(self.new, self.old)
-
-    def is_intact(self) -> bool:
-        return all(parent._modules.get(name) is self.new for parent, name in self.places)
-
-    def _move_tensors(self, source: nn.Module, target: nn.Module) -> None:
-        for store, names in self._carried.items():
-            for name in names:
-                getattr(target, store)[name] = getattr(source, store)[name]
-
-    def _hand_over(self, source: nn.Module, target: nn.Module) -> None:
-        if source._is_full_backward_hook is not None:
-            target._is_full_backward_hook = source._is_full_backward_hook
-        for hook in target._load_state_dict_pre_hooks.values():
-            if getattr(hook, "with_module", False):
-                # Otherwise it would be called with the module that is no longer there.
-                vars(hook)["module"] = weakref.ref(target)
-        target.train(source.training)
-        for parent, name in self.places:
-            parent._modules[name] = target
 
 
 def _check_arguments(module: nn.Module, to: str | Callable[..., nn.Module], options: dict[str, Any]) -> None:
@@ -373,7 +251,7 @@ def _planned(
     to: str | Callable[..., nn.Module],
     options: dict[str, Any],
     is_under_wrapper: bool,
-) -> _InPlace | _Replacement | None:
+) -> InPlace | Replacement | None:
     """The change of one layer, not yet made, or ``None`` if it is what is asked for."""
     _refuse_in_any_case(layer)
     if to == "none" or callable(to):
@@ -385,7 +263,7 @@ def _planned(
             f"{type(layer).__name__} does not say its dimension: swap before it is made, or pass a callable"
         )
     change = _to_torch(layer, base, options) if to == "torch" else _to_ours(layer, base, str(to), options)
-    now = {name: vars(layer).get(name, _Absent) for name in change.attributes}
+    now = {name: vars(layer).get(name, Absent) for name in change.attributes}
     return None if change.cls is type(layer) and now == change.attributes else change
 
 
@@ -415,27 +293,27 @@ def _refuse_if_parameters_are_in_use(layer: nn.Module, is_under_wrapper: bool) -
         )
 
 
-def _to_identity(layer: nn.Module) -> _InPlace:
-    return _InPlace(layer, nn.Identity, {"_parameters": {}, "_buffers": {}})
+def _to_identity(layer: nn.Module) -> InPlace:
+    return InPlace(layer, nn.Identity, {"_parameters": {}, "_buffers": {}})
 
 
-def _to_torch(layer: Any, base: type[nn.Module], options: dict[str, Any]) -> _InPlace:
+def _to_torch(layer: Any, base: type[nn.Module], options: dict[str, Any]) -> InPlace:
     settings = _settings(layer)
     # Not needed but to check the options.
     ours = _template(_OURS[base], layer, settings | options)
     given = {name: vars(ours)[name] for name in options}
     changed = [f"{name}={value}" for name, value in given.items() if vars(layer)[name] != value]
     if not isinstance(layer, _ConventionBatchNorm):
-        return _InPlace(layer, type(layer), given, "; ".join(changed))
+        return InPlace(layer, type(layer), given, "; ".join(changed))
     if _is_per_activation(layer) and base is not nn.BatchNorm1d:
         raise _RefusedError("its statistics are per activation, and torch's per channel: pass a callable")
     extras = [name for name in vars(ours) if name not in _torch_attributes()]
     notes = changed + _lost_convention(layer.convention)
     notes += _lost_settings(layer, vars(_OURS[base](1, device="meta")), extras)
-    return _InPlace(layer, base, dict.fromkeys(extras, _Absent) | given, "; ".join(notes))
+    return InPlace(layer, base, dict.fromkeys(extras, Absent) | given, "; ".join(notes))
 
 
-def _to_ours(layer: Any, base: type[nn.Module], to: str, options: dict[str, Any]) -> _InPlace:
+def _to_ours(layer: Any, base: type[nn.Module], to: str, options: dict[str, Any]) -> InPlace:
     cls = _OURS[base]
     settings = _settings(layer)
     # Without synchronisation a group of processes means nothing.
@@ -443,7 +321,7 @@ def _to_ours(layer: Any, base: type[nn.Module], to: str, options: dict[str, Any]
     new = _template(cls, layer, settings | sync | options)
     names = [name for name in vars(new) if name not in _torch_attributes()] + ["eps", "momentum"]
     old = vars(_template(cls, layer, settings))
-    changed = {name: vars(new)[name] for name in names if old.get(name, _Absent) != vars(new)[name]}
+    changed = {name: vars(new)[name] for name in names if old.get(name, Absent) != vars(new)[name]}
     notes = [f"{name}={_shown(value)}" for name, value in changed.items()]
     attributes = {name: vars(new)[name] for name in names}
     if isinstance(layer, _ConventionBatchNorm):
@@ -455,7 +333,7 @@ def _to_ours(layer: Any, base: type[nn.Module], to: str, options: dict[str, Any]
             else "its parameters are per activation, and the convention's per channel: build the layer anew"
         )
     notes += _kept_constants(layer, new, options)
-    return _InPlace(layer, cls, attributes, "; ".join(notes))
+    return InPlace(layer, cls, attributes, "; ".join(notes))
 
 
 def _settings(layer: Any) -> dict[str, Any]:
@@ -491,7 +369,7 @@ def _torch_attributes() -> frozenset[str]:
     return frozenset(vars(nn.BatchNorm1d(1, device="meta")))
 
 
-def _built(root: nn.Module, layer: Any, build: Callable[..., nn.Module], options: dict[str, Any]) -> _Replacement:
+def _built(root: nn.Module, layer: Any, build: Callable[..., nn.Module], options: dict[str, Any]) -> Replacement:
     new = build(layer.num_features, **options)
     if not isinstance(new, nn.Module):
         raise ValueError(
@@ -501,7 +379,7 @@ def _built(root: nn.Module, layer: Any, build: Callable[..., nn.Module], options
     if like is not None:
         new.to(device=like.device, dtype=like.dtype)
     places = [(parent, name) for parent in root.modules() for name in _names_in(parent, layer)]
-    return _Replacement(layer, new, places)
+    return Replacement(layer, new, places)
 
 
 def _tensors(layer: nn.Module) -> Iterator[Tensor]:
@@ -528,11 +406,11 @@ def _report_refusals(report: SwapReport, strict: bool) -> None:
     warnings.warn(f"Batch norm layers that could not be swapped to {report.to}:\n{reasons}", stacklevel=3)
 
 
-def _apply_all(changes: list[_Change]) -> None:
-    new = [change.new for change in changes if isinstance(change, _Replacement)]
+def _apply_all(changes: list[Change]) -> None:
+    new = [change.new for change in changes if isinstance(change, Replacement)]
     if len({id(layer) for layer in new}) < len(new):
         raise ValueError("to returned the same module for two layers: it must build one for each.")
-    done: list[_Change] = []
+    done: list[Change] = []
     try:
         for change in changes:
             change.apply()
@@ -541,20 +419,6 @@ def _apply_all(changes: list[_Change]) -> None:
         for change in reversed(done):
             change.undo()
         raise
-
-
-def _initial_statistics(layer: nn.Module) -> tuple[float, float] | None:
-    """What the layer's running mean and variance start from; ``None`` if it has none."""
-    if isinstance(layer, _ConventionBatchNorm):
-        return layer.convention.initial_mean, layer.convention.initial_var
-    return (0.0, 1.0) if isinstance(layer, _TorchBatchNorm) else None
-
-
-def _are_untouched(layer: Any, initial: tuple[float, float]) -> bool:
-    statistics = (layer.running_mean, layer.running_var, layer.num_batches_tracked)
-    if any(value is None or value.is_meta for value in statistics):
-        return False
-    return all(bool((value == start).all()) for value, start in zip(statistics, (*initial, 0), strict=True))
 
 
 def _is_per_activation(layer: nn.Module) -> bool:
@@ -600,17 +464,6 @@ def _shown(value: Any) -> str:
     if callable(value):
         return getattr(value, "__name__", type(value).__name__)
     return convention_name(value) if isinstance(value, Convention) else str(value)
-
-
-def _class_name(layer: nn.Module) -> str:
-    return _public_name(type(layer))
-
-
-def _public_name(cls: type) -> str:
-    for inside, public in (("torch.nn.modules.", "torch.nn"), ("bnlightning.nn.", "bnlightning")):
-        if cls.__module__.startswith(inside):
-            return f"{public}.{cls.__qualname__}"
-    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _named(paths: Iterable[str]) -> str:
