@@ -1,4 +1,4 @@
-"""Plain torch: layers, networks, functions. No Lightning, no logging, no ranks."""
+"""Plain torch: layers, networks, functions. No Lightning, no logging; ranks only where statistics are merged."""
 
 from bnlightning.nn.batch_norm import BatchNorm1d as BatchNorm1d
 from bnlightning.nn.batch_norm import BatchNorm2d as BatchNorm2d

@@ -112,7 +112,7 @@ def batch_norm_act(
     *,
     activation: str,
 ) -> Tensor:
-    """:func:`torch.F.batch_norm` with the statistics of the batch, and an activation behind it.
+    """:func:`torch.nn.functional.batch_norm` with the statistics of the batch, and an activation behind it.
 
     Args:
         input: Shape ``(N, C)`` or ``(N, C, ...)``, float32 or float64.
