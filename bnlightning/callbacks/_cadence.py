@@ -3,6 +3,15 @@
 import lightning
 
 
+def logged_step(trainer: lightning.Trainer) -> int:
+    """Where Lightning's own loggers put what ``training_step`` logs now: the number of batches that stepped before.
+
+    It counts batches and not steps of optimizers, of which there may be several, and it goes on after a resume.
+    """
+    # Private, and what self.log uses; there is no public way to ask for it.
+    return getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step)
+
+
 class TrainingCadence:
     """The first step, and those at which the number of optimizer steps has passed another multiple of ``every``."""
 

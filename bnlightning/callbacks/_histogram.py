@@ -1,0 +1,101 @@
+"""Histograms that only ever add up: over calls, steps and ranks.
+
+The sign, the exponent and the first three bits of the mantissa of a float32 are the number of a logarithmic bin: eight
+bins an octave, zero and the smallest denormals in a bin of their own, infinities and NaN beyond the last finite one.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+_SHIFT = 20
+NUM_BINS = 1 << (32 - _SHIFT)
+_HALF = NUM_BINS // 2
+_FINITE = 0x7F800000 >> _SHIFT
+# How far below the largest magnitude two values still fall into different bins of a published histogram, as a factor.
+# TensorBoard draws 30 bins over the range of all steps; what is finer would take most of the file.
+_RESOLUTION = 2.0**-5
+
+
+def count_values(x: Tensor) -> Tensor:
+    """How many values fall into each bin.
+
+    Args:
+        x: float32 of any shape, also non-finite values.
+
+    Returns:
+        int64 of shape ``(NUM_BINS,)``: negative values first, ascending in magnitude, then the others likewise.
+    """
+    # The shift is arithmetic, so that negative values have negative numbers.
+    number = torch.bitwise_right_shift(x.contiguous().view(torch.int32), _SHIFT).add_(_HALF)
+    return torch.bincount(number.flatten(), minlength=NUM_BINS)
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts between ascending edges (one more than counts), and the moments TensorBoard keeps beside them."""
+
+    edges: NDArray[np.float64]
+    counts: NDArray[np.int64]
+    sum: float
+    sum_squares: float
+
+
+def finite_histogram(
+    bins: NDArray[np.int64], minimum: float, maximum: float, total: float, total_squares: float
+) -> Histogram:
+    """The finite bins in ascending order of their values, those too near to zero to be told apart put together.
+
+    Args:
+        bins: What :func:`count_values` gave, added up; at least one finite value.
+        minimum: Of the finite values.
+        maximum: Of the finite values.
+        total: Their sum.
+        total_squares: The sum of their squares.
+    """
+    negative, positive = bins[:_FINITE], bins[_HALF : _HALF + _FINITE]
+    resolution = max(abs(minimum), abs(maximum)) * _RESOLUTION
+    first = max(int(np.searchsorted(_MAGNITUDES, resolution)), 1)
+    edges = np.concatenate([-_MAGNITUDES[first:][::-1], [0.0], _MAGNITUDES[first:]])
+    counts = np.concatenate(
+        [negative[first:][::-1], [negative[:first].sum()], [positive[:first].sum()], positive[first:]]
+    )
+    return Histogram(*_fit(edges, counts, minimum, maximum), total, total_squares)
+
+
+def _magnitudes() -> NDArray[np.float64]:
+    edges = (np.arange(_FINITE + 1, dtype=np.uint32) << _SHIFT).view(np.float32).astype(np.float64)
+    # The end of the last finite bin is the largest float32 and not infinity.
+    edges[-1] = np.finfo(np.float32).max
+    return edges
+
+
+_MAGNITUDES = _magnitudes()
+
+
+def _fit(
+    edges: NDArray[np.float64], counts: NDArray[np.int64], minimum: float, maximum: float
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Cut empty bins off both ends and end in the minimum and the maximum.
+
+    A bin that begins at the maximum holds nothing but that value (a saturated 1.0, say) and would have no width: its
+    count goes to the bin before it. Likewise at the minimum.
+    """
+    used = np.flatnonzero(counts)
+    edges, counts = edges[used[0] : used[-1] + 2].copy(), counts[used[0] : used[-1] + 1].copy()
+    if len(counts) > 1 and edges[-2] >= maximum:
+        counts[-2] += counts[-1]
+        edges, counts = edges[:-1], counts[:-1]
+    if len(counts) > 1 and edges[1] <= minimum:
+        counts[1] += counts[0]
+        edges, counts = edges[1:], counts[1:]
+    edges[0], edges[-1] = minimum, maximum
+    if minimum == maximum:
+        # One value only: TensorBoard wants a bin with a width.
+        width = max(abs(minimum) * 1e-3, 1e-6)
+        edges = np.array([minimum - width, minimum + width])
+        counts = counts.sum(keepdims=True)
+    return edges, counts

@@ -1,0 +1,70 @@
+"""The only code of the callbacks that knows of ranks.
+
+Whatever is reduced is a sum or a maximum, packed, so that a publication takes a constant number of collectives, in the
+same order on every rank, however many modules there are and whichever of them ran on a rank.
+"""
+
+from collections.abc import Hashable, Sequence
+from typing import TypeVar
+from zlib import crc32
+
+import torch
+from torch import Tensor
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def world_size() -> int:
+    """The number of ranks that reduce together; 1 without a process group."""
+    dist = torch.distributed
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def all_keys(own: Sequence[Key], device: torch.device) -> list[Key]:
+    """The keys that any rank has, on every rank in the same order: rank 0's first, in its order, then rank 1's others.
+
+    One small collective where all ranks have the same (which is nearly always), otherwise the keys are gathered, too.
+    Every rank must call it.
+
+    Args:
+        own: This rank's, each once; their ``repr`` tells them apart.
+        device: Of the collective: the device that the process group works on.
+    """
+    if world_size() == 1:
+        return list(own)
+    digest = crc32(repr(list(own)).encode())
+    bounds = torch.tensor([digest, -digest], device=device)
+    torch.distributed.all_reduce(bounds, op=torch.distributed.ReduceOp.MAX)
+    if bounds[0] == -bounds[1]:
+        return list(own)
+    gathered: list[list[Key]] = [[] for _ in range(world_size())]
+    torch.distributed.all_gather_object(gathered, list(own))
+    return list(dict.fromkeys(key for keys in gathered for key in keys))
+
+
+def reduce_sums(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The sums over the ranks: one collective for each dtype among ``tensors``, in the order of their first occurrence.
+
+    Shapes and dtypes must be those of the other ranks. Every rank must call it; with one rank the tensors themselves.
+    """
+    return _reduce(tensors, "SUM")
+
+
+def reduce_maxima(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The maxima over the ranks, as :func:`reduce_sums`. NaN among the values is undefined on some backends."""
+    return _reduce(tensors, "MAX")
+
+
+def _reduce(tensors: Sequence[Tensor], operation: str) -> list[Tensor]:
+    if world_size() == 1:
+        return list(tensors)
+    reduced: dict[int, Tensor] = {}
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        indices = [index for index, tensor in enumerate(tensors) if tensor.dtype == dtype]
+        packed = torch.cat([tensors[index].flatten() for index in indices])
+        torch.distributed.all_reduce(packed, op=getattr(torch.distributed.ReduceOp, operation))
+        parts = packed.split([tensors[index].numel() for index in indices])
+        reduced |= {
+            index: part.view_as(tensors[index]) for index, part in zip(indices, parts, strict=True)
+        }
+    return [reduced[index] for index in range(len(tensors))]
