@@ -12,6 +12,28 @@ def logged_step(trainer: lightning.Trainer) -> int:
     return getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step)
 
 
+class StepAxis:
+    """Where values stand on the x-axis: as Lightning's loggers have it, and evaluations at what was trained so far."""
+
+    def __init__(self) -> None:
+        self.batch = 0
+        self._global_step: int | None = None
+
+    def start_batch(self, trainer: lightning.Trainer) -> None:
+        """A training batch begins: ``batch`` is where what it logs stands."""
+        self.batch, self._global_step = logged_step(trainer), trainer.global_step
+
+    def evaluation(self, trainer: lightning.Trainer) -> int:
+        """Where an evaluation stands that begins now: the number of batches that stepped.
+
+        Within a fit Lightning has not counted the last one yet, and puts its own one before.
+        """
+        if self._global_step is None or trainer.state.fn != "fit":
+            return logged_step(trainer)
+        module = trainer.lightning_module
+        return self.batch + (trainer.global_step > self._global_step or not module.automatic_optimization)
+
+
 class TrainingCadence:
     """The first step, and those at which the number of optimizer steps has passed another multiple of ``every``."""
 
@@ -22,6 +44,15 @@ class TrainingCadence:
     def start(self) -> None:
         """A fit starts."""
         self._last = None
+
+    @property
+    def last(self) -> int | None:
+        """The step that was due last."""
+        return self._last
+
+    def resume(self, last: int | None) -> None:
+        """Go on after a checkpoint, in which the last step that was due is ``last``."""
+        self._last = last
 
     def is_due(self, step: int) -> bool:
         """Whether ``step`` is due; asked again at the same step, it is not."""
@@ -41,6 +72,15 @@ class EvaluationCadence:
     def __init__(self, every: int) -> None:
         self.every = every
         self._last: int | None = None
+
+    @property
+    def last(self) -> int | None:
+        """The step of the last evaluation that was due."""
+        return self._last
+
+    def resume(self, last: int | None) -> None:
+        """Go on after a checkpoint, in which the last that was due is ``last``."""
+        self._last = last
 
     def start(self, step: int) -> None:
         """A fit starts at ``step``; an evaluation before it, of these weights, is the only one that counts."""

@@ -1,87 +1,176 @@
-"""Where the first non-finite value of a training came from."""
+"""Where the first non-finite value of a training came from.
 
+A value is looked at where a module puts it out that may have made it, and, where that was not the output of the module
+looked at before, also where a module takes it in; and in the end the loss. In the order of execution the first that is
+not finite is the origin.
+"""
+
+import math
 import weakref
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 _NEVER = torch.iinfo(torch.int64).max
 
+Found = tuple[int, int, str]
+"""The step, how many places came before, and the place: a module, ``before`` or ``after`` one, or ``input``."""
 
-class FiniteCheck:
-    """Finds where the first non-finite value of a forward pass in training came from.
 
-    A value is checked where a module puts it out and, if it is not the output of the module before, where one takes it
-    in. In the order of execution the first that is not finite is the origin: nothing before it was.
+class FiniteCheck(Protocol):
+    """Looks at the forward passes of a training until it finds something.
 
-    Args:
-        device: Where the steps found are kept until they are read.
+    Attributes:
+        is_immediate: Whether :meth:`found` tells at once, without waiting for the device.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.step: int | None = None
-        self.reported = False
-        self._device = device
-        self._places: dict[str, int] = {}
-        self._magnitudes: dict[int, Tensor] = {}
-        self._found: Tensor | None = None
-        self._previous: weakref.ref[Tensor] | None = None
+    is_immediate: bool
+
+    def begin(self, step: int) -> None:
+        """A training step begins; the forward passes that follow are looked at."""
 
     def update(self, name: str, args: tuple[Any, ...], output: Tensor) -> None:
-        """Look at one call of a module, in a pass that is checked."""
-        # In a chain the input is the output before it, which has been looked at (and may be overwritten by now).
-        if self._previous is None or not args or self._previous() is not args[0]:
-            # The first module's input is the batch's.
+        """Look at one call of a module."""
+
+    def update_loss(self, loss: Tensor) -> None:
+        """Look at the loss, behind all modules."""
+
+    def end(self) -> None:
+        """The training step is over."""
+
+    def found(self) -> Found | None:
+        """What this rank found."""
+
+
+def make_check(device: torch.device) -> FiniteCheck:
+    """The check for values on ``device``."""
+    return _ImmediateCheck() if device.type == "cpu" else _DeferredCheck(device)
+
+
+class _ImmediateCheck:
+    """On a CPU, which can be asked at once."""
+
+    is_immediate = True
+
+    def __init__(self) -> None:
+        self._step = 0
+        self._order = 0
+        self._last = ""
+        self._found: Found | None = None
+
+    def begin(self, step: int) -> None:
+        self._step, self._order = step, 0
+
+    def update(self, name: str, args: tuple[Any, ...], output: Tensor) -> None:
+        order, self._order, self._last = self._order, self._order + 1, name
+        # The cheapest of all: not finite if a value is not. (Nor if it overflows: hence the second look.)
+        if self._found is not None or math.isfinite(output.detach().sum().item()) or _is_finite(output):
+            return
+        came_in = any(not _is_finite(x) for x in _floating(args) if x is not output)
+        place = name if not came_in else f"before {name}" if order else "input"
+        self._found = self._step, order, place
+
+    def update_loss(self, loss: Tensor) -> None:
+        if self._found is None and not _is_finite(loss):
+            self._found = self._step, self._order, _behind(self._last)
+
+    def end(self) -> None:
+        pass
+
+    def found(self) -> Found | None:
+        return self._found
+
+
+class _DeferredCheck:
+    """On a GPU, which is asked only when a monitor publishes."""
+
+    is_immediate = False
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._step = 0
+        self._last = ""
+        self._places: dict[str, int] = {}
+        self._sums: dict[int, Tensor] = {}
+        self._first: Tensor | None = None
+        self._previous: tuple[weakref.ref[Tensor], int] | None = None
+
+    def begin(self, step: int) -> None:
+        self._collect()
+        self._step, self._previous = step, None
+
+    def update(self, name: str, args: tuple[Any, ...], output: Tensor) -> None:
+        # In a chain the input is the output before it, which has been looked at, unless somebody has changed it since.
+        if not (args and isinstance(args[0], Tensor) and self._is_previous(args[0])):
             place = f"before {name}" if self._previous is not None else "input"
-            for arg in args:
-                if isinstance(arg, Tensor) and arg.is_floating_point() and arg is not output:
-                    self._look(place, arg)
+            for x in _floating(args):
+                if x is not output:
+                    self._look(place, x)
         self._look(name, output)
-        self._previous = weakref.ref(output)
+        self._last = name
+        self._previous = weakref.ref(output), _version(output)
+
+    def update_loss(self, loss: Tensor) -> None:
+        self._look(_behind(self._last), loss)
+
+    def end(self) -> None:
+        self._collect()
+
+    def found(self) -> Found | None:
+        self._collect()
+        if self._first is None:
+            return None
+        steps = self._first.tolist()
+        step = min(steps)
+        if step == _NEVER:
+            return None
+        # The places are in the order of execution.
+        order = steps.index(step)
+        return step, order, list(self._places)[order]
+
+    def _is_previous(self, x: Tensor) -> bool:
+        return self._previous is not None and self._previous[0]() is x and self._previous[1] == _version(x)
 
     def _look(self, place: str, x: Tensor) -> None:
-        if x.numel() == 0:
-            return
         index = self._places.setdefault(place, len(self._places))
-        # One pass, and NaN if there is a NaN. The norm of order infinity says the same twenty times slower on a CPU.
-        low, high = torch.aminmax(x.detach())
-        magnitude = torch.maximum(high, -low)
-        before = self._magnitudes.get(index)
-        self._magnitudes[index] = magnitude if before is None else torch.maximum(before, magnitude)
+        # In float64 no sum of float32 overflows; Apple's GPUs have none, where the extrema take another pass.
+        total = x.detach().sum(dtype=torch.float64) if x.device.type != "mps" else torch.stack(torch.aminmax(x)).sum()
+        before = self._sums.get(index)
+        self._sums[index] = total if before is None else before + total
 
-    def end_of_step(self) -> None:
+    def _collect(self) -> None:
         """Keep the step of every place where it is the first; on the device, without waiting for it."""
-        step, self.step, self._previous = self.step, None, None
-        if step is None or not self._magnitudes:
+        if not self._sums:
             return
         # Fit may go on after an evaluation under inference mode, whose tensors nobody may change later.
         with torch.no_grad(), torch.inference_mode(False):
             now = torch.full((len(self._places),), _NEVER, dtype=torch.int64, device=self._device)
-            indices = torch.tensor(list(self._magnitudes), device=self._device)
-            magnitudes = torch.stack([m.float() for m in self._magnitudes.values()])
-            now[indices] = torch.where(magnitudes.isfinite(), _NEVER, step)
-            if self._found is not None:
-                known = len(self._found)
-                now[:known] = torch.minimum(now[:known], self._found)
-            self._found = now
-        self._magnitudes = {}
+            indices = torch.tensor(list(self._sums), device=self._device)
+            now[indices] = torch.where(torch.stack(list(self._sums.values())).isfinite(), _NEVER, self._step)
+            if self._first is not None:
+                known = len(self._first)
+                now[:known] = torch.minimum(now[:known], self._first)
+            self._first = now
+        self._sums = {}
 
-    def first(self) -> tuple[int, str] | None:
-        """The step and the place, over all ranks; every rank must call it. One answer only, then the check is over."""
-        own = None
-        if self._found is not None:
-            steps = self._found.tolist()
-            step = min(steps)
-            # The places are in the order of execution.
-            own = (step, steps.index(step), list(self._places)[steps.index(step)])
-        dist = torch.distributed
-        everyone = [own]
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            everyone = [None] * dist.get_world_size()
-            dist.all_gather_object(everyone, own)
-        found = min((answer for answer in everyone if answer is not None), default=None)
-        if found is None or found[0] == _NEVER:
-            return None
-        self.reported = True
-        return found[0], found[2]
+
+def _behind(name: str) -> str:
+    return f"after {name}" if name else "loss"
+
+
+def _is_finite(x: Tensor) -> bool:
+    if not x.numel():
+        return True
+    low, high = torch.aminmax(x.detach())
+    return math.isfinite(low.item()) and math.isfinite(high.item())
+
+
+def _floating(args: tuple[Any, ...]) -> Iterator[Tensor]:
+    return (x for x in args if isinstance(x, Tensor) and x.is_floating_point())
+
+
+def _version(x: Tensor) -> int:
+    # Tensors of inference mode count no versions; they cannot be changed behind autograd's back either.
+    return 0 if x.is_inference() else x._version

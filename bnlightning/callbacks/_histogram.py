@@ -5,6 +5,7 @@ bins an octave, zero and the smallest denormals in a bin of their own, infinitie
 """
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +33,19 @@ def count_values(x: Tensor) -> Tensor:
     # The shift is arithmetic, so that negative values have negative numbers.
     number = torch.bitwise_right_shift(x.contiguous().view(torch.int32), _SHIFT).add_(_HALF)
     return torch.bincount(number.flatten(), minlength=NUM_BINS)
+
+
+Bins = TypeVar("Bins", Tensor, NDArray[np.int64])
+
+
+def num_finite(bins: Bins) -> Bins:
+    """How many values in the last dimension of ``bins`` are finite."""
+    return bins[..., :_FINITE].sum(-1) + bins[..., _HALF : _HALF + _FINITE].sum(-1)
+
+
+def num_zero(bins: NDArray[np.int64]) -> int:
+    """How many are zero, or below 2^-129 in magnitude, which is next to the smallest float32."""
+    return int(bins[0] + bins[_HALF])
 
 
 @dataclass(frozen=True)

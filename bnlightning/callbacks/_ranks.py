@@ -5,13 +5,14 @@ same order on every rank, however many modules there are and whichever of them r
 """
 
 from collections.abc import Hashable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 from zlib import crc32
 
 import torch
 from torch import Tensor
 
 Key = TypeVar("Key", bound=Hashable)
+Found = TypeVar("Found", bound=tuple[Any, ...])
 
 
 def world_size() -> int:
@@ -42,6 +43,25 @@ def all_keys(own: Sequence[Key], device: torch.device) -> list[Key]:
     return list(dict.fromkeys(key for keys in gathered for key in keys))
 
 
+def first_of_ranks(own: Found | None, device: torch.device) -> Found | None:
+    """The smallest of what the ranks have, on every rank: one small collective, and a second one if any has something.
+
+    Every rank must call it.
+
+    Args:
+        own: This rank's, a tuple that can be ordered.
+        device: Of the collectives.
+    """
+    if world_size() == 1:
+        return own
+    (none_has,) = reduce_minima([torch.tensor(own is None, device=device, dtype=torch.int64)])
+    if none_has:
+        return None
+    gathered: list[Found | None] = [None] * world_size()
+    torch.distributed.all_gather_object(gathered, own)
+    return min(found for found in gathered if found is not None)
+
+
 def reduce_sums(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The sums over the ranks: one collective for each dtype among ``tensors``, in the order of their first occurrence.
 
@@ -55,6 +75,11 @@ def reduce_maxima(tensors: Sequence[Tensor]) -> list[Tensor]:
     return _reduce(tensors, "MAX")
 
 
+def reduce_minima(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The minima over the ranks, as :func:`reduce_sums`."""
+    return _reduce(tensors, "MIN")
+
+
 def _reduce(tensors: Sequence[Tensor], operation: str) -> list[Tensor]:
     if world_size() == 1:
         return list(tensors)
@@ -64,7 +89,5 @@ def _reduce(tensors: Sequence[Tensor], operation: str) -> list[Tensor]:
         packed = torch.cat([tensors[index].flatten() for index in indices])
         torch.distributed.all_reduce(packed, op=getattr(torch.distributed.ReduceOp, operation))
         parts = packed.split([tensors[index].numel() for index in indices])
-        reduced |= {
-            index: part.view_as(tensors[index]) for index, part in zip(indices, parts, strict=True)
-        }
+        reduced |= {index: part.view_as(tensors[index]) for index, part in zip(indices, parts, strict=True)}
     return [reduced[index] for index in range(len(tensors))]

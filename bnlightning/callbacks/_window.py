@@ -1,10 +1,10 @@
-"""What is known of the activations of several modules over a window of forward passes.
+"""What is known of the values of several layers over a window of forward passes.
 
-Counts only add up, so a window is exact over micro-batches, steps and ranks. It lives on the device and is read once,
-when it is published.
+Every accumulator only adds up (or is a maximum), so a window is exact over calls, micro-batches, steps and ranks. It
+lives on the device and is read once, when it is published. A layer takes 33 kB, and 32 bytes for each of its units.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,210 +12,331 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-# The sign, the exponent and the first three bits of the mantissa of a float32 are the number of a logarithmic bin:
-# eight bins an octave, zero and its denormals in bins of their own, infinities and NaN beyond the last finite one.
-_SHIFT = 20
-_NUM_BINS = 1 << (32 - _SHIFT)
-_HALF = _NUM_BINS // 2
-_FINITE = 0x7F800000 >> _SHIFT
-# How far below the largest magnitude two values still fall into different bins, as a factor. Finer ones could not be
-# told apart in any picture, and would take most of the file.
-_RESOLUTION = 2.0**-8
+from bnlightning.callbacks._histogram import NUM_BINS, count_values, num_finite
+from bnlightning.callbacks._ranks import all_keys, reduce_maxima, reduce_sums
 
-_NUMEL, _FINITE_COUNT, _ZERO, _LOW, _HIGH = range(5)
+MAX_UNITS_OF_RANK = 1024
+"""Layers with more units have no effective rank: their matrix of second moments would be too large."""
 
+Limits = tuple[float, float]
 
-@dataclass(frozen=True)
-class Histogram:
-    """Counts between ascending edges (one more than counts), and the moments TensorBoard keeps beside them."""
+# Magnitudes from this to its inverse have squares that float32 adds up without loss.
+_SAFE = 1e-10
 
-    edges: NDArray[np.float64]
-    counts: NDArray[np.int64]
-    sum: float
-    sum_squares: float
+_NONZERO, _MAGNITUDE, _LOW, _HIGH = range(4)
 
 
 @dataclass(frozen=True)
-class LayerStatistics:
-    """The statistics of one module's output over a window: fractions in [0, 1], moments over the finite values.
+class LayerKey:
+    """What tells one layer's row from another, the same on every rank.
 
     Args:
-        units: Number of units (channels or features); of all calls, where they differ in it.
-        dead: Share of the units whose output was exactly zero for every sample. A unit with a non-finite value is
-            not dead.
-        zero: Share of zeros among the finite values.
-        saturated: Share of the finite values beyond the activation's limits; ``None`` for an unbounded activation.
-        nonfinite: Share of NaN and infinities among all values.
-        mean: ``None`` without a finite value.
-        std: Population standard deviation; ``None`` without a finite value.
-        histogram: ``None`` without a finite value.
+        family: First part of the tags, ``"act"`` or ``"act_grad"``.
+        label: Path of the module, with the number of the call and the place in the output, as it stands in tags.
+        is_activation: Whether it counts under ``health/``.
+        units: How many; 0 where units are not looked at.
+        limits: The values beyond which it counts as saturated; ``None`` for an unbounded activation.
     """
 
-    units: int
-    dead: float
-    zero: float | None
-    saturated: float | None
-    nonfinite: float
-    mean: float | None
-    std: float | None
-    histogram: Histogram | None
+    family: str
+    label: str
+    is_activation: bool = False
+    units: int = 0
+    limits: Limits | None = None
+
+
+@dataclass(frozen=True)
+class UnitSums:
+    """Sums over the samples and positions of a window, for each unit: float64 of shape ``(units,)``.
+
+    Args:
+        observations: Samples times positions (the other dimensions); one number for all units.
+        samples: Sizes of the batches.
+        nonzero: Number of values that are not zero; non-finite ones are not.
+        magnitude: Sum of the absolute finite values.
+        low: Number of finite values below the activation's limits; zeros for an unbounded activation.
+        high: Number of finite values above them.
+    """
+
+    observations: int
+    samples: int
+    nonzero: NDArray[np.float64]
+    magnitude: NDArray[np.float64]
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+
+    def __add__(self, other: "UnitSums") -> "UnitSums":
+        return UnitSums(
+            *(mine + theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True))
+        )
+
+
+@dataclass(frozen=True)
+class LayerSums:
+    """All that is known of a layer's values over a window and all ranks.
+
+    Args:
+        bins: Counts by :func:`bnlightning.callbacks._histogram.count_values`.
+        sum: Of the finite values.
+        sum_squares: Of the finite values.
+        minimum: Of the finite values; infinity without one.
+        maximum: Of the finite values; minus infinity without one.
+        units: ``None`` where they are not looked at.
+        second_moments: ``X^T X`` of the finite values as a matrix of observations by units, where it was asked for.
+    """
+
+    bins: NDArray[np.int64]
+    sum: float
+    sum_squares: float
+    minimum: float
+    maximum: float
+    units: UnitSums | None
+    second_moments: NDArray[np.float64] | None
 
 
 class ActivationWindow:
-    """Accumulators for the outputs of ``len(limits)`` modules.
+    """Accumulators for any number of layers, which come into being as they are seen.
 
     Args:
-        limits: For each module the values beyond which it counts as saturated, or ``None``.
-        device: Where the accumulators live.
+        effective_rank: Whether second moments of the units are kept, ``units * units`` numbers a layer.
     """
 
-    def __init__(self, limits: Sequence[tuple[float, float] | None], device: torch.device) -> None:
-        self.limits = limits
-        # Apple's GPUs have no float64.
-        real = torch.float32 if device.type == "mps" else torch.float64
-        self.counts = torch.zeros(len(limits), 5, dtype=torch.int64, device=device)
-        self.bins = torch.zeros(len(limits), _NUM_BINS, dtype=torch.int64, device=device)
-        self.sums = torch.zeros(len(limits), 2, dtype=real, device=device)
-        # The minimum with its sign turned, so that both are maxima.
-        self.extrema = torch.full((len(limits), 2), -torch.inf, dtype=real, device=device)
-        # By the number of units, which differs between the calls of a module that is used twice.
-        self.fired: dict[tuple[int, int], Tensor] = {}
+    def __init__(self, effective_rank: bool = False) -> None:
+        self.effective_rank = effective_rank
+        self._rows: dict[LayerKey, _Row] = {}
 
-    def update(self, index: int, output: Tensor) -> None:
-        """Add an output of module ``index``: floating, ``(N, ...)``; the units are in :func:`unit_dim`."""
-        x = output.detach().float()
-        if x.numel() == 0:
-            return
-        finite = x.isfinite()
-        real = torch.where(finite, x, 0.0)
-        exact = real.to(self.sums.dtype)
-        num_finite = finite.sum()
-        nothing = num_finite.new_zeros(())
-        limits = self.limits[index]
-        low = (real < limits[0]).sum() if limits else nothing
-        high = (real > limits[1]).sum() if limits else nothing
-        zero = num_finite - torch.count_nonzero(real)
-        self.counts[index] += torch.stack([nothing + x.numel(), num_finite, zero, low, high])
-        self.sums[index] += torch.stack([exact.sum(), exact.square().sum()])
-        extrema = torch.stack([-torch.where(finite, x, torch.inf).amin(), torch.where(finite, x, -torch.inf).amax()])
-        self.extrema[index] = torch.maximum(self.extrema[index], extrema.to(self.extrema.dtype))
-        number = (x.contiguous().view(torch.int32) >> _SHIFT) & (_NUM_BINS - 1)
-        self.bins[index] += torch.bincount(number.flatten(), minlength=_NUM_BINS)
-        fired = (x != 0).transpose(0, unit_dim(x)).flatten(1).any(dim=1) if x.dim() > 1 else (x != 0).any()[None]
-        before = self.fired.get((index, len(fired)))
-        self.fired[index, len(fired)] = fired if before is None else before | fired
+    def __len__(self) -> int:
+        return sum(row.seen for row in self._rows.values())
 
-    def reduce(self) -> None:
-        """Add up the windows of all ranks, on all ranks: five collectives, however many modules.
+    def reset(self) -> None:
+        """Forget everything but which layers there are."""
+        for row in self._rows.values():
+            row.reset()
 
-        Every rank must call it. A module that did not run on some rank has no part in its counts.
+    def update(self, key: LayerKey, values: Tensor, unit_dim: int = -1) -> None:
+        """Add some values of a layer: floating, of any shape; with units in ``unit_dim`` if the key has them."""
+        row = self._rows.get(key)
+        if row is None:
+            # Evaluations run in inference mode, whose tensors nobody may change later.
+            with torch.inference_mode(False):
+                row = self._rows[key] = _Row(key, values.device, self.effective_rank)
+        if values.numel():
+            row.update(_layout(values, unit_dim))
+
+    def reduce(self, device: torch.device) -> dict[LayerKey, LayerSums]:
+        """The sums over all ranks, on all ranks, of the layers that ran on any: four collectives, however many layers.
+
+        Every rank must call it.
+
+        Args:
+            device: Of the collectives.
         """
-        dist = torch.distributed
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        keys = all_keys([key for key, row in self._rows.items() if row.seen], device)
+        if not keys:
+            return {}
+        with torch.no_grad(), torch.inference_mode(False):
+            rows = [self._rows.get(key) or _Row(key, device, self.effective_rank) for key in keys]
+            bins = torch.stack([row.bins for row in rows])
+            finite = num_finite(bins).to(rows[0].real)
+            total, squares, shift = (torch.stack([getattr(row, name) for row in rows]) for name in _MOMENTS)
+            # From about the shift, which each rank has chosen for itself, to about zero; in float64 nothing is lost.
+            moments = torch.stack([total + finite * shift, squares + 2 * shift * total + finite * shift**2])
+            samples = torch.tensor([row.samples for row in rows], device=device)
+            units = torch.cat([row.units.flatten() for row in rows])
+            seconds = torch.cat([row.second_moments.flatten() for row in rows])
+            extrema = torch.stack([row.extrema for row in rows])
+            bins, samples, moments, units, seconds = reduce_sums([bins, samples, moments, units, seconds])
+            (extrema,) = reduce_maxima([extrema])
+        return _split(keys, rows, *(each.cpu().numpy() for each in (bins, samples, moments, extrema, units, seconds)))
+
+
+_MOMENTS = ("total", "squares", "shift")
+
+
+class _Row:
+    """Accumulators of one layer."""
+
+    def __init__(self, key: LayerKey, device: torch.device, effective_rank: bool) -> None:
+        # Apple's GPUs have no float64.
+        self.real = torch.float32 if device.type == "mps" else torch.float64
+        self.key = key
+        self.seen = False
+        self.samples = 0
+        self.bins = torch.zeros(NUM_BINS, dtype=torch.int64, device=device)
+        # Of the values less the shift: their squares about zero would lose the digits of a small variance.
+        self.total, self.squares, self.shift = torch.zeros(3, dtype=self.real, device=device).unbind()
+        self._small_shift: Tensor | None = None
+        # The minimum with its sign turned, so that both are maxima.
+        self.extrema = torch.full((2,), -torch.inf, dtype=self.real, device=device)
+        sums = 0 if not key.units else 4 if key.limits else 2
+        self.units = torch.zeros(sums, key.units, dtype=self.real, device=device)
+        rank = key.units if effective_rank and key.units <= MAX_UNITS_OF_RANK else 0
+        self.second_moments = torch.zeros(rank, rank, dtype=self.real, device=device)
+
+    def reset(self) -> None:
+        if not self.seen:
             return
-        gathered: list[list[tuple[int, int]]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(gathered, list(self.fired))
-        keys = sorted({key for each in gathered for key in each})
-        packed = torch.cat(
-            [
-                self.fired[key].to(torch.uint8)
-                if key in self.fired
-                else torch.zeros(key[1], dtype=torch.uint8, device=self.counts.device)
-                for key in keys
-            ]
-            or [torch.zeros(0, dtype=torch.uint8, device=self.counts.device)]
-        )
-        integers = torch.cat([self.counts, self.bins], dim=1)
-        dist.all_reduce(packed, op=dist.ReduceOp.MAX)
-        dist.all_reduce(integers)
-        dist.all_reduce(self.sums)
-        dist.all_reduce(self.extrema, op=dist.ReduceOp.MAX)
-        self.counts, self.bins = integers[:, :5], integers[:, 5:]
-        parts = packed.split([units for _, units in keys]) if keys else ()
-        self.fired = {key: part.bool() for key, part in zip(keys, parts, strict=True)}
+        self.seen, self.samples = False, 0
+        for tensor in (self.bins, self.total, self.squares, self.units, self.second_moments):
+            tensor.zero_()
+        self.extrema.fill_(-torch.inf)
 
-    def statistics(self) -> list[LayerStatistics | None]:
-        """The statistics of each module, ``None`` for one that gave no output in the window."""
-        counts, bins = self.counts.cpu().numpy(), self.bins.cpu().numpy()
-        sums, extrema = self.sums.cpu().numpy(), self.extrema.cpu().numpy()
-        fired: dict[int, list[Tensor]] = {}
-        for (index, _), units in self.fired.items():
-            fired.setdefault(index, []).append(units)
-        return [
-            _statistics(counts[i], bins[i], sums[i], extrema[i], torch.cat(fired[i]), limits) if i in fired else None
-            for i, limits in enumerate(self.limits)
-        ]
+    def update(self, values: "_Values") -> None:
+        self.seen = True
+        self.samples += values.samples
+        self.bins += count_values(values.x)
+        self._update_moments(values)
+        self.extrema.copy_(torch.maximum(self.extrema, torch.stack([-values.minimum, values.maximum])))
+        if self.key.units:
+            self._update_units(values)
 
+    def _update_moments(self, values: "_Values") -> None:
+        if self._small_shift is None:
+            self._small_shift = _middle(values)
+            self.shift.copy_(self._small_shift)
+        shift, scale = self._small_shift, _scale(values)
+        shifted = values.fill(shift) - shift if scale is None else values.fill(shift) * scale - shift * scale
+        flat = shifted.view(-1)
+        total, squares = flat.sum().to(self.real), torch.dot(flat, flat).to(self.real)
+        self.total += total if scale is None else total / scale
+        self.squares += squares if scale is None else squares / scale / scale
 
-def unit_dim(x: Tensor) -> int:
-    """The dimension of the units: 1 (the channels) of an image or a volume, otherwise the last."""
-    return 1 if x.dim() > 3 else x.dim() - 1
-
-
-def _statistics(
-    counts: NDArray[np.int64],
-    bins: NDArray[np.int64],
-    sums: NDArray[np.float64],
-    extrema: NDArray[np.float64],
-    fired: Tensor,
-    limits: tuple[float, float] | None,
-) -> LayerStatistics:
-    numel, finite = int(counts[_NUMEL]), int(counts[_FINITE_COUNT])
-    units = len(fired)
-    dead = 1.0 - int(fired.sum()) / units
-    nonfinite = 1.0 - finite / numel
-    if finite == 0:
-        return LayerStatistics(units, dead, None, None, nonfinite, None, None, None)
-    mean = float(sums[0]) / finite
-    return LayerStatistics(
-        units=units,
-        dead=dead,
-        zero=int(counts[_ZERO]) / finite,
-        saturated=int(counts[_LOW] + counts[_HIGH]) / finite if limits is not None else None,
-        nonfinite=nonfinite,
-        mean=mean,
-        std=float(np.sqrt(max(float(sums[1]) / finite - mean**2, 0.0))),
-        histogram=_histogram(bins, -float(extrema[0]), float(extrema[1]), float(sums[0]), float(sums[1])),
-    )
+    def _update_units(self, values: "_Values") -> None:
+        # Signs and sums of floats are several times as fast on a CPU as comparisons and sums of booleans.
+        magnitude = values.fill(0.0).abs()
+        self.units[_MAGNITUDE] += values.sum_by_unit(magnitude)
+        nonzero = magnitude.sign_()
+        if values.finite is not None:
+            nonzero = torch.where(values.finite, nonzero, 1.0)
+        self.units[_NONZERO] += values.sum_by_unit(nonzero)
+        if self.key.limits is not None:
+            low, high = self.key.limits
+            between = values.fill((max(low, -1e30) + min(high, 1e30)) / 2)
+            self.units[_LOW] += values.sum_by_unit((low - between).sign_().clamp_min_(0.0))
+            self.units[_HIGH] += values.sum_by_unit((between - high).sign_().clamp_min_(0.0))
+        if len(self.second_moments):
+            matrix = values.by_unit(values.fill(0.0)).to(self.real)
+            self.second_moments += matrix.T @ matrix
 
 
-def _histogram(
-    bins: NDArray[np.int64], minimum: float, maximum: float, total: float, total_squares: float
-) -> Histogram:
-    """The finite bins in ascending order of their values, those too near to zero to be told apart put together."""
-    positive, negative = bins[:_FINITE], bins[_HALF : _HALF + _FINITE]
-    magnitudes = (np.arange(_FINITE + 1, dtype=np.uint32) << _SHIFT).view(np.float32).astype(np.float64)
-    # The end of the last finite bin is the largest float32 and not infinity.
-    magnitudes[-1] = np.finfo(np.float32).max
-    resolution = max(abs(minimum), abs(maximum)) * _RESOLUTION
-    first = max(int(np.searchsorted(magnitudes, resolution)), 1)
-    edges = np.concatenate([-magnitudes[first:][::-1], [0.0], magnitudes[first:]])
-    counts = np.concatenate(
-        [negative[first:][::-1], [negative[:first].sum()], [positive[:first].sum()], positive[first:]]
-    )
-    return Histogram(*_fit(edges, counts, minimum, maximum), total, total_squares)
+@dataclass(frozen=True)
+class _Values:
+    """Values of one call, ready to be counted.
 
-
-def _fit(
-    edges: NDArray[np.float64], counts: NDArray[np.int64], minimum: float, maximum: float
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Cut empty bins off both ends and end in the minimum and the maximum.
-
-    A bin that begins at the maximum holds nothing but that value (a saturated 1.0, say) and would have no width: its
-    count goes to the bin before it. Likewise at the minimum.
+    Args:
+        x: Contiguous float32 of at least one value.
+        unit_dim: The dimension of the units.
+        samples: Size of the batch.
+        finite: Which values are finite; ``None`` if all are known to be.
+        minimum: Of the finite ones.
+        maximum: Of the finite ones.
     """
-    used = np.flatnonzero(counts)
-    edges, counts = edges[used[0] : used[-1] + 2].copy(), counts[used[0] : used[-1] + 1].copy()
-    if len(counts) > 1 and edges[-2] >= maximum:
-        counts[-2] += counts[-1]
-        edges, counts = edges[:-1], counts[:-1]
-    if len(counts) > 1 and edges[1] <= minimum:
-        counts[1] += counts[0]
-        edges, counts = edges[1:], counts[1:]
-    edges[0], edges[-1] = minimum, maximum
-    if minimum == maximum:
-        # One value only: TensorBoard wants a bin with a width.
-        width = max(abs(minimum) * 1e-3, 1e-6)
-        edges = np.array([minimum - width, minimum + width])
-        counts = counts.sum(keepdims=True)
-    return edges, counts
+
+    x: Tensor
+    unit_dim: int
+    samples: int
+    finite: Tensor | None
+    minimum: Tensor
+    maximum: Tensor
+
+    def fill(self, value: float | Tensor) -> Tensor:
+        """The values, with ``value`` in the place of each that is not finite."""
+        return self.x if self.finite is None else torch.where(self.finite, self.x, value)
+
+    def by_unit(self, values: Tensor) -> Tensor:
+        """As a matrix of observations by units."""
+        return values.movedim(self.unit_dim, -1).flatten(0, -2)
+
+    def sum_by_unit(self, values: Tensor) -> Tensor:
+        others = [dim for dim in range(values.dim()) if dim != self.unit_dim]
+        # float32 holds every count up to 2^24.
+        many = values.numel() > 2**24 * values.shape[self.unit_dim] and values.device.type != "mps"
+        return values.sum(others, dtype=torch.float64 if many else None)
+
+
+def _middle(values: _Values) -> Tensor:
+    """Near the mean of the finite values; 0 if there are none."""
+    number = values.x.numel() if values.finite is None else values.finite.sum().clamp_min(1)
+    mean = values.fill(0.0).sum() / number
+    # The sum may overflow.
+    inside = mean.nan_to_num(nan=0.0).clamp(values.minimum, values.maximum)
+    return torch.where(values.minimum <= values.maximum, inside, 0.0)
+
+
+def _scale(values: _Values) -> Tensor | None:
+    """A power of two that brings the values near to 1, so that squares neither overflow nor vanish in float32.
+
+    ``None`` where a CPU tells that there is no need.
+    """
+    extent = torch.maximum(values.maximum, -values.minimum)
+    if extent.device.type == "cpu" and (_SAFE < extent < 1 / _SAFE or extent == 0):
+        return None
+    exponent = torch.frexp(extent.nan_to_num(posinf=1.0, neginf=1.0).clamp_min(torch.finfo(torch.float32).tiny))[1]
+    return torch.ldexp(torch.ones_like(extent), -exponent)
+
+
+def _layout(values: Tensor, unit_dim: int) -> _Values:
+    x = values.detach().float()
+    if x.dim() < 2:
+        # One unit, and as many samples as values.
+        x, unit_dim = x.reshape(-1, 1), 1
+    samples = len(x)
+    unit_dim %= x.dim()
+    if x.dim() > 3 and not x.is_contiguous() and x.movedim(1, -1).is_contiguous():
+        # channels_last: the same memory, in its own order.
+        x = x.movedim(1, -1)
+        unit_dim = x.dim() - 1 if unit_dim == 1 else unit_dim - (unit_dim > 1)
+    x = x.contiguous()
+    if x.device.type == "cpu":
+        # A CPU may be asked; a GPU would have to be waited for.
+        minimum, maximum = torch.aminmax(x)
+        if torch.isfinite(maximum - minimum).item() or (minimum.isfinite().item() and maximum.isfinite().item()):
+            return _Values(x, unit_dim, samples, None, minimum, maximum)
+    finite = x.isfinite()
+    minimum, maximum = torch.where(finite, x, torch.inf).amin(), torch.where(finite, x, -torch.inf).amax()
+    return _Values(x, unit_dim, samples, finite, minimum, maximum)
+
+
+def _split(
+    keys: list[LayerKey],
+    rows: list[_Row],
+    bins: NDArray[np.int64],
+    samples: NDArray[np.int64],
+    moments: NDArray[np.float64],
+    extrema: NDArray[np.float64],
+    units: NDArray[np.float64],
+    seconds: NDArray[np.float64],
+) -> dict[LayerKey, LayerSums]:
+    take_units, take_seconds = _taker(units), _taker(seconds)
+    layers = {}
+    for index, (key, row) in enumerate(zip(keys, rows, strict=True)):
+        sums, second = take_units(row.units.shape), take_seconds(row.second_moments.shape)
+        layers[key] = LayerSums(
+            bins=bins[index],
+            sum=float(moments[0, index]),
+            sum_squares=float(moments[1, index]),
+            minimum=-float(extrema[index, 0]),
+            maximum=float(extrema[index, 1]),
+            units=_unit_sums(sums, int(bins[index].sum()) // key.units, int(samples[index])) if key.units else None,
+            second_moments=second if second.size else None,
+        )
+    return layers
+
+
+def _unit_sums(sums: NDArray[np.float64], observations: int, samples: int) -> UnitSums:
+    nothing = np.zeros_like(sums[0])
+    low, high = (sums[_LOW], sums[_HIGH]) if len(sums) > 2 else (nothing, nothing)
+    return UnitSums(observations, samples, sums[_NONZERO], sums[_MAGNITUDE], low, high)
+
+
+def _taker(packed: NDArray[np.float64]) -> Callable[[torch.Size], NDArray[np.float64]]:
+    """Takes one array after another of a given shape from a packed one."""
+    position = 0
+
+    def take(shape: torch.Size) -> NDArray[np.float64]:
+        nonlocal position
+        part = packed[position : position + shape.numel()].reshape(shape)
+        position += shape.numel()
+        return part
+
+    return take

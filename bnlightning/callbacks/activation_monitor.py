@@ -1,163 +1,202 @@
 """Histograms and health of the activations, in TensorBoard."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any
 
 import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.rank_zero import WarningCache, rank_zero_only, rank_zero_warn
-from torch import Tensor, nn
-from torch.nn.modules import activation as torch_activations
-from torch.nn.modules import normalization as torch_normalizations
-from torch.nn.modules.batchnorm import _NormBase
-from torch.utils.hooks import RemovableHandle
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from bnlightning._check import check_integer
-from bnlightning.callbacks._cadence import EvaluationCadence, TrainingCadence
-from bnlightning.callbacks._finite_check import FiniteCheck
-from bnlightning.callbacks._window import ActivationWindow, LayerStatistics
+from bnlightning._check import check_integer, check_number
+from bnlightning.callbacks._cadence import EvaluationCadence, StepAxis, TrainingCadence
+from bnlightning.callbacks._finite_check import FiniteCheck, make_check
+from bnlightning.callbacks._histogram import finite_histogram
+from bnlightning.callbacks._observer import Observer
+from bnlightning.callbacks._publication import Publication
+from bnlightning.callbacks._ranks import first_of_ranks, world_size
+from bnlightning.callbacks._selection import Choice, checked_choices
+from bnlightning.callbacks._statistics import RecentUnits, health, statistics
+from bnlightning.callbacks._thresholds import make_thresholds, warn_above
+from bnlightning.callbacks._window import ActivationWindow, LayerKey, LayerSums, UnitSums
 
-ACTIVATION_TYPES: tuple[type[nn.Module], ...] = tuple(
-    getattr(torch_activations, name) for name in torch_activations.__all__ if name != "MultiheadAttention"
-)
-NORM_TYPES: tuple[type[nn.Module], ...] = (
-    _NormBase,
-    *(getattr(torch_normalizations, name) for name in torch_normalizations.__all__),
-)
-
-_warnings = WarningCache()
-
-
-def saturation_limits(module: nn.Module) -> tuple[float, float] | None:
-    """The outputs beyond which an activation counts as saturated, or ``None`` for an unbounded one.
-
-    ``-0.99`` and ``0.99`` for tanh (its slope is below 0.02 there), ``0.01`` and ``0.99`` for sigmoid (slope below
-    0.01); for hardtanh, hardsigmoid and relu6 the bounds themselves count, at 0 not for relu6, where zero is rest.
-    """
-    if isinstance(module, nn.Tanh):
-        return -0.99, 0.99
-    if isinstance(module, nn.Sigmoid):
-        return 0.01, 0.99
-    tiny = torch.finfo(torch.float32).eps
-    if isinstance(module, nn.ReLU6):
-        return -torch.inf, 6.0 * (1 - tiny)
-    if isinstance(module, nn.Hardtanh):
-        span = (module.max_val - module.min_val) * tiny
-        return module.min_val + span, module.max_val - span
-    if isinstance(module, nn.Hardsigmoid):
-        return tiny, 1.0 - tiny
-    return None
+_TRAINING = ""
+_NAMES = {_TRAINING: "training", "val_": "validation", "test_": "test"}
 
 
 class ActivationMonitor(Callback):
-    """Show what the modules of any LightningModule put out: histograms, dead units, zeros, saturation, NaN.
+    """Show what the modules of any LightningModule put out: histograms, dead units, saturation, NaN.
 
     Training is bit for bit the same with and without it. It samples: all forward passes of one optimizer step out of
     ``every_n_steps``; evaluations within a fit that begin at least so many steps after the last one sampled, or with
     the final weights; every ``trainer.validate`` and ``trainer.test``. What is sampled is exact over the samples of all
-    micro-batches and ranks. Several calls of one module are taken together.
+    micro-batches and ranks; a publication takes six small collectives, however many modules there are.
 
-    Logged, for every watched module by its path in the LightningModule, at the number of optimizer steps taken before
-    the forward pass; with the prefix ``val_`` (or ``test_``) for an evaluation, over all its batches:
+    Logged, for every watched module by its path in the LightningModule, in training where Lightning's ``self.log``
+    would put it (the number of steps taken before the forward pass); with the prefix ``val_`` (or ``test_``) for an
+    evaluation, over all its batches, at the number of steps taken:
 
-    - ``act_hist``: histogram of the finite output values (TensorBoard loggers only).
-    - ``act_dead``: share of the units whose output was exactly zero for every sample (for a ReLU: that never fired).
-      A unit is a channel of 4-D and 5-D output, otherwise an entry of the last dimension (also of ``(N, C, L)``).
-      A unit with a NaN or an infinity is not dead but broken, and counts under ``act_nonfinite``. Over one small
-      training batch many healthy units seem dead: the evaluation's number is the one to trust.
-    - ``act_zero``: share of exact zeros among the finite values; around one half is healthy for a ReLU.
-    - ``act_saturated``: share of the finite values beyond :func:`saturation_limits`, for bounded activations.
+    - ``act_hist``: histogram of the finite output values (TensorBoard and Weights & Biases).
+    - ``act_mean``, ``act_std``, ``act_min``, ``act_max``: of the finite values; the population's standard deviation.
+    - ``act_zero``: share of zeros among the finite values; around one half is healthy for a ReLU.
     - ``act_nonfinite``: share of NaN and infinities among all values.
-    - ``act_mean``, ``act_std``: of the finite values.
-    - ``health/act_dead``, ``health/act_saturated``, ``health/act_nonfinite``: the same over all watched activations
-      (``act_dead`` over all their units, the others the mean over modules); ``val_health/...`` for an evaluation.
+    - ``act_saturated``, and its parts ``act_saturated_low`` and ``act_saturated_high``: share of the finite values
+      beyond :func:`saturation_limits`, for bounded activations.
+
+    Of the units of what is no normalisation and no linear or convolutional layer, in training over the last
+    ``window_samples`` to twice as many samples of the sampled steps (fewer at the beginning), in an evaluation over all
+    of it:
+
+    - ``act_dead``: share of the units whose output was exactly zero for every sample (for a ReLU: that never fired). A
+      unit with a NaN or an infinity is not dead but broken, and counts under ``act_nonfinite``.
+    - ``act_dormant``: share of the tau-dormant units: mean magnitude at most ``tau`` times the mean over the layer's
+      units (Sokar et al., ICML 2023).
+    - ``act_rarely_active``: share of the units that were not zero for less than 1 % of the samples (Dohare et al.,
+      Nature 2024, who call these dormant).
+    - ``act_saturated_units``: share of the units beyond the limits for 95 % of the samples or more.
+
+    A unit is a feature of the layer before the activation: an entry of dimension 1 behind a convolution, of the last
+    dimension behind a linear layer; samples are then also its positions. Where that cannot be told it is a channel of
+    4-D and 5-D output, otherwise an entry of the last dimension. Padding counts like anything else.
+
+    All activations together (normalisations not), with ``val_`` in front for an evaluation:
+
+    - ``health/act_dead``, ``health/act_dormant``: share of all units; ``health/act_dead_max``: of the worst layer.
+    - ``health/act_saturated``, ``health/act_nonfinite``: mean over the layers.
     - ``health/first_nonfinite_layer``: as text, the first module in the order of execution that put out a NaN or an
       infinity in training, at the first step checked at which one did; ``input`` if it came with the batch,
-      ``before <module>`` if an operation that is no module made it.
+      ``before <module>`` or ``after <module>`` if an operation that is no module made it.
+    - ``health/watched``: as text, once: what is watched and what cannot be.
+
+    The second and any further call of a module within a batch has ``#1``, ``#2``, ... behind its path, up to ``#15``
+    for all that follow; a tensor in a tuple, mapping or dataclass ``:0`` or ``:logits``. Activations that are called as
+    functions have no module: :func:`bnlightning.tap` shows them. Calls by activation checkpointing that only repeat a
+    forward pass do not count. A layer takes 33 kB of the device's memory in each phase (training, validation) and 32
+    bytes a unit, and at most 3 kB of the file a sample.
 
     Args:
         every_n_steps: Distance of two samples in optimizer steps.
-        modules: What to watch: a type of modules, a pattern of module paths such as ``"net.act*"``, or several of
-            these. By default all activations and normalisations that are modules of their own; activations called as
-            functions cannot be seen.
-        check_finite_every_n_steps: At which training steps all modules without submodules, watched or not, are checked
-            for non-finite output, until one is found. Only at 1, the default, it is the very first. On a CPU it costs
-            ten to twenty microseconds a module and step, and 0.1 ns an element of its output.
+        modules: What to watch: a type of modules, a pattern of module paths such as ``"net.act*"``, a function of a
+            path and a module, or several of these. By default all activations and normalisations that are modules of
+            their own. Patterns find modules without submodules only, a module's exact path finds any.
+        check_finite_every_n_steps: At which training steps all modules without submodules, watched or not, that could
+            make a non-finite value are checked for one, until one is found; ``None``: never. Only at 1, the default,
+            it is the very first. A module that puts out infinities on purpose, such as a mask, is found, too.
+        window_samples: Over how many samples of all ranks the units' numbers are, at least.
+        tau: Of ``act_dormant``.
+        output_gradients: Whether the gradients of the outputs are watched, too, in the training's samples:
+            ``act_grad_hist``, ``act_grad_mean``, ``_std``, ``_min``, ``_max``, ``_zero`` and ``_nonfinite``, of the
+            mean loss over the samples of all ranks, without the scale of a GradScaler.
+        effective_rank: Whether ``act_effective_rank`` is logged, the exponential of the entropy of the singular values
+            of the matrix of samples and positions by units, not centred (Roy & Vetterli, 2007), over one sample, for up
+            to 1024 units. It takes many more samples than units, and units squared times 8 bytes of memory.
+        max_layers: Watch no more than so many (calls of) modules; what is left out is told.
+        warn_dead_above: Warn once when ``act_dead`` of an activation exceeds it, over ``window_samples`` or more.
+        warn_dormant_above: Likewise of ``act_dormant``.
+        warn_saturated_above: Likewise of ``act_saturated``.
+        stop_on_nonfinite: Whether a non-finite value stops the training, with a warning: on a CPU in the same step, on
+            a GPU or several ranks at the next sample.
 
     Raises:
-        ValueError: If a number of steps is below 1, or ``modules`` holds something else.
+        ValueError: If a number of steps is below 1, a share is not a number, or ``modules`` holds something else.
 
     Example:
-        >>> trainer = lightning.Trainer(callbacks=[ActivationMonitor(every_n_steps=100)])
+        >>> trainer = lightning.Trainer(callbacks=[ActivationMonitor(every_n_steps=100, warn_dead_above=0.5)])
     """
 
     def __init__(
         self,
         every_n_steps: int = 50,
-        modules: str | type[nn.Module] | Sequence[str | type[nn.Module]] | None = None,
-        check_finite_every_n_steps: int = 1,
+        modules: Choice | Sequence[Choice] | None = None,
+        check_finite_every_n_steps: int | None = 1,
+        *,
+        window_samples: int = 1000,
+        tau: float = 0.025,
+        output_gradients: bool = False,
+        effective_rank: bool = False,
+        max_layers: int = 200,
+        warn_dead_above: float | None = None,
+        warn_dormant_above: float | None = None,
+        warn_saturated_above: float | None = None,
+        stop_on_nonfinite: bool = False,
     ) -> None:
         check_integer("every_n_steps", every_n_steps, at_least=1)
-        check_integer("check_finite_every_n_steps", check_finite_every_n_steps, at_least=1)
+        if check_finite_every_n_steps is not None:
+            check_integer("check_finite_every_n_steps", check_finite_every_n_steps, at_least=1)
+        check_integer("window_samples", window_samples, at_least=1)
+        check_number("tau", tau, at_least=0)
+        check_integer("max_layers", max_layers, at_least=1)
+        limits = {"dead": warn_dead_above, "dormant": warn_dormant_above, "saturated": warn_saturated_above}
+        for name, limit in limits.items():
+            if limit is not None:
+                check_number(f"warn_{name}_above", limit, at_least=0)
         self.every_n_steps = every_n_steps
-        self.modules = _checked_modules(modules)
+        self.modules = checked_choices(modules)
         self.check_finite_every_n_steps = check_finite_every_n_steps
-        self._handles: list[RemovableHandle] = []
-        self._names: list[str] = []
-        self._is_activation: list[bool] = []
-        self._limits: list[tuple[float, float] | None] = []
-        self._training = TrainingCadence(every_n_steps)
+        self.window_samples = window_samples
+        self.tau = tau
+        self.output_gradients = output_gradients
+        self.effective_rank = effective_rank
+        self.max_layers = max_layers
+        self.thresholds = make_thresholds(limits)
+        self.stop_on_nonfinite = stop_on_nonfinite
         self._evaluation = EvaluationCadence(every_n_steps)
-        self._check = TrainingCadence(check_finite_every_n_steps)
-        # Apart, since an evaluation may come in the middle of an accumulation of gradients.
-        self._windows: dict[str, _Sample] = {}
-        self._phase = ""
-        self._finite_check: FiniteCheck | None = None
+        self._loaded: dict[str, Any] | None = None
+        self._state: _State | None = None
+
+    # A fit, from its first hook to its last.
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._training.start()
-        self._check.start()
-        self._evaluation.start(trainer.global_step)
         self._attach(pl_module)
-
-    def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._begin_evaluation(trainer, pl_module, "val_", due=self._evaluation.is_due(trainer))
-
-    def on_test_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._begin_evaluation(trainer, pl_module, "test_", due=True)
-
-    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._end_evaluation(trainer)
-
-    def on_test_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._end_evaluation(trainer)
+        self._evaluation.start(trainer.global_step)
+        if self._loaded is not None:
+            self._restore(self._loaded)
+            self._loaded = None
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        step = trainer.global_step
-        if self._training.is_due(step):
-            self._open_window("", step, pl_module.device)
-        if self._finite_check is not None and not self._finite_check.reported and self._check.is_due(step):
-            self._finite_check.step = step
+        state = self._state
+        if state is None:
+            return
+        state.axis.start_batch(trainer)
+        if state.sampling.is_due(trainer.global_step):
+            state.open(_TRAINING, state.axis.batch, trainer.global_step)
+            if self.output_gradients:
+                state.observer.grad_scale = _grad_scale(trainer)
+        if state.is_checking and state.checking is not None and state.checking.is_due(trainer.global_step):
+            state.check.begin(state.axis.batch)
+            state.observer.check = state.check
+        state.observe(_TRAINING)
+
+    def on_before_backward(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, loss: torch.Tensor
+    ) -> None:
+        state = self._state
+        if state is not None and state.observer.check is not None:
+            state.check.update_loss(loss.detach())
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._finite_check is not None:
-            self._finite_check.end_of_step()
+        state = self._state
+        if state is None:
+            return
+        if state.observer.check is not None:
+            state.check.end()
+            state.observer.check = None
+            if state.check.is_immediate and world_size() == 1:
+                self._report_nonfinite(trainer)
+        state.observer.window = None
         # Under gradient accumulation the window goes on until the optimizer has stepped.
-        if "" in self._windows and trainer.global_step > self._windows[""].step:
-            self._publish(trainer, "")
+        if _TRAINING in state.opened and trainer.global_step > state.opened[_TRAINING].global_step:
+            self._publish(trainer, _TRAINING)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._publish(trainer, "")
-        self._report_nonfinite(trainer)
+        self._publish(trainer, _TRAINING)
+        if self._state is not None and self._state.is_checking:
+            self._report_nonfinite(trainer)
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         self._detach()
@@ -166,189 +205,263 @@ class ActivationMonitor(Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
         # On several ranks another one may not have failed, and would never join the reduction.
-        if self._finite_check is not None and trainer.world_size == 1:
-            self._finite_check.end_of_step()
+        if self._state is not None and self._state.is_checking and world_size() == 1:
             self._report_nonfinite(trainer)
         self._detach()
 
-    def _attach(self, pl_module: lightning.LightningModule) -> None:
-        """One hook on every leaf module, kept for the whole run and told by state when to look."""
-        self._detach()
-        self._names, self._is_activation, self._limits, watched = [], [], [], {}
-        leaves = [(name, module) for name, module in pl_module.named_modules() if next(module.children(), None) is None]
-        for name, module in leaves:
-            if self._selects(name, module):
-                watched[name] = len(self._names)
-                self._names.append(name)
-                self._is_activation.append(isinstance(module, ACTIVATION_TYPES))
-                self._limits.append(saturation_limits(module))
-        if not watched:
-            rank_zero_warn(
-                f"ActivationMonitor(modules={self.modules!r}) finds nothing to watch in {type(pl_module).__name__}. It "
-                "watches modules without submodules, by default activations and normalisations; activations called "
-                "as functions are not seen. Make them modules, or choose others by `modules`, such as 'net.*'."
-            )
-        self._finite_check = FiniteCheck(pl_module.device)
-        for name, module in leaves:
-            self._handles.append(module.register_forward_hook(partial(self._observe, name, watched.get(name))))
+    # Evaluations, within a fit or by themselves.
 
-    def _selects(self, name: str, module: nn.Module) -> bool:
-        if self.modules is None:
-            return isinstance(module, (*ACTIVATION_TYPES, *NORM_TYPES))
-        return any(
-            fnmatchcase(name, chosen) if isinstance(chosen, str) else isinstance(module, chosen)
-            for chosen in self.modules
+    def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._begin_evaluation(trainer, pl_module, "val_", due=self._evaluation.is_due(trainer))
+
+    def on_test_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._begin_evaluation(trainer, pl_module, "test_", due=True)
+
+    def on_validation_batch_start(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self._state is not None:
+            self._state.observe("val_")
+
+    def on_test_batch_start(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self._state is not None:
+            self._state.observe("test_")
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._publish(trainer, "val_")
+
+    def on_test_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._publish(trainer, "test_")
+
+    # Checkpoints.
+
+    def state_dict(self) -> dict[str, Any]:
+        state = self._state
+        if state is None:
+            return {}
+        return {
+            "recent": state.recent.state_dict(),
+            "sampling": state.sampling.last,
+            "evaluation": self._evaluation.last,
+            "is_checking": state.is_checking,
+            "warned": sorted(state.warned),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._loaded = state_dict
+
+    def _restore(self, loaded: dict[str, Any]) -> None:
+        assert self._state is not None
+        if loaded:
+            self._state.recent.load_state_dict(loaded["recent"])
+            self._state.sampling.resume(loaded["sampling"])
+            self._evaluation.resume(loaded["evaluation"])
+            self._state.is_checking = loaded["is_checking"]
+            self._state.warned = set(loaded["warned"])
+
+    def _attach(self, pl_module: lightning.LightningModule) -> None:
+        self._detach()
+        checks = self.check_finite_every_n_steps is not None
+        observer = Observer(self.modules, self.max_layers)
+        observer.attach(pl_module, checks)
+        self._state = _State(
+            observer=observer,
+            device=pl_module.device,
+            effective_rank=self.effective_rank,
+            sampling=TrainingCadence(self.every_n_steps),
+            checking=TrainingCadence(self.check_finite_every_n_steps) if self.check_finite_every_n_steps else None,
+            check=make_check(pl_module.device),
+            is_checking=checks,
+            recent=RecentUnits(self.window_samples),
         )
 
     def _detach(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._windows, self._phase, self._finite_check = [], {}, "", None
-
-    def _observe(self, name: str, watched: int | None, module: nn.Module, args: Any, output: Any) -> None:
-        """The forward hook of every leaf module."""
-        sample = self._windows.get(self._phase) if watched is not None else None
-        check = self._finite_check if self._finite_check is not None and self._finite_check.step is not None else None
-        if (sample is None and check is None) or _is_recomputation():
-            return
-        if not isinstance(output, Tensor):
-            if sample is not None:
-                _warnings.warn(
-                    f"ActivationMonitor sees nothing of {name}: it returns a {type(output).__name__}, not a tensor."
-                )
-            return
-        if output.is_floating_point():
-            with torch.no_grad():
-                if sample is not None and watched is not None:
-                    sample.window.update(watched, output)
-                if check is not None:
-                    check.update(name, args, output)
+        if self._state is not None:
+            self._state.observer.detach()
+        self._state = None
 
     def _begin_evaluation(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, phase: str, *, due: bool
     ) -> None:
-        if due and not self._handles:
+        if due and self._state is None:
             self._attach(pl_module)
-        self._phase = phase
-        if due:
-            self._open_window(phase, trainer.global_step, pl_module.device)
-
-    def _end_evaluation(self, trainer: lightning.Trainer) -> None:
-        phase, self._phase = self._phase, ""
-        self._publish(trainer, phase)
-
-    def _open_window(self, phase: str, step: int, device: torch.device) -> None:
-        self._windows[phase] = _Sample(step, ActivationWindow(self._limits, device))
+        if due and self._state is not None:
+            self._state.open(phase, self._state.axis.evaluation(trainer), trainer.global_step)
 
     def _publish(self, trainer: lightning.Trainer, phase: str) -> None:
         """Reduce a window over the ranks, write it, close it."""
-        sample = self._windows.pop(phase, None)
-        if sample is None:
+        state = self._state
+        if state is None or phase not in state.opened:
             return
-        sample.window.reduce()
-        if trainer.is_global_zero:
-            seen = [
-                (name, layer, is_activation)
-                for name, layer, is_activation in zip(
-                    self._names, sample.window.statistics(), self._is_activation, strict=True
-                )
-                if layer is not None
-            ]
-            _write(trainer, phase, sample.step, {name: layer for name, layer, _ in seen})
-            _write_health(trainer, phase, sample.step, [layer for _, layer, is_activation in seen if is_activation])
-        self._report_nonfinite(trainer)
+        state.observer.window = None
+        opened = state.opened.pop(phase)
+        layers = opened.window.reduce(state.device)
+        recent = {
+            key: state.recent.add(key, layer.units) if phase == _TRAINING else layer.units
+            for key, layer in layers.items()
+            if layer.units is not None
+        }
+        numbers = {key: statistics(key, layer, recent.get(key), self.tau) for key, layer in layers.items()}
+        publication = _publication(opened.step, phase, layers, numbers)
+        activations = [(numbers[key], recent.get(key)) for key in layers if key.is_activation]
+        publication.scalars |= {f"{phase}health/{name}": value for name, value in health(activations, self.tau).items()}
+        self._tell_what_is_watched(trainer, publication)
+        publication.write(trainer)
+        self._warn_of_thresholds(phase, opened.step, numbers, recent)
+        if state.is_checking:
+            self._report_nonfinite(trainer)
+
+    def _warn_of_thresholds(
+        self,
+        phase: str,
+        step: int,
+        numbers: dict[LayerKey, dict[str, float]],
+        recent: dict[LayerKey, UnitSums],
+    ) -> None:
+        assert self._state is not None
+        layers = {key.label: (numbers[key], units.samples) for key, units in recent.items() if key.is_activation}
+        for threshold in self.thresholds:
+            if threshold.argument not in self._state.warned and warn_above(
+                threshold, layers, f"{_NAMES[phase]} at step {step}", self.window_samples
+            ):
+                self._state.warned.add(threshold.argument)
 
     def _report_nonfinite(self, trainer: lightning.Trainer) -> None:
-        check = self._finite_check
-        found = check.first() if check is not None and not check.reported else None
-        if found is not None:
-            step, name = found
-            _write_text(trainer, "health/first_nonfinite_layer", name, step)
+        state = self._state
+        assert state is not None
+        found = first_of_ranks(state.check.found(), state.device)
+        if found is None:
+            return
+        state.is_checking = False
+        step, _, place = found
+        Publication(step, texts={"health/first_nonfinite_layer": place}).write(trainer)
+        if self.stop_on_nonfinite:
+            rank_zero_warn(
+                f"ActivationMonitor(stop_on_nonfinite=True): the first NaN or infinity is in the output of {place}, at "
+                f"step {step}; training stops. Usual cures: a lower learning rate or a warm-up, gradient clipping, a "
+                "normalisation in front of the layer, smaller initial weights, bf16 in the place of fp16."
+                if place != "input" else
+                f"ActivationMonitor(stop_on_nonfinite=True): the batch of step {step} holds a NaN or an infinity; "
+                "training stops. Usual cures: clean the data, or skip such batches."
+            )  # fmt: skip
+            trainer.should_stop = True
+
+    def _tell_what_is_watched(self, trainer: lightning.Trainer, publication: Publication) -> None:
+        state = self._state
+        assert state is not None
+        observer = state.observer
+        if observer.left_out and "max_layers" not in state.told:
+            state.told.add("max_layers")
+            rank_zero_warn(
+                f"ActivationMonitor(max_layers={self.max_layers}) leaves out {len(observer.left_out)} layers from "
+                f"{next(iter(observer.left_out))} on: raise max_layers, or choose others by `modules`."
+            )
+        if "watched" in state.told:
+            return
+        state.told.add("watched")
+        if not observer.seen and not observer.watched:
+            rank_zero_warn(
+                f"ActivationMonitor(modules={self.modules!r}) finds nothing to watch in "
+                f"{type(trainer.lightning_module).__name__}. By default it watches activations and normalisations that "
+                "are modules of their own. Make activations modules, choose others by `modules`, such as 'net.*', or "
+                "show tensors by bnlightning.tap(x, 'name')."
+            )
+            return
+        text = _report(observer)
+        rank_zero_info(f"ActivationMonitor: {text}")
+        publication.texts["health/watched"] = text
 
 
-@dataclass(frozen=True)
-class _Sample:
+@dataclass
+class _Opened:
     step: int
+    global_step: int
     window: ActivationWindow
 
 
-def _checked_modules(
-    modules: str | type[nn.Module] | Sequence[str | type[nn.Module]] | None,
-) -> list[str | type[nn.Module]] | None:
-    if modules is None:
-        return None
-    chosen = [modules] if isinstance(modules, str | type) or not isinstance(modules, Sequence) else list(modules)
-    for entry in chosen:
-        if not isinstance(entry, str) and not (isinstance(entry, type) and issubclass(entry, nn.Module)):
-            raise ValueError(
-                f"modules={modules!r} is not possible: give types of modules or patterns of paths such as 'net.*'."
+@dataclass
+class _State:
+    """All that a monitor holds while it is attached, and nothing of which it keeps."""
+
+    observer: Observer
+    device: torch.device
+    effective_rank: bool
+    sampling: TrainingCadence
+    checking: TrainingCadence | None
+    check: FiniteCheck
+    is_checking: bool
+    recent: RecentUnits
+    axis: StepAxis = field(default_factory=StepAxis)
+    # Apart, since an evaluation may come in the middle of an accumulation of gradients; those not open are kept to be
+    # used again.
+    opened: dict[str, _Opened] = field(default_factory=dict)
+    windows: dict[str, ActivationWindow] = field(default_factory=dict)
+    warned: set[str] = field(default_factory=set)
+    told: set[str] = field(default_factory=set)
+
+    def open(self, phase: str, step: int, global_step: int) -> None:
+        """What is observed in ``phase`` from now on goes into a window that will be published at ``step``."""
+        window = self.windows.setdefault(phase, ActivationWindow(self.effective_rank))
+        window.reset()
+        self.opened[phase] = _Opened(step, global_step, window)
+
+    def observe(self, phase: str) -> None:
+        """A batch of ``phase`` begins."""
+        opened = self.opened.get(phase)
+        self.observer.window = opened.window if opened is not None else None
+        self.observer.start_pass()
+
+
+def _publication(
+    step: int, prefix: str, layers: dict[LayerKey, LayerSums], numbers: dict[LayerKey, dict[str, float]]
+) -> Publication:
+    publication = Publication(step)
+    for key, layer in layers.items():
+        tag = f"{prefix}{key.family}_{{}}/{key.label}"
+        publication.scalars |= {tag.format(name): value for name, value in numbers[key].items()}
+        if layer.minimum <= layer.maximum:
+            publication.histograms[tag.format("hist")] = finite_histogram(
+                layer.bins, layer.minimum, layer.maximum, layer.sum, layer.sum_squares
             )
-    return chosen
+    return publication
 
 
-def _is_recomputation() -> bool:
-    """Whether activation checkpointing runs a forward pass again, in the middle of a backward pass."""
-    # Private, and the only way to tell; torch's own FSDP asks it, too.
-    current_graph_task_id = getattr(torch._C, "_current_graph_task_id", None)
-    return current_graph_task_id is not None and current_graph_task_id() != -1
+def _grad_scale(trainer: lightning.Trainer) -> float:
+    """From a rank's gradient of its own, scaled loss to that of the mean loss over all ranks."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return 1.0 / (world_size() * (scaler.get_scale() if scaler is not None else 1.0))
 
 
-def _write(trainer: lightning.Trainer, prefix: str, step: int, layers: dict[str, LayerStatistics]) -> None:
-    scalars: dict[str, float] = {}
-    for name, layer in layers.items():
-        values = {
-            "dead": layer.dead,
-            "zero": layer.zero,
-            "saturated": layer.saturated,
-            "nonfinite": layer.nonfinite,
-            "mean": layer.mean,
-            "std": layer.std,
-        }
-        scalars |= {f"{prefix}act_{key}/{name}": value for key, value in values.items() if value is not None}
-        _write_histogram(trainer, f"{prefix}act_hist/{name}", step, layer)
-    _write_scalars(trainer, scalars, step)
+def _report(observer: Observer) -> str:
+    seen = {label.partition("#")[0].partition(":")[0] for label in observer.seen}
+    sentences = [f"{len(observer.seen)} layers are watched: {_listed(observer.seen)}."]
+    unseen = [path for path in observer.watched if path not in seen and path not in observer.without_tensor]
+    if unseen:
+        sentences.append(f"Not called so far: {_listed(unseen)}.")
+    if observer.without_tensor:
+        described = [f"{path} ({kind})" for path, kind in observer.without_tensor.items()]
+        sentences.append(f"They put out no floating tensor: {_listed(described)}.")
+    if observer.refused:
+        sentences.append(f"Compiled by TorchScript, which takes no hooks: {_listed(observer.refused)}.")
+    sentences.append(
+        "Activations that are called as functions cannot be seen: make them modules, or show them by "
+        "bnlightning.tap(x, 'name')."
+    )
+    return " ".join(sentences)
 
 
-def _write_health(trainer: lightning.Trainer, prefix: str, step: int, layers: Sequence[LayerStatistics]) -> None:
-    if not layers:
-        return
-    units = sum(layer.units for layer in layers)
-    scalars = {
-        f"{prefix}health/act_dead": sum(layer.dead * layer.units for layer in layers) / units,
-        f"{prefix}health/act_nonfinite": sum(layer.nonfinite for layer in layers) / len(layers),
-    }
-    saturated = [layer.saturated for layer in layers if layer.saturated is not None]
-    if saturated:
-        scalars[f"{prefix}health/act_saturated"] = sum(saturated) / len(saturated)
-    _write_scalars(trainer, scalars, step)
-
-
-def _write_scalars(trainer: lightning.Trainer, scalars: dict[str, float], step: int) -> None:
-    for logger in trainer.loggers:
-        logger.log_metrics(scalars, step=step)
-
-
-def _write_histogram(trainer: lightning.Trainer, tag: str, step: int, layer: LayerStatistics) -> None:
-    histogram = layer.histogram
-    if histogram is None:
-        return
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_histogram_raw(
-                tag,
-                min=float(histogram.edges[0]),
-                max=float(histogram.edges[-1]),
-                num=int(histogram.counts.sum()),
-                sum=histogram.sum,
-                sum_squares=histogram.sum_squares,
-                bucket_limits=histogram.edges[1:].tolist(),
-                bucket_counts=histogram.counts.tolist(),
-                global_step=step,
-            )
-
-
-@rank_zero_only
-def _write_text(trainer: lightning.Trainer, tag: str, text: str, step: int) -> None:
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_text(tag, text, global_step=step)
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:20])
+    return shown if len(names) <= 20 else f"{shown} and {len(names) - 20} more"

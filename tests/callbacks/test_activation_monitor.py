@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import pickle
 
 import lightning
@@ -50,6 +51,12 @@ pytestmark = [
 ]
 
 
+@dataclasses.dataclass
+class Output:
+    hidden: torch.Tensor
+    last: torch.Tensor
+
+
 class Capture(lightning.Callback):
     """Keeps what modules put out, by the step and the phase, through hooks of its own."""
 
@@ -82,11 +89,25 @@ def test_logs_what_numpy_makes_of_the_captured_outputs(tmp_path):
                     "mean": values.mean(),
                     "std": values.std(),
                     "zero": (values == 0).mean(),
-                    "dead": (values == 0).all(axis=0).mean(),
+                    "min": values.min(),
+                    "max": values.max(),
                     "nonfinite": 0.0,
                 }
                 if name == "body.2":
                     expected["saturated"] = (np.abs(values) > 0.99).mean()
+                    expected["saturated_low"] = (values < -0.99).mean()
+                    expected["saturated_high"] = (values > 0.99).mean()
+                if name != "body.1":
+                    # The window of 1000 samples is not full yet.
+                    recent = values if prefix else np.concatenate(
+                        [torch.cat(capture.outputs[phase, s, name]).double().numpy() for s in steps if s <= step]
+                    )  # fmt: skip
+                    magnitude = np.abs(recent).mean(axis=0)
+                    expected["dead"] = (recent == 0).all(axis=0).mean()
+                    expected["dormant"] = (magnitude <= 0.025 * magnitude.mean()).mean()
+                    expected["rarely_active"] = ((recent != 0).mean(axis=0) < 0.01).mean()
+                    if name == "body.2":
+                        expected["saturated_units"] = ((np.abs(recent) > 0.99).mean(axis=0) >= 0.95).mean()
                 for key, want in expected.items():
                     got = scalar(events, f"{prefix}act_{key}/{name}")[step]
                     assert got == pytest.approx(want, rel=1e-5, abs=1e-6), (prefix, name, step, key)
@@ -201,7 +222,7 @@ def test_an_operation_that_is_no_module_is_blamed_on_the_place(tmp_path):
     monitor = ActivationMonitor(every_n_steps=4)
     quiet_trainer(tmp_path, max_epochs=1, callbacks=[monitor]).fit(Log(), loader())
     (found,) = read_events(tmp_path).Tensors("health/first_nonfinite_layer/text_summary")
-    assert found.step == 0 and found.tensor_proto.string_val[0].decode() == "before body.4"
+    assert found.step == 0 and found.tensor_proto.string_val[0].decode() == "after body.3"
 
 
 def test_the_finding_is_written_when_training_fails(tmp_path):
@@ -231,8 +252,10 @@ def test_a_module_used_twice_with_other_widths(tmp_path):
             layer.bias[:dead] = -1.0
     quiet_trainer(tmp_path, max_steps=1, callbacks=[ActivationMonitor(modules="body.4")]).fit(model, loader())
     events = read_events(tmp_path)
-    assert scalar(events, "act_dead/body.4")[0] == pytest.approx(5 / 14)
-    assert sum(events.Histograms("act_hist/body.4")[0].histogram_value.bucket) == 8 * 14
+    for tag, dead, units in (("body.4", 2, 8), ("body.4#1", 3, 6)):
+        assert scalar(events, f"act_dead/{tag}")[0] == pytest.approx(dead / units)
+        assert sum(events.Histograms(f"act_hist/{tag}")[0].histogram_value.bucket) == 8 * units
+    assert scalar(events, "health/act_dead")[0] == pytest.approx(5 / 14)
 
 
 def test_an_evaluation_amid_accumulated_gradients_stays_apart(tmp_path):
@@ -265,8 +288,10 @@ def test_several_optimizers_leap_over_multiples(tmp_path):
         def training_step(self, batch):
             for optimizer in self.optimizers():
                 optimizer.zero_grad()
-                self.manual_backward(super().training_step(batch))
+                loss = super().training_step(batch)
+                self.manual_backward(loss)
                 optimizer.step()
+            self.log("loss", loss)
 
         def configure_optimizers(self):
             return [torch.optim.SGD(self.parameters(), lr=0.01) for _ in range(3)]
@@ -274,7 +299,10 @@ def test_several_optimizers_leap_over_multiples(tmp_path):
     quiet_trainer(tmp_path, max_steps=30, callbacks=[ActivationMonitor(every_n_steps=5)]).fit(
         Three(), loader(samples=80)
     )
-    assert list(scalar(read_events(tmp_path), "act_std/body.2")) == [0, 6, 12, 15, 21, 27]
+    # Where self.log puts what this step logs: batches are counted, each of which is three steps.
+    events = read_events(tmp_path)
+    assert list(scalar(events, "act_std/body.2")) == [0, 2, 4, 5, 7, 9]
+    assert list(scalar(events, "loss")) == list(range(10))
 
 
 def test_a_recomputed_forward_pass_counts_once(tmp_path):
@@ -288,18 +316,55 @@ def test_a_recomputed_forward_pass_counts_once(tmp_path):
 
 
 def test_a_watched_module_without_a_tensor_is_told(tmp_path):
-    class Pair(nn.ReLU):
+    class Shape(nn.ReLU):
         def forward(self, x):
-            return super().forward(x), 0
+            return x.shape
 
-    class WithPair(Net):
+    class WithShape(Net):
         def forward(self, x):
-            return self.head(self.body[4](self.body[:4](x))[0])
+            self.body[4](x)
+            return self.head(self.body[3](self.body[:3](x))[:, :6])
 
-    model = WithPair()
-    model.body[4] = Pair()
-    with pytest.warns(UserWarning, match=r"sees nothing of body\.4: it returns a tuple"):
-        quiet_trainer(tmp_path, max_steps=1, callbacks=[ActivationMonitor()]).fit(model, loader())
+    model = WithShape()
+    model.body[4] = Shape()
+    quiet_trainer(tmp_path, max_steps=1, callbacks=[ActivationMonitor()]).fit(model, loader())
+    assert "They put out no floating tensor: body.4 (Size)." in watched(tmp_path)
+
+
+def watched(directory):
+    """The report of what is watched."""
+    (text,) = read_events(directory).Tensors("health/watched/text_summary")
+    return text.tensor_proto.string_val[0].decode()
+
+
+@pytest.mark.parametrize(
+    ("make", "suffixes"),
+    [
+        (lambda x: (x, 0), [":0"]),
+        (lambda x: {"logits": x, "rest": [x, x.long()]}, [":logits", ":rest.0"]),
+        (lambda x: Output(x, x), [":hidden", ":last"]),
+    ],
+)
+def test_tensors_in_tuples_mappings_and_dataclasses(make, suffixes, tmp_path):
+    class Several(nn.ReLU):
+        def forward(self, x):
+            self.output = super().forward(x)
+            return make(self.output)
+
+    class Around(Net):
+        def forward(self, x):
+            self.body[4](self.body[:4](x))
+            return self.head(self.body[4].output)
+
+    model = Around()
+    model.body[4] = Several()
+    capture = Capture("body.3")
+    quiet_trainer(tmp_path, max_steps=1, callbacks=[ActivationMonitor(), capture]).fit(model, loader())
+    events = read_events(tmp_path)
+    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("act_mean/body.4")]
+    assert tags == [f"act_mean/body.4{suffix}" for suffix in suffixes]
+    expected = torch.relu(capture.outputs["train", 0, "body.3"][0]).double().mean().item()
+    assert all(scalar(events, tag)[0] == pytest.approx(expected, rel=1e-5) for tag in tags)
 
 
 def test_a_batch_with_nan_is_blamed_on_the_input(tmp_path):

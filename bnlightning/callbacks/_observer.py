@@ -1,0 +1,255 @@
+"""Hooks on the modules of a network, and what they do while a monitor looks."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from bnlightning.callbacks._finite_check import FiniteCheck
+from bnlightning.callbacks._selection import (
+    Choice,
+    features,
+    has_units,
+    is_activation,
+    is_chosen,
+    may_overflow,
+    saturation_limits,
+    unit_dim,
+    user_path,
+)
+from bnlightning.callbacks._window import ActivationWindow, LayerKey, Limits
+from bnlightning.nn.tap import add_listener, remove_listener
+
+MAX_CALLS = 16
+"""Calls of one module beyond this many count as the last of them."""
+# A layer whose number of units changes all the time, such as attention over sequences, has none.
+_MAX_NUMBERS_OF_UNITS = 4
+_MAX_DEPTH_OF_OUTPUT = 4
+
+
+@dataclass(frozen=True)
+class Place:
+    """What is known of a module, or of a tap, before it runs."""
+
+    path: str
+    is_watched: bool
+    is_checked: bool
+    is_activation: bool
+    has_units: bool
+    limits: Limits | None
+    features: tuple[int, bool] | None
+
+
+class Observer:
+    """Watches the modules of a network through one forward hook each, kept from :meth:`attach` to :meth:`detach`.
+
+    Attributes:
+        window: Where values go now; ``None`` while nothing is sampled.
+        check: What looks for non-finite values now; ``None`` while nothing does.
+        grad_scale: What gradients of outputs are multiplied by; ``None`` where they are not asked for.
+    """
+
+    def __init__(self, choices: Sequence[Choice] | None, max_layers: int) -> None:
+        self.choices = choices
+        self.max_layers = max_layers
+        self.window: ActivationWindow | None = None
+        self.check: FiniteCheck | None = None
+        self.grad_scale: float | None = None
+        self.places: list[Place] = []
+        self.refused: list[str] = []
+        self.without_tensor: dict[str, str] = {}
+        self.left_out: dict[str, None] = {}
+        self._labels: dict[str, set[int]] = {}
+        self._calls: dict[str, int] = {}
+        self._features: tuple[int, bool] | None = None
+        self._handles: list[RemovableHandle] = []
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether hooks are in place."""
+        return bool(self._handles)
+
+    @property
+    def watched(self) -> list[str]:
+        """Paths of the modules that are watched."""
+        return [place.path for place in self.places if place.is_watched]
+
+    @property
+    def seen(self) -> list[str]:
+        """What was seen so far: paths with the number of the call and the place in the output."""
+        return list(self._labels)
+
+    def attach(self, module: nn.Module, checks: bool) -> None:
+        """Put hooks on the modules of ``module``.
+
+        Args:
+            module: The network.
+            checks: Whether there will be a check.
+        """
+        self.detach()
+        for name, submodule in module.named_modules():
+            place = _place(user_path(name), submodule, self.choices, checks)
+            if place.is_watched or place.is_checked or place.features is not None:
+                self._hook(place, submodule)
+        add_listener(self.on_tap)
+
+    def detach(self) -> None:
+        """Take all hooks away, and forget what they saw."""
+        for handle in self._handles:
+            handle.remove()
+        remove_listener(self.on_tap)
+        self.window = self.check = self._features = None
+        for collection in (self._handles, self.places, self.refused, self.without_tensor, self.left_out, self._labels):
+            collection.clear()
+        self._calls.clear()
+
+    def start_pass(self) -> None:
+        """A batch begins: the next call of each module is its first."""
+        self._calls.clear()
+        self._features = None
+
+    def on_call(self, place: Place, args: tuple[Any, ...], output: Any) -> None:
+        """A module was called, while there is a window or a check."""
+        if is_recomputation():
+            return
+        if self.check is not None and place.is_checked:
+            for _, tensor in tensors_in(output):
+                self.check.update(place.path, args, tensor)
+        if self.window is None:
+            return
+        if place.features is not None:
+            self._features = place.features
+        if place.is_watched:
+            self._record(place, output)
+
+    def on_tap(self, name: str, x: Tensor, limits: Limits | None) -> None:
+        """A tensor was shown."""
+        if self.window is not None and not is_recomputation():
+            self._record(Place(name, True, False, True, True, limits, None), x)
+
+    def _hook(self, place: Place, module: nn.Module) -> None:
+        try:
+            handle = module.register_forward_hook(_Hook(self, place))
+        except RuntimeError:
+            # Compiled by TorchScript.
+            self.refused.append(place.path)
+            return
+        self._handles.append(handle)
+        self.places.append(place)
+
+    def _record(self, place: Place, output: Any) -> None:
+        found = list(tensors_in(output))
+        if not found:
+            self.without_tensor[place.path] = type(output).__name__
+            return
+        call = min(self._calls.get(place.path, 0), MAX_CALLS - 1)
+        self._calls[place.path] = call + 1
+        for suffix, tensor in found:
+            label = place.path + (f"#{call}" if call else "") + suffix
+            if self._has_room(label):
+                self._update(place, label, tensor)
+
+    def _has_room(self, label: str) -> bool:
+        if label not in self._labels and len(self._labels) >= self.max_layers:
+            self.left_out[label] = None
+            return False
+        return True
+
+    def _update(self, place: Place, label: str, tensor: Tensor) -> None:
+        numbers = self._labels.setdefault(label, set())
+        dim = unit_dim(tensor.shape, self._features)
+        units = (tensor.shape[dim] if tensor.dim() > 1 else 1) if place.has_units else 0
+        if units not in numbers and len(numbers) >= _MAX_NUMBERS_OF_UNITS:
+            units = 0
+        numbers.add(units)
+        window = self.window
+        assert window is not None
+        key = LayerKey("act", label, place.is_activation, units, place.limits if units else None)
+        window.update(key, tensor, dim)
+        if self.grad_scale is not None and tensor.requires_grad:
+            tensor.register_hook(_GradHook(self, window, LayerKey("act_grad", label)))
+
+
+class _Hook:
+    """A module's forward hook. Where the module is copied or pickled, the copy has one that does nothing."""
+
+    def __init__(self, observer: Observer, place: Place) -> None:
+        self.observer = observer
+        self.place = place
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        observer = self.observer
+        if observer.window is not None or (observer.check is not None and self.place.is_checked):
+            observer.on_call(self.place, args, output)
+
+    def __reduce__(self) -> Any:
+        return _NoHook, ()
+
+
+class _NoHook:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        pass
+
+
+class _GradHook:
+    """Of a tensor: of the module it would break in-place operations behind it."""
+
+    def __init__(self, observer: Observer, window: ActivationWindow, key: LayerKey) -> None:
+        self.observer = observer
+        self.window = window
+        self.key = key
+
+    def __call__(self, grad: Tensor) -> None:
+        scale = self.observer.grad_scale
+        if self.observer.window is self.window and scale is not None:
+            self.window.update(self.key, grad.detach().float() * scale)
+
+
+def is_recomputation() -> bool:
+    """Whether activation checkpointing runs a forward pass again, in the middle of a backward pass."""
+    # Private, and the only way to tell; torch's own FSDP asks it, too.
+    current_graph_task_id = getattr(torch._C, "_current_graph_task_id", None)
+    return current_graph_task_id is not None and current_graph_task_id() != -1
+
+
+def tensors_in(output: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """The floating tensors in what a module returned, and where: ``""`` for a tensor, ``":1.0"``, ``":logits"``.
+
+    Looks into tuples, lists, mappings and dataclasses, a few levels deep.
+    """
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            # A rank's own part of a distributed tensor.
+            yield path, output.to_local() if hasattr(output, "to_local") else output
+        return
+    if depth == _MAX_DEPTH_OF_OUTPUT:
+        return
+    for name, value in _members(output):
+        yield from tensors_in(value, f"{path}.{name}" if path else f":{name}", depth + 1)
+
+
+def _members(output: Any) -> Iterator[tuple[Any, Any]]:
+    if isinstance(output, Mapping):
+        yield from output.items()
+    elif isinstance(output, tuple | list):
+        yield from enumerate(output)
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
+        yield from ((field.name, getattr(output, field.name)) for field in dataclasses.fields(output))
+
+
+def _place(path: str, module: nn.Module, choices: Sequence[Choice] | None, checks: bool) -> Place:
+    is_leaf = next(module.children(), None) is None
+    return Place(
+        path=path,
+        # The LightningModule itself is not called in training.
+        is_watched=path != "" and is_chosen(choices, path, module),
+        is_checked=checks and is_leaf and may_overflow(module),
+        is_activation=is_activation(module),
+        has_units=has_units(module),
+        limits=saturation_limits(module),
+        features=features(module) if is_leaf else None,
+    )

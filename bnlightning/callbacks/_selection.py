@@ -1,0 +1,151 @@
+"""Which modules a monitor watches, and what is known of them beforehand."""
+
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+from torch.nn.modules import activation as torch_activations
+from torch.nn.modules import dropout, flatten, padding, pooling, upsampling
+from torch.nn.modules import normalization as torch_normalizations
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+from bnlightning.nn.batch_norm_act import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
+
+Choice = str | type[nn.Module] | Callable[[str, nn.Module], bool]
+
+_TORCH_ACTIVATIONS: tuple[type[nn.Module], ...] = tuple(
+    getattr(torch_activations, name) for name in torch_activations.__all__ if name != "MultiheadAttention"
+)
+_FUSED = (BatchNormAct1d, BatchNormAct2d, BatchNormAct3d)
+ACTIVATION_TYPES: tuple[type[nn.Module], ...] = (*_TORCH_ACTIVATIONS, *_FUSED)
+NORM_TYPES: tuple[type[nn.Module], ...] = (
+    _NormBase,
+    *(getattr(torch_normalizations, name) for name in torch_normalizations.__all__),
+)
+# Their values are about to be activated: a unit that is negative there, say, is at rest behind a ReLU.
+_PRE_ACTIVATION_TYPES = (*NORM_TYPES, _ConvNd, nn.Linear, nn.Bilinear)
+# Of finite values they make finite ones (but for the largest of all floats).
+_FINITE_TYPES: tuple[type[nn.Module], ...] = (
+    *(kind for kind in _TORCH_ACTIVATIONS if kind is not nn.PReLU),
+    nn.Identity,
+    *(
+        getattr(module, name)
+        for module in (dropout, flatten, padding, pooling, upsampling)
+        for name in module.__all__
+    ),
+)  # fmt: skip
+_CHANNELS_FIRST = (_ConvNd, _NormBase, nn.GroupNorm)
+# Put around modules by torch and not by the user.
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def saturation_limits(module: nn.Module) -> tuple[float, float] | None:
+    """The outputs beyond which an activation counts as saturated, or ``None`` for an unbounded one.
+
+    ``-0.99`` and ``0.99`` for tanh (its slope is below 0.02 there), ``0.01`` and ``0.99`` for sigmoid (slope below
+    0.01); for hardtanh, hardsigmoid and relu6 the bounds themselves count, at 0 not for relu6, where zero is rest.
+    """
+    if isinstance(module, nn.Tanh):
+        return -0.99, 0.99
+    if isinstance(module, nn.Sigmoid):
+        return 0.01, 0.99
+    tiny = torch.finfo(torch.float32).eps
+    if isinstance(module, nn.ReLU6):
+        return -torch.inf, 6.0 * (1 - tiny)
+    if isinstance(module, nn.Hardtanh):
+        span = (module.max_val - module.min_val) * tiny
+        return module.min_val + span, module.max_val - span
+    if isinstance(module, nn.Hardsigmoid):
+        return tiny, 1.0 - tiny
+    return None
+
+
+def is_activation(module: nn.Module) -> bool:
+    """Whether dead and dormant units are a matter of health: torch's activations, and what is not torch's at all."""
+    if isinstance(module, ACTIVATION_TYPES):
+        return True
+    return not isinstance(module, _PRE_ACTIVATION_TYPES) and not type(module).__module__.startswith("torch.nn.")
+
+
+def has_units(module: nn.Module) -> bool:
+    """Whether single units are looked at: not before the activation."""
+    return isinstance(module, ACTIVATION_TYPES) or not isinstance(module, _PRE_ACTIVATION_TYPES)
+
+
+def may_overflow(module: nn.Module) -> bool:
+    """Whether a module without submodules could make a non-finite value of finite ones."""
+    return not isinstance(module, _FINITE_TYPES)
+
+
+def features(module: nn.Module) -> tuple[int, bool] | None:
+    """How many features a layer puts out, and whether in dimension 1, not the last; ``None``: it does not tell."""
+    for name in ("out_channels", "out_features", "num_features", "num_channels", "embedding_dim"):
+        number = getattr(module, name, None)
+        if isinstance(number, int):
+            return number, isinstance(module, _CHANNELS_FIRST)
+    shape = getattr(module, "normalized_shape", None)
+    return (shape[-1], False) if shape else None
+
+
+def unit_dim(shape: Sequence[int], layer: tuple[int, bool] | None) -> int:
+    """The dimension of the units: that of the features of the layer before.
+
+    Where the layer does not tell, or neither dimension 1 nor the last has its size: 1 (the channels) of an image or a
+    volume, otherwise the last.
+
+    Args:
+        shape: Of the output.
+        layer: :func:`features` of the last layer that ran.
+    """
+    last = len(shape) - 1
+    if last < 2:
+        return last
+    if layer is not None:
+        number, first = layer
+        found = [dim for dim in ((1, last) if first else (last, 1)) if shape[dim] == number]
+        if found:
+            return found[0]
+    return 1 if last > 2 else last
+
+
+def checked_choices(modules: Choice | Sequence[Choice] | None) -> list[Choice] | None:
+    """The ``modules`` argument of a monitor as a list.
+
+    Raises:
+        ValueError: If something is no type of modules, pattern or function.
+    """
+    if modules is None:
+        return None
+    chosen = [modules] if isinstance(modules, str) or not isinstance(modules, Sequence) else list(modules)
+    for entry in chosen:
+        is_module_type = isinstance(entry, type) and issubclass(entry, nn.Module)
+        is_function = callable(entry) and not isinstance(entry, type | nn.Module)
+        if not (isinstance(entry, str) or is_module_type or is_function):
+            raise ValueError(
+                f"modules={modules!r} is not possible: give types of modules, patterns of paths such as 'net.*', or "
+                "functions of a path and a module."
+            )
+    return chosen
+
+
+def is_chosen(choices: Sequence[Choice] | None, name: str, module: nn.Module) -> bool:
+    """Whether a module is watched: one with submodules only by its type, its exact path or a function."""
+    is_leaf = next(module.children(), None) is None
+    if choices is None:
+        return is_leaf and isinstance(module, (*ACTIVATION_TYPES, *NORM_TYPES))
+    return any(_matches(choice, name, module, is_leaf) for choice in choices)
+
+
+def _matches(choice: Choice, name: str, module: nn.Module, is_leaf: bool) -> bool:
+    if isinstance(choice, str):
+        return name == choice or (is_leaf and fnmatchcase(name, choice))
+    if isinstance(choice, type):
+        return isinstance(module, choice)
+    return bool(choice(name, module))
+
+
+def user_path(name: str) -> str:
+    """A module's path as its author wrote it, less what torch.compile, FSDP and activation checkpointing put around."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
