@@ -31,8 +31,8 @@ def count_values(x: Tensor) -> Tensor:
         int64 of shape ``(NUM_BINS,)``: negative values first, ascending in magnitude, then the others likewise.
     """
     # The shift is arithmetic, so that negative values have negative numbers.
-    number = torch.bitwise_right_shift(x.contiguous().view(torch.int32), _SHIFT).add_(_HALF)
-    return torch.bincount(number.flatten(), minlength=NUM_BINS)
+    number = (x.contiguous().view(torch.int32).view(-1) >> _SHIFT).add_(_HALF)
+    return torch.bincount(number, minlength=NUM_BINS)
 
 
 Bins = TypeVar("Bins", Tensor, NDArray[np.int64])
@@ -70,12 +70,15 @@ def finite_histogram(
         total: Their sum.
         total_squares: The sum of their squares.
     """
-    negative, positive = bins[:_FINITE], bins[_HALF : _HALF + _FINITE]
-    resolution = max(abs(minimum), abs(maximum)) * _RESOLUTION
-    first = max(int(np.searchsorted(_MAGNITUDES, resolution)), 1)
-    edges = np.concatenate([-_MAGNITUDES[first:][::-1], [0.0], _MAGNITUDES[first:]])
+    extent = max(abs(minimum), abs(maximum))
+    # The bins from the resolution up to the extent; those below the first are put together.
+    first, stop = np.searchsorted(_MAGNITUDES, [extent * _RESOLUTION, extent], side="right").tolist()
+    first, stop = max(first - 1, 1), min(stop, _FINITE)
+    magnitudes = _MAGNITUDES[first : stop + 1]
+    negative, positive = bins[:stop], bins[_HALF : _HALF + stop]
+    edges = np.concatenate([-magnitudes[::-1], [0.0], magnitudes])
     counts = np.concatenate(
-        [negative[first:][::-1], [negative[:first].sum()], [positive[:first].sum()], positive[first:]]
+        [negative[first:][::-1], [negative[:first].sum(), positive[:first].sum()], positive[first:]]
     )
     return Histogram(*_fit(edges, counts, minimum, maximum), total, total_squares)
 

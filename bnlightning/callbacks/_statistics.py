@@ -3,6 +3,7 @@
 Fractions are in [0, 1]. A function gives ``None`` where its number does not exist: no finite value, no units.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bnlightning.callbacks._histogram import num_finite, num_zero
+from bnlightning.callbacks._histogram import num_zero
 from bnlightning.callbacks._window import LayerKey, LayerSums, UnitSums
 
 RARELY = 0.01
@@ -21,16 +22,14 @@ ALMOST_ALWAYS = 0.95
 
 def mean(layer: LayerSums) -> float | None:
     """Of the finite values."""
-    finite = int(num_finite(layer.bins))
-    return layer.sum / finite if finite else None
+    return layer.sum / layer.finite if layer.finite else None
 
 
 def std(layer: LayerSums) -> float | None:
     """Population standard deviation of the finite values."""
-    finite = int(num_finite(layer.bins))
-    if not finite:
+    if not layer.finite:
         return None
-    return float(np.sqrt(max(layer.sum_squares / finite - (layer.sum / finite) ** 2, 0.0)))
+    return math.sqrt(max(layer.sum_squares / layer.finite - (layer.sum / layer.finite) ** 2, 0.0))
 
 
 def minimum(layer: LayerSums) -> float | None:
@@ -45,13 +44,12 @@ def maximum(layer: LayerSums) -> float | None:
 
 def zero(layer: LayerSums) -> float | None:
     """Share of zeros among the finite values; what is below 2^-129 in magnitude counts as zero."""
-    finite = int(num_finite(layer.bins))
-    return num_zero(layer.bins) / finite if finite else None
+    return num_zero(layer.bins) / layer.finite if layer.finite else None
 
 
 def nonfinite(layer: LayerSums) -> float:
     """Share of NaN and infinities among all values."""
-    return 1.0 - int(num_finite(layer.bins)) / int(layer.bins.sum())
+    return 1.0 - layer.finite / layer.numel
 
 
 def saturated_low(layer: LayerSums) -> float | None:
@@ -147,35 +145,33 @@ def statistics(key: LayerKey, layer: LayerSums, recent: UnitSums | None, tau: fl
     return {name: float(value) for name, value in found.items() if value is not None}
 
 
-def health(layers: Iterable[tuple[dict[str, float], UnitSums | None]], tau: float) -> dict[str, float]:
+def health(layers: Iterable[tuple[dict[str, float], int]]) -> dict[str, float]:
     """The activations of a network in few numbers.
 
     Args:
-        layers: The statistics of each activation and its recent units.
-        tau: Of :func:`dormant`.
+        layers: The statistics of each activation, and how many units it has.
 
     Returns:
         ``act_dead``, ``act_dormant``: share of all units. ``act_dead_max``: of the worst layer. ``act_nonfinite``,
         ``act_saturated``: mean over the layers that have it.
     """
     layers = list(layers)
-    units = [recent for _, recent in layers if recent is not None]
     found: dict[str, float] = {}
-    if units:
-        number = sum(len(each.nonzero) for each in units)
-        found["act_dead"] = sum(int(dead(each).sum()) for each in units) / number
-        found["act_dead_max"] = max(float(dead(each).mean()) for each in units)
-        found["act_dormant"] = sum(int(dormant(each, tau).sum()) for each in units) / number
+    with_units = [(values, units) for values, units in layers if units]
+    if with_units:
+        number = sum(units for _, units in with_units)
+        for name in ("dead", "dormant"):
+            found[f"act_{name}"] = sum(values[name] * units for values, units in with_units) / number
+        found["act_dead_max"] = max(values["dead"] for values, _ in with_units)
     for name in ("nonfinite", "saturated"):
-        values = [values[name] for values, _ in layers if name in values]
-        if values:
-            found[f"act_{name}"] = sum(values) / len(values)
+        shares = [values[name] for values, _ in layers if name in values]
+        if shares:
+            found[f"act_{name}"] = sum(shares) / len(shares)
     return found
 
 
 def _share_of_finite(layer: LayerSums, count: Callable[[UnitSums], NDArray[np.float64]]) -> float | None:
-    finite = int(num_finite(layer.bins))
-    return float(count(layer.units).sum()) / finite if finite and layer.units is not None else None
+    return float(count(layer.units).sum()) / layer.finite if layer.finite and layer.units is not None else None
 
 
 class RecentUnits:

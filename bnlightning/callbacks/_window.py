@@ -4,7 +4,8 @@ Every accumulator only adds up (or is a maximum), so a window is exact over call
 lives on the device and is read once, when it is published. A layer takes 33 kB, and 32 bytes for each of its units.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,9 +20,11 @@ MAX_UNITS_OF_RANK = 1024
 """Layers with more units have no effective rank: their matrix of second moments would be too large."""
 
 Limits = tuple[float, float]
+Number = float | Tensor
 
 # Magnitudes from this to its inverse have squares that float32 adds up without loss.
 _SAFE = 1e-10
+_LARGEST_SHIFT = 2.0**100
 
 _NONZERO, _MAGNITUDE, _LOW, _HIGH = range(4)
 
@@ -77,6 +80,8 @@ class LayerSums:
 
     Args:
         bins: Counts by :func:`bnlightning.callbacks._histogram.count_values`.
+        numel: How many values there are.
+        finite: How many of them are finite.
         sum: Of the finite values.
         sum_squares: Of the finite values.
         minimum: Of the finite values; infinity without one.
@@ -86,6 +91,8 @@ class LayerSums:
     """
 
     bins: NDArray[np.int64]
+    numel: int
+    finite: int
     sum: float
     sum_squares: float
     minimum: float
@@ -121,7 +128,7 @@ class ActivationWindow:
             with torch.inference_mode(False):
                 row = self._rows[key] = _Row(key, values.device, self.effective_rank)
         if values.numel():
-            row.update(_layout(values, unit_dim))
+            row.update(_Values(values, unit_dim))
 
     def reduce(self, device: torch.device) -> dict[LayerKey, LayerSums]:
         """The sums over all ranks, on all ranks, of the layers that ran on any: four collectives, however many layers.
@@ -137,94 +144,97 @@ class ActivationWindow:
         with torch.no_grad(), torch.inference_mode(False):
             rows = [self._rows.get(key) or _Row(key, device, self.effective_rank) for key in keys]
             bins = torch.stack([row.bins for row in rows])
-            finite = num_finite(bins).to(rows[0].real)
-            total, squares, shift = (torch.stack([getattr(row, name) for row in rows]) for name in _MOMENTS)
+            finite = num_finite(bins).to(real_dtype(device))
+            total, squares, shift, low, high = (
+                _stacked([getattr(row, name) for row in rows], device)
+                for name in ("total", "squares", "shift", "minimum", "maximum")
+            )
             # From about the shift, which each rank has chosen for itself, to about zero; in float64 nothing is lost.
             moments = torch.stack([total + finite * shift, squares + 2 * shift * total + finite * shift**2])
+            # The minimum with its sign turned, so that both are maxima.
+            extrema = torch.stack([-low, high])
             samples = torch.tensor([row.samples for row in rows], device=device)
             units = torch.cat([row.units.flatten() for row in rows])
             seconds = torch.cat([row.second_moments.flatten() for row in rows])
-            extrema = torch.stack([row.extrema for row in rows])
             bins, samples, moments, units, seconds = reduce_sums([bins, samples, moments, units, seconds])
             (extrema,) = reduce_maxima([extrema])
         return _split(keys, rows, *(each.cpu().numpy() for each in (bins, samples, moments, extrema, units, seconds)))
 
 
-_MOMENTS = ("total", "squares", "shift")
-
-
 class _Row:
-    """Accumulators of one layer."""
+    """Accumulators of one layer: numbers are floats on a CPU, elsewhere tensors that nobody waits for."""
 
     def __init__(self, key: LayerKey, device: torch.device, effective_rank: bool) -> None:
-        # Apple's GPUs have no float64.
-        self.real = torch.float32 if device.type == "mps" else torch.float64
         self.key = key
         self.seen = False
-        self.samples = 0
+        real = real_dtype(device)
         self.bins = torch.zeros(NUM_BINS, dtype=torch.int64, device=device)
-        # Of the values less the shift: their squares about zero would lose the digits of a small variance.
-        self.total, self.squares, self.shift = torch.zeros(3, dtype=self.real, device=device).unbind()
-        self._small_shift: Tensor | None = None
-        # The minimum with its sign turned, so that both are maxima.
-        self.extrema = torch.full((2,), -torch.inf, dtype=self.real, device=device)
         sums = 0 if not key.units else 4 if key.limits else 2
-        self.units = torch.zeros(sums, key.units, dtype=self.real, device=device)
+        self.units = torch.zeros(sums, key.units, dtype=real, device=device)
+        self._unit_sums = self.units.unbind()
         rank = key.units if effective_rank and key.units <= MAX_UNITS_OF_RANK else 0
-        self.second_moments = torch.zeros(rank, rank, dtype=self.real, device=device)
+        self.second_moments = torch.zeros(rank, rank, dtype=real, device=device)
+        # Sums are of the values less this: their squares about zero would lose the digits of a small variance.
+        self.shift: Number | None = None
+        self.samples = 0
+        self.total: Number = 0.0
+        self.squares: Number = 0.0
+        self.minimum: Number = math.inf
+        self.maximum: Number = -math.inf
 
     def reset(self) -> None:
-        if not self.seen:
-            return
-        self.seen, self.samples = False, 0
-        for tensor in (self.bins, self.total, self.squares, self.units, self.second_moments):
-            tensor.zero_()
-        self.extrema.fill_(-torch.inf)
+        if self.seen:
+            self.seen = False
+            self.bins.zero_()
+            self.units.zero_()
+            self.second_moments.zero_()
+            self.samples, self.total, self.squares = 0, 0.0, 0.0
+            self.minimum, self.maximum = math.inf, -math.inf
 
     def update(self, values: "_Values") -> None:
         self.seen = True
         self.samples += values.samples
         self.bins += count_values(values.x)
+        self.minimum = _smaller(self.minimum, values.minimum)
+        self.maximum = _larger(self.maximum, values.maximum)
         self._update_moments(values)
-        self.extrema.copy_(torch.maximum(self.extrema, torch.stack([-values.minimum, values.maximum])))
         if self.key.units:
             self._update_units(values)
 
     def _update_moments(self, values: "_Values") -> None:
-        if self._small_shift is None:
-            self._small_shift = _middle(values)
-            self.shift.copy_(self._small_shift)
-        shift, scale = self._small_shift, _scale(values)
+        if self.shift is None:
+            self.shift = _middle(values)
+        shift, scale = self.shift, values.scale()
         shifted = values.fill(shift) - shift if scale is None else values.fill(shift) * scale - shift * scale
         flat = shifted.view(-1)
-        total, squares = flat.sum().to(self.real), torch.dot(flat, flat).to(self.real)
-        self.total += total if scale is None else total / scale
-        self.squares += squares if scale is None else squares / scale / scale
+        total, squares = values.read(flat.sum()), values.read(torch.dot(flat, flat))
+        self.total = self.total + (total if scale is None else total / scale)
+        self.squares = self.squares + (squares if scale is None else squares / scale / scale)
 
     def _update_units(self, values: "_Values") -> None:
         # Signs and sums of floats are several times as fast on a CPU as comparisons and sums of booleans.
         magnitude = values.fill(0.0).abs()
-        self.units[_MAGNITUDE] += values.sum_by_unit(magnitude)
+        self._unit_sums[_MAGNITUDE].add_(values.sum_by_unit(magnitude))
         nonzero = magnitude.sign_()
         if values.finite is not None:
             nonzero = torch.where(values.finite, nonzero, 1.0)
-        self.units[_NONZERO] += values.sum_by_unit(nonzero)
+        self._unit_sums[_NONZERO].add_(values.sum_by_unit(nonzero))
         if self.key.limits is not None:
             low, high = self.key.limits
             between = values.fill((max(low, -1e30) + min(high, 1e30)) / 2)
-            self.units[_LOW] += values.sum_by_unit((low - between).sign_().clamp_min_(0.0))
-            self.units[_HIGH] += values.sum_by_unit((between - high).sign_().clamp_min_(0.0))
+            self._unit_sums[_LOW].add_(values.sum_by_unit((low - between).sign_().clamp_min_(0.0)))
+            self._unit_sums[_HIGH].add_(values.sum_by_unit((between - high).sign_().clamp_min_(0.0)))
         if len(self.second_moments):
-            matrix = values.by_unit(values.fill(0.0)).to(self.real)
-            self.second_moments += matrix.T @ matrix
+            matrix = values.by_unit(values.fill(0.0)).to(self.second_moments.dtype)
+            with torch.autocast(matrix.device.type, enabled=False):
+                self.second_moments += matrix.T @ matrix
 
 
-@dataclass(frozen=True)
 class _Values:
     """Values of one call, ready to be counted.
 
-    Args:
-        x: Contiguous float32 of at least one value.
+    Attributes:
+        x: Contiguous float32 of at least one value and two dimensions.
         unit_dim: The dimension of the units.
         samples: Size of the batch.
         finite: Which values are finite; ``None`` if all are known to be.
@@ -232,69 +242,95 @@ class _Values:
         maximum: Of the finite ones.
     """
 
-    x: Tensor
-    unit_dim: int
-    samples: int
-    finite: Tensor | None
-    minimum: Tensor
-    maximum: Tensor
+    def __init__(self, values: Tensor, unit_dim: int) -> None:
+        x = values.detach().float()
+        if x.dim() < 2:
+            # One unit, and as many samples as values.
+            x, unit_dim = x.reshape(-1, 1), 1
+        self.samples = len(x)
+        self.unit_dim = unit_dim % x.dim()
+        if not x.is_contiguous():
+            x = self._made_contiguous(x)
+        self.x = x
+        self._others = [dim for dim in range(x.dim()) if dim != self.unit_dim]
+        self.finite: Tensor | None = None
+        self.minimum: Number
+        self.maximum: Number
+        if x.device.type == "cpu":
+            # A CPU may be asked; a GPU would have to be waited for.
+            low, high = torch.aminmax(x)
+            self.minimum, self.maximum = low.item(), high.item()
+            if math.isfinite(self.minimum) and math.isfinite(self.maximum):
+                return
+        self.finite = x.isfinite()
+        self.minimum = self.read(torch.where(self.finite, x, math.inf).amin())
+        self.maximum = self.read(torch.where(self.finite, x, -math.inf).amax())
 
-    def fill(self, value: float | Tensor) -> Tensor:
+    def read(self, number: Tensor) -> Number:
+        """A result as a float where that needs no waiting."""
+        return number.item() if self.x.device.type == "cpu" else number.to(real_dtype(self.x.device))
+
+    def fill(self, value: Number) -> Tensor:
         """The values, with ``value`` in the place of each that is not finite."""
         return self.x if self.finite is None else torch.where(self.finite, self.x, value)
+
+    def scale(self) -> Number | None:
+        """A power of two that brings the values near to 1, so that squares neither overflow nor vanish in float32.
+
+        ``None`` where a CPU tells that there is no need.
+        """
+        extent = _larger(self.maximum, -self.minimum)
+        if isinstance(extent, float):
+            if _SAFE < extent < 1 / _SAFE or not 0 < extent < math.inf:
+                return None
+            return math.ldexp(1.0, -max(math.frexp(extent)[1], -120))
+        exponent = torch.frexp(extent.nan_to_num(posinf=1.0, neginf=1.0).clamp_min(2.0**-120))[1]
+        return torch.ldexp(torch.ones_like(extent), -exponent)
 
     def by_unit(self, values: Tensor) -> Tensor:
         """As a matrix of observations by units."""
         return values.movedim(self.unit_dim, -1).flatten(0, -2)
 
     def sum_by_unit(self, values: Tensor) -> Tensor:
-        others = [dim for dim in range(values.dim()) if dim != self.unit_dim]
         # float32 holds every count up to 2^24.
-        many = values.numel() > 2**24 * values.shape[self.unit_dim] and values.device.type != "mps"
-        return values.sum(others, dtype=torch.float64 if many else None)
+        if values.numel() > 2**24 * values.shape[self.unit_dim]:
+            return values.sum(self._others, dtype=real_dtype(values.device))
+        return values.sum(self._others)
+
+    def _made_contiguous(self, x: Tensor) -> Tensor:
+        if x.dim() > 3 and x.movedim(1, -1).is_contiguous():
+            # channels_last: the same memory, in its own order.
+            self.unit_dim = x.dim() - 1 if self.unit_dim == 1 else self.unit_dim - (self.unit_dim > 1)
+            return x.movedim(1, -1)
+        return x.contiguous()
 
 
-def _middle(values: _Values) -> Tensor:
-    """Near the mean of the finite values; 0 if there are none."""
+def real_dtype(device: torch.device) -> torch.dtype:
+    """Of sums: float64, where the device has it (Apple's GPUs have not)."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _middle(values: _Values) -> Number:
+    """Near the mean of the finite values, and a float32; 0 if there are none."""
     number = values.x.numel() if values.finite is None else values.finite.sum().clamp_min(1)
-    mean = values.fill(0.0).sum() / number
-    # The sum may overflow.
-    inside = mean.nan_to_num(nan=0.0).clamp(values.minimum, values.maximum)
-    return torch.where(values.minimum <= values.maximum, inside, 0.0)
+    # The sum may overflow, and a value less the shift.
+    mean = (values.fill(0.0).sum() / number).nan_to_num(nan=0.0)
+    return values.read(mean.clamp(-_LARGEST_SHIFT, _LARGEST_SHIFT))
 
 
-def _scale(values: _Values) -> Tensor | None:
-    """A power of two that brings the values near to 1, so that squares neither overflow nor vanish in float32.
-
-    ``None`` where a CPU tells that there is no need.
-    """
-    extent = torch.maximum(values.maximum, -values.minimum)
-    if extent.device.type == "cpu" and (_SAFE < extent < 1 / _SAFE or extent == 0):
-        return None
-    exponent = torch.frexp(extent.nan_to_num(posinf=1.0, neginf=1.0).clamp_min(torch.finfo(torch.float32).tiny))[1]
-    return torch.ldexp(torch.ones_like(extent), -exponent)
+def _smaller(one: Number, other: Number) -> Number:
+    return torch.clamp(other, max=one) if isinstance(other, Tensor) else min(one, other)
 
 
-def _layout(values: Tensor, unit_dim: int) -> _Values:
-    x = values.detach().float()
-    if x.dim() < 2:
-        # One unit, and as many samples as values.
-        x, unit_dim = x.reshape(-1, 1), 1
-    samples = len(x)
-    unit_dim %= x.dim()
-    if x.dim() > 3 and not x.is_contiguous() and x.movedim(1, -1).is_contiguous():
-        # channels_last: the same memory, in its own order.
-        x = x.movedim(1, -1)
-        unit_dim = x.dim() - 1 if unit_dim == 1 else unit_dim - (unit_dim > 1)
-    x = x.contiguous()
-    if x.device.type == "cpu":
-        # A CPU may be asked; a GPU would have to be waited for.
-        minimum, maximum = torch.aminmax(x)
-        if torch.isfinite(maximum - minimum).item() or (minimum.isfinite().item() and maximum.isfinite().item()):
-            return _Values(x, unit_dim, samples, None, minimum, maximum)
-    finite = x.isfinite()
-    minimum, maximum = torch.where(finite, x, torch.inf).amin(), torch.where(finite, x, -torch.inf).amax()
-    return _Values(x, unit_dim, samples, finite, minimum, maximum)
+def _larger(one: Number, other: Number) -> Number:
+    return torch.clamp(other, min=one) if isinstance(other, Tensor) else max(one, other)
+
+
+def _stacked(numbers: Sequence[Number | None], device: torch.device) -> Tensor:
+    real = real_dtype(device)
+    if any(isinstance(number, Tensor) for number in numbers):
+        return torch.stack([torch.as_tensor(number or 0.0, dtype=real, device=device) for number in numbers])
+    return torch.tensor([number or 0.0 for number in numbers], dtype=real, device=device)
 
 
 def _split(
@@ -308,16 +344,19 @@ def _split(
     seconds: NDArray[np.float64],
 ) -> dict[LayerKey, LayerSums]:
     take_units, take_seconds = _taker(units), _taker(seconds)
+    numel, finite = bins.sum(axis=1), num_finite(bins)
     layers = {}
     for index, (key, row) in enumerate(zip(keys, rows, strict=True)):
         sums, second = take_units(row.units.shape), take_seconds(row.second_moments.shape)
         layers[key] = LayerSums(
             bins=bins[index],
+            numel=int(numel[index]),
+            finite=int(finite[index]),
             sum=float(moments[0, index]),
             sum_squares=float(moments[1, index]),
-            minimum=-float(extrema[index, 0]),
-            maximum=float(extrema[index, 1]),
-            units=_unit_sums(sums, int(bins[index].sum()) // key.units, int(samples[index])) if key.units else None,
+            minimum=-float(extrema[0, index]),
+            maximum=float(extrema[1, index]),
+            units=_unit_sums(sums, int(numel[index]) // key.units, int(samples[index])) if key.units else None,
             second_moments=second if second.size else None,
         )
     return layers

@@ -315,8 +315,8 @@ class ActivationMonitor(Callback):
         }
         numbers = {key: statistics(key, layer, recent.get(key), self.tau) for key, layer in layers.items()}
         publication = _publication(opened.step, phase, layers, numbers)
-        activations = [(numbers[key], recent.get(key)) for key in layers if key.is_activation]
-        publication.scalars |= {f"{phase}health/{name}": value for name, value in health(activations, self.tau).items()}
+        summary = health((numbers[key], key.units) for key in layers if key.is_activation)
+        publication.scalars |= {f"{phase}health/{name}": value for name, value in summary.items()}
         self._tell_what_is_watched(trainer, publication)
         publication.write(trainer)
         self._warn_of_thresholds(phase, opened.step, numbers, recent)

@@ -238,15 +238,15 @@ def test_health_of_several_layers():
         window, key = ActivationWindow(), LayerKey("act", "layer", True, x.shape[1], limits)
         window.update(key, x)
         layer = window.reduce(CPU)[key]
-        layers.append((statistics(key, layer, layer.units, 0.025), layer.units))
-    assert health(layers, 0.025) == {
+        layers.append((statistics(key, layer, layer.units, 0.025), key.units))
+    assert health(layers) == {
         "act_dead": 4 / 6,
         "act_dead_max": 3 / 4,
         "act_dormant": 4 / 6,
         "act_nonfinite": 0.0,
         "act_saturated": 0.5,
     }
-    assert health([], 0.025) == {}
+    assert health([]) == {}
 
 
 RELU, TANH, ONLY = LayerKey("act", "relu", True, 6), LayerKey("act", "tanh", True, 4, LIMITS), LayerKey("act", "only")
