@@ -14,7 +14,7 @@ from bnlightning.callbacks import (
 )
 from bnlightning.data import PointsDataModule, SyntheticRegressionDataModule
 from bnlightning.models import LitMovingAverage, LitRegressor
-from bnlightning.nn import MLP, BatchNorm1d, BatchNorm2d, BatchNorm3d, Convention, SwapReport, swap_norm
+from bnlightning.nn import MLP, BatchNorm1d, BatchNorm2d, BatchNorm3d, Convention, SwapReport, swap_norm, tap
 
 __version__ = metadata.version("bnlightning")
 
@@ -39,4 +39,5 @@ __all__ = [
     "TrainingProgressBar",
     "compare_runs",
     "swap_norm",
+    "tap",
 ]

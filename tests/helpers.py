@@ -1,3 +1,5 @@
+import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,26 @@ def run_on_ranks(function: Callable[..., Any], world_size: int, directory: Path,
     """What ``function(rank, *arguments)`` returns on each of several ranks: processes of their own, joined by gloo."""
     mp.spawn(_run_on_rank, (world_size, directory, function, arguments), nprocs=world_size)
     return [torch.load(directory / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+def run_on_lightning_ranks(
+    function: Callable[..., Any], world_size: int, directory: Path, *arguments: Any
+) -> list[Any]:
+    """As :func:`run_on_ranks`, but it is Lightning's strategies that join the ranks: ``Trainer(strategy="ddp")``."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_run_on_lightning_rank, (world_size, port, directory, function, arguments), nprocs=world_size)
+    return [torch.load(directory / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+def _run_on_lightning_rank(
+    rank: int, world_size: int, port: int, directory: Path, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"NODE_RANK": "0", "LOCAL_RANK": str(rank)}
+    torch.set_num_threads(1)
+    torch.save(function(rank, *arguments), directory / f"{rank}.pt")
 
 
 def _run_on_rank(

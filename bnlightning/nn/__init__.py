@@ -30,3 +30,4 @@ from bnlightning.nn.statistics import skip_recomputed_batches as skip_recomputed
 from bnlightning.nn.swap import SwappedLayer as SwappedLayer
 from bnlightning.nn.swap import SwapReport as SwapReport
 from bnlightning.nn.swap import swap_norm as swap_norm
+from bnlightning.nn.tap import tap as tap

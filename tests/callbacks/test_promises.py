@@ -1,0 +1,210 @@
+"""What the monitors promise, whatever the training is like: it is not changed, and several ranks are as one."""
+
+import math
+from datetime import timedelta
+
+import lightning
+import numpy as np
+import pytest
+import torch
+from helpers import quiet_trainer, read_events, run_on_lightning_ranks, scalar
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
+
+from bnlightning import ActivationMonitor, tap
+
+pytestmark = [pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")]
+
+
+class Halves(lightning.LightningModule):
+    """Each rank takes its part of every batch, so that any number of ranks sees the same samples in each step."""
+
+    def __init__(self, act=nn.ReLU):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), act(), nn.Dropout(0.0))
+        self.second = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+        self.head = nn.Linear(8, 1)
+
+    def forward(self, x):
+        return self.head(self.second(self.first(x)))
+
+    def own(self, x):
+        return x.tensor_split(self.trainer.world_size)[self.global_rank]
+
+    def training_step(self, batch):
+        x = self.own(batch[0])
+        # The mean over all ranks of this is the mean over the whole batch, however uneven the parts are.
+        return self(x).square().sum() * self.trainer.world_size / len(batch[0])
+
+    def validation_step(self, batch):
+        self(self.own(batch[0]))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class InPlace(Halves):
+    def __init__(self):
+        super().__init__(lambda: nn.ReLU(inplace=True))
+
+
+class Twice(Halves):
+    def forward(self, x):
+        return self.head(self.second(self.second(self.first(x))))
+
+
+class Recomputed(Halves):
+    def forward(self, x):
+        return self.head(self.second(checkpoint(self.first, x, use_reentrant=False)))
+
+
+class Mapped(Halves):
+    class Both(nn.Tanh):
+        def forward(self, x):
+            return {"tanh": super().forward(x), "length": len(x)}
+
+    def __init__(self):
+        super().__init__()
+        self.second[1] = self.Both()
+
+    def forward(self, x):
+        return self.head(self.second(self.first(x))["tanh"])
+
+
+class Tapped(Halves):
+    def forward(self, x):
+        return self.head(tap(torch.sigmoid(self.second(self.first(x))), "gate", (0.01, 0.99)))
+
+
+class Frozen(Halves):
+    def __init__(self):
+        super().__init__()
+        self.first.requires_grad_(False)
+
+
+class Manual(Halves):
+    automatic_optimization = False
+
+    def training_step(self, batch):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch))
+        optimizer.step()
+
+
+SCENARIOS = {
+    "plain": (Halves, {}),
+    "uneven": (Halves, {"batch_size": 7}),
+    "a rank without samples": (Halves, {"batch_size": 1, "samples": 6}),
+    "accumulated gradients": (Halves, {"accumulate_grad_batches": 3, "batch_size": 3}),
+    "bf16": (Halves, {"precision": "bf16-mixed"}),
+    "deterministic": (Halves, {"deterministic": True}),
+    "in-place ReLU": (InPlace, {}),
+    "a module called twice": (Twice, {}),
+    "activation checkpointing": (Recomputed, {}),
+    "mapping as output": (Mapped, {}),
+    "tap": (Tapped, {}),
+    "frozen part": (Frozen, {}),
+    "manual optimisation": (Manual, {}),
+}
+
+
+@pytest.fixture(autouse=True)
+def _deterministic_cublas(monkeypatch):
+    # Lightning would set it for good.
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def monitors():
+    return [ActivationMonitor(every_n_steps=2, output_gradients=True, effective_rank=True)]
+
+
+def fit(name, directory, callbacks, **options):
+    module_class, more = SCENARIOS[name]
+    options = {"batch_size": 8, "samples": 40} | more | options
+    batch_size, samples = options.pop("batch_size"), options.pop("samples")
+    x = torch.randn(samples, 6, generator=torch.Generator().manual_seed(1))
+    loaders = [DataLoader(TensorDataset(x), batch_size=batch_size) for _ in range(2)]
+    module = module_class()
+    trainer = quiet_trainer(
+        directory, max_epochs=2, callbacks=callbacks, val_check_interval=2, use_distributed_sampler=False, **options
+    )
+    trainer.fit(module, *loaders)
+    torch.use_deterministic_algorithms(False)
+    return module, trainer
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_training_is_bit_identical(name, tmp_path):
+    states = []
+    for callbacks in ([], monitors()):
+        module, trainer = fit(name, tmp_path / str(len(callbacks)), callbacks)
+        states.append((module.state_dict(), trainer.optimizers[0].state_dict(), torch.get_rng_state()))
+    torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
+
+
+def _fit_all(rank, directory):
+    for name in SCENARIOS:
+        strategy = DDPStrategy(timeout=timedelta(seconds=60), find_unused_parameters=True)
+        fit(name, directory / "ranks" / name, monitors(), devices=2, strategy=strategy)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """The event files of all scenarios on two ranks."""
+    directory = tmp_path_factory.mktemp("two")
+    run_on_lightning_ranks(_fit_all, 2, directory, directory)
+    return directory / "ranks"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_two_ranks_write_what_one_process_writes(name, ranks, tmp_path):
+    fit(name, tmp_path, monitors())
+    one, two = read_events(tmp_path), read_events(ranks / name)
+    assert len(list((ranks / name).glob("*tfevents*"))) == 1
+    tags = one.Tags()
+    assert two.Tags()["scalars"] == tags["scalars"] and two.Tags()["histograms"] == tags["histograms"]
+    assert {"act_dead/first.2", "act_grad_std/first.2", "val_act_dead/first.2"} <= set(tags["scalars"]) or (
+        name == "frozen part"
+    )
+    tolerance = 2e-2 if name == "bf16" else 1e-4
+    for tag in tags["scalars"]:
+        mine, theirs = scalar(one, tag), scalar(two, tag)
+        assert mine.keys() == theirs.keys(), tag
+        for step, value in mine.items():
+            assert theirs[step] == pytest.approx(value, rel=tolerance, abs=tolerance / 10), (tag, step)
+    for tag in tags["histograms"]:
+        for mine, theirs in zip(one.Histograms(tag), two.Histograms(tag), strict=True):
+            assert mine.step == theirs.step
+            assert mine.histogram_value.num == theirs.histogram_value.num, (tag, mine.step)
+            assert math.isclose(mine.histogram_value.max, theirs.histogram_value.max, rel_tol=tolerance, abs_tol=1e-6)
+            assert np.isclose(mine.histogram_value.sum, theirs.histogram_value.sum, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("plain", {"first.1", "first.2", "second.1"}),
+        ("a module called twice", {"first.1", "first.2", "second.1", "second.1#1"}),
+        ("mapping as output", {"first.1", "first.2", "second.1:tanh"}),
+        ("tap", {"first.1", "first.2", "second.1", "gate"}),
+    ],
+)
+def test_what_is_watched(name, expected, tmp_path):
+    fit(name, tmp_path, monitors())
+    tags = read_events(tmp_path).Tags()["histograms"]
+    assert {tag.removeprefix("act_hist/") for tag in tags if tag.startswith("act_hist/")} == expected
+
+
+@pytest.mark.parametrize("name", ["plain", "activation checkpointing", "accumulated gradients", "uneven"])
+def test_every_value_counts_once(name, tmp_path):
+    fit(name, tmp_path, monitors())
+    per_step = {"plain": 8, "activation checkpointing": 8, "accumulated gradients": 9, "uneven": 7}[name]
+    events = read_events(tmp_path)
+    for tag, units in (("act_hist/first.2", 8), ("act_grad_hist/first.2", 8)):
+        assert events.Histograms(tag)[0].histogram_value.num == per_step * units
+    assert {h.histogram_value.num for h in events.Histograms("val_act_hist/second.1")} == {40 * 8}
