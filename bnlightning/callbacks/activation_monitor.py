@@ -143,12 +143,15 @@ class ActivationMonitor(Callback):
         self.stop_on_nonfinite = stop_on_nonfinite
         self._evaluation = EvaluationCadence(every_n_steps)
         self._loaded: dict[str, Any] | None = None
+        self._ended: dict[str, Any] = {}
         self._state: _State | None = None
 
     # A fit, from its first hook to its last.
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._attach(pl_module)
+        assert self._state is not None
+        self._state.is_fit = True
         self._evaluation.start(trainer.global_step)
         if self._loaded is not None:
             self._restore(self._loaded)
@@ -250,7 +253,8 @@ class ActivationMonitor(Callback):
     def state_dict(self) -> dict[str, Any]:
         state = self._state
         if state is None:
-            return {}
+            # After the fit, too, a checkpoint of it may be saved.
+            return self._ended
         return {
             "recent": state.recent.state_dict(),
             "sampling": state.sampling.last,
@@ -289,6 +293,8 @@ class ActivationMonitor(Callback):
 
     def _detach(self) -> None:
         if self._state is not None:
+            if self._state.is_fit:
+                self._ended = self.state_dict()
             self._state.observer.detach()
         self._state = None
 
@@ -403,6 +409,7 @@ class _State:
     check: FiniteCheck
     is_checking: bool
     recent: RecentUnits
+    is_fit: bool = False
     axis: StepAxis = field(default_factory=StepAxis)
     # Apart, since an evaluation may come in the middle of an accumulation of gradients; those not open are kept to be
     # used again.

@@ -12,7 +12,6 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from bnlightning import ActivationMonitor, LitRegressor, SyntheticRegressionDataModule
-from bnlightning.callbacks import saturation_limits
 
 
 class Net(lightning.LightningModule):
@@ -449,31 +448,19 @@ def test_the_same_seed_writes_the_same_numbers(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("module", "values", "beyond"),
+    ("options", "cure"),
     [
-        (nn.Tanh(), [-1.0, -0.98, 0.0, 0.995], [True, False, False, True]),
-        (nn.Sigmoid(), [0.001, 0.02, 0.5, 0.995], [True, False, False, True]),
-        (nn.Hardtanh(-2, 3), [-2.0, -1.9, 2.9, 3.0], [True, False, False, True]),
-        (nn.Hardsigmoid(), [0.0, 0.1, 0.9, 1.0], [True, False, False, True]),
-        (nn.ReLU6(), [0.0, 3.0, 5.9, 6.0], [False, False, False, True]),
+        ({"every_n_steps": 0}, "give an integer of at least 1"),
+        ({"check_finite_every_n_steps": -1}, "give an integer of at least 1"),
+        ({"window_samples": 0.5}, "give an integer of at least 1"),
+        ({"max_layers": 0}, "give an integer of at least 1"),
+        ({"tau": -0.1}, "give a number of at least 0"),
+        ({"warn_dead_above": "much"}, "give a number of at least 0"),
     ],
 )
-def test_saturation_limits(module, values, beyond):
-    low, high = saturation_limits(module)
-    assert [(value < low) or (value > high) for value in values] == beyond
-    assert saturation_limits(nn.ReLU()) is None
-
-
-@pytest.mark.parametrize("modules", [3, [3], [nn.ReLU()], [int]])
-def test_bad_modules_are_named(modules):
-    with pytest.raises(ValueError, match=r"modules=.* is not possible: give types of modules"):
-        ActivationMonitor(modules=modules)
-
-
-@pytest.mark.parametrize("options", [{"every_n_steps": 0}, {"check_finite_every_n_steps": -1}])
-def test_bad_arguments_are_named(options):
+def test_bad_arguments_are_named(options, cure):
     ((name, value),) = options.items()
-    with pytest.raises(ValueError, match=f"{name}={value} is not possible: give an integer of at least 1"):
+    with pytest.raises(ValueError, match=f"{name}={value!r} is not possible: {cure}"):
         ActivationMonitor(**options)
 
 
@@ -486,3 +473,221 @@ def test_a_second_fit_starts_anew(tmp_path):
     first, second = (read_events(tmp_path / name) for name in ("first", "second"))
     assert first.Tags()["scalars"] == second.Tags()["scalars"]
     assert scalar(first, "val_act_std/body.2") == scalar(second, "val_act_std/body.2")
+
+
+def test_output_gradients_against_those_of_autograd(tmp_path):
+    gradients = {}
+
+    class Keeping(Net):
+        def training_step(self, batch):
+            def keep(module, args, output):
+                output.register_hook(lambda grad: gradients.setdefault(self.global_step, []).append(grad.clone()))
+
+            handle = self.body[2].register_forward_hook(keep)
+            loss = super().training_step(batch)
+            handle.remove()
+            return loss
+
+    monitor = ActivationMonitor(every_n_steps=2, output_gradients=True)
+    trainer = quiet_trainer(tmp_path, max_epochs=1, accumulate_grad_batches=2, callbacks=[monitor])
+    trainer.fit(Keeping(), loader(samples=64))
+    events = read_events(tmp_path)
+    for step in (0, 2):
+        # Lightning divides the loss by the number of micro-batches.
+        values = torch.cat(gradients[step]).double().numpy()
+        assert values.size == 2 * 8 * 8
+        for name, expected in (("mean", values.mean()), ("std", values.std()), ("max", values.max())):
+            assert scalar(events, f"act_grad_{name}/body.2")[step] == pytest.approx(expected, rel=1e-5, abs=1e-9)
+        histogram = next(h for h in events.Histograms("act_grad_hist/body.2") if h.step == step)
+        assert histogram.histogram_value.num == values.size
+    assert not any(tag.startswith("val_act_grad") for tag in events.Tags()["scalars"])
+
+
+def test_a_gradient_of_a_scaled_loss_is_unscaled(tmp_path):
+    class Scaled(Net):
+        def training_step(self, batch):
+            return super().training_step(batch) * 2.0**16
+
+    class Scaler:
+        def get_scale(self):
+            return 2.0**16
+
+    tags = []
+    for module, scaler in ((Net(), None), (Scaled(), Scaler())):
+        directory = tmp_path / str(len(tags))
+        torch.manual_seed(0)
+        module.load_state_dict(Net().state_dict())
+        trainer = quiet_trainer(directory, max_steps=1, callbacks=[ActivationMonitor(output_gradients=True)])
+        trainer.precision_plugin.scaler = scaler
+        trainer.fit(module, loader())
+        tags.append({tag: scalar(read_events(directory), tag)[0] for tag in ("act_grad_std/body.2", "act_std/body.2")})
+    assert tags[0] == pytest.approx(tags[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("net", [nn.ReLU, nn.Tanh])
+def test_warns_once_of_the_worst_layer(net, tmp_path):
+    model = Net(net)
+    with torch.no_grad():
+        if net is nn.ReLU:
+            model.body[3].weight.zero_()
+            model.body[3].bias.copy_(torch.tensor([1.0, -1, -1, -1, -1, -1]))
+        else:
+            model.body[1].weight.fill_(100.0)
+    option = "warn_dead_above" if net is nn.ReLU else "warn_saturated_above"
+    monitor = ActivationMonitor(every_n_steps=1, window_samples=20, **{option: 0.5})
+    with pytest.warns(UserWarning, match=option) as caught:
+        quiet_trainer(tmp_path, max_epochs=1, callbacks=[monitor]).fit(model, loader())
+    (message,) = [str(warning.message) for warning in caught if option in str(warning.message)]
+    if net is nn.ReLU:
+        assert (
+            "83% of the units are dead" in message
+            and "of the last 24 samples of body.4 (training at step 2)" in message
+        )
+    else:
+        assert "of the values are saturated" in message and "samples of body.2 (training at step 2)" in message
+    assert "Usual cures: " in message
+
+
+def test_a_healthy_net_is_not_warned_of(tmp_path):
+    monitor = ActivationMonitor(
+        every_n_steps=1, window_samples=8, warn_dead_above=0.9, warn_dormant_above=0.9, warn_saturated_above=0.9,
+        stop_on_nonfinite=True,
+    )  # fmt: skip
+    trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=[monitor])
+    # Warnings are errors.
+    trainer.fit(Net(), loader(), loader())
+    assert trainer.global_step == 5
+
+
+def test_a_nonfinite_value_stops_training_on_request(tmp_path):
+    trainer = quiet_trainer(tmp_path, max_epochs=2, callbacks=[ActivationMonitor(stop_on_nonfinite=True)])
+    with pytest.warns(UserWarning, match=r"first NaN or infinity is in the output of body\.3, at step 2"):
+        trainer.fit(Diverging(), loader())
+    assert trainer.global_step == 3
+
+
+def test_a_batch_with_nan_stops_training_on_request(tmp_path):
+    data = loader()
+    data.dataset.tensors[0][19] = float("nan")
+    trainer = quiet_trainer(tmp_path, max_epochs=2, callbacks=[ActivationMonitor(stop_on_nonfinite=True)])
+    with pytest.warns(UserWarning, match="the batch of step 2 holds a NaN or an infinity"):
+        trainer.fit(Net(), data)
+    assert trainer.global_step == 3
+
+
+def test_layers_beyond_the_maximum_are_told(tmp_path):
+    monitor = ActivationMonitor(modules="body.*", max_layers=2)
+    with pytest.warns(UserWarning, match=r"max_layers=2\) leaves out 3 layers from body\.2 on"):
+        quiet_trainer(tmp_path, max_epochs=1, callbacks=[monitor]).fit(Net(), loader())
+    tags = read_events(tmp_path).Tags()["histograms"]
+    assert tags == ["act_hist/body.0", "act_hist/body.1"]
+
+
+def test_many_calls_of_a_module_are_pooled_in_the_last(tmp_path):
+    class Often(Net):
+        def forward(self, x):
+            x = self.body[:3](x)
+            for _ in range(20):
+                x = self.body[2](x)
+            return self.head(self.body[3](x))
+
+    quiet_trainer(tmp_path, max_steps=1, callbacks=[ActivationMonitor(modules=nn.Tanh)]).fit(Often(), loader())
+    events = read_events(tmp_path)
+    assert len([tag for tag in events.Tags()["histograms"] if tag.startswith("act_hist/body.2")]) == 16
+    assert events.Histograms("act_hist/body.2#14")[0].histogram_value.num == 8 * 8
+    assert events.Histograms("act_hist/body.2#15")[0].histogram_value.num == 6 * 8 * 8
+
+
+def test_the_report_names_what_is_not_seen(tmp_path):
+    model = Net()
+    model.unused = nn.ReLU()
+    quiet_trainer(tmp_path, max_steps=1, callbacks=[ActivationMonitor()]).fit(model, loader())
+    assert watched(tmp_path).startswith("3 layers are watched: body.1, body.2, body.4. Not called so far: unused. ")
+    assert "called as functions cannot be seen" in watched(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated")
+def test_torchscript_takes_no_hooks(tmp_path):
+    model = Net()
+    model.body[4] = torch.jit.script(nn.ReLU())
+    quiet_trainer(tmp_path, max_steps=1, callbacks=[ActivationMonitor(modules="body.*")]).fit(model, loader())
+    tags = read_events(tmp_path).Tags()["histograms"]
+    assert "act_hist/body.2" in tags
+
+
+def test_a_copy_made_during_training_has_no_hooks_at_work(tmp_path):
+    copies = []
+
+    class Copying(Net):
+        def on_train_epoch_end(self):
+            copies.append(copy.deepcopy(self.body))
+            pickle.loads(pickle.dumps(self.body))
+
+    monitor = ActivationMonitor(every_n_steps=1)
+    quiet_trainer(tmp_path, max_epochs=1, callbacks=[monitor]).fit(Copying(), loader())
+    copies[0](torch.randn(4, 3))
+    assert all(isinstance(module, nn.Module) for module in copies[0].modules())
+
+
+def test_a_resumed_training_writes_what_one_without_a_break_writes(tmp_path):
+    written = {}
+    for name, stops in (("whole", [3]), ("broken", [1, 3])):
+        checkpoint = tmp_path / f"{name}.ckpt"
+        for stop in stops:
+            directory = tmp_path / name / str(stop)
+            monitor = ActivationMonitor(every_n_steps=3, window_samples=20)
+            trainer = quiet_trainer(directory, max_epochs=stop, callbacks=[monitor])
+            torch.manual_seed(0)
+            resumed = {"ckpt_path": checkpoint} if checkpoint.exists() else {}
+            trainer.fit(Net(), loader(samples=56), loader(), **resumed)
+            trainer.save_checkpoint(checkpoint)
+            events = read_events(directory)
+            for tag in events.Tags()["scalars"]:
+                written.setdefault((name, tag), {}).update(scalar(events, tag))
+    tags = {tag for _, tag in written}
+    # The samples of a window go on through the break, too.
+    assert list(written["whole", "act_dead/body.4"]) == [0, 3, 6, 9, 12, 15, 18]
+    for tag in tags:
+        whole, broken = written["whole", tag], written["broken", tag]
+        assert list(whole) == list(broken), tag
+        assert list(broken.values()) == pytest.approx(list(whole.values()), rel=1e-6, abs=1e-7), tag
+
+
+def test_a_window_with_other_numbers_of_units_each_time(tmp_path):
+    class Lengths(Net):
+        def training_step(self, batch):
+            (x,) = batch
+            scores = torch.softmax(x @ x.T, dim=-1)[:, : 2 + self.global_step]
+            self.body[2](scores)
+            return super().training_step(batch)
+
+    monitor = ActivationMonitor(every_n_steps=1, modules="body.2")
+    quiet_trainer(tmp_path, max_epochs=1, callbacks=[monitor]).fit(Lengths(), loader())
+    events = read_events(tmp_path)
+    assert len(scalar(events, "act_mean/body.2")) == 5
+    # Behind four widths there are no units any more.
+    assert list(scalar(events, "act_dead/body.2")) == [0, 1, 2, 3]
+
+
+def test_inside_channels_last_and_conv1d_units_are_the_features(tmp_path):
+    class Convolutions(Net):
+        def __init__(self):
+            super().__init__()
+            self.one = nn.Sequential(nn.Conv1d(1, 5, 1), nn.ReLU())
+            self.two = nn.Sequential(nn.Linear(5, 4), nn.ReLU())
+
+        def forward(self, x):
+            x = self.one(x[:, None, :])
+            x = self.two(x.transpose(1, 2)[:, None])
+            return x.flatten(1)
+
+    model = Convolutions()
+    with torch.no_grad():
+        for layer, dead in ((model.one[0], 2), (model.two[0], 3)):
+            layer.bias.fill_(100.0)
+            layer.bias[:dead] = -1000.0
+    quiet_trainer(tmp_path, max_steps=1, callbacks=[ActivationMonitor()]).fit(model, loader())
+    events = read_events(tmp_path)
+    # All of the two and of the three, whatever chance does to the others.
+    assert 5 * scalar(events, "act_dead/one.1")[0] == pytest.approx(2, abs=1e-5)
+    assert 4 * scalar(events, "act_dead/two.1")[0] == pytest.approx(3, abs=1e-5)
