@@ -116,3 +116,54 @@ def _fit(
         edges = np.array([minimum - width, minimum + width])
         counts = counts.sum(keepdims=True)
     return edges, counts
+
+
+def clip(histogram: Histogram, low: float, high: float) -> Histogram:
+    """The same with every value outside ``[low, high]`` counted in the outermost bin inside."""
+    edges = np.clip(histogram.edges, low, high)
+    # Bins outside have no width any more.
+    kept = np.flatnonzero(np.diff(edges) > 0)
+    if not len(kept) or np.array_equal(edges, histogram.edges):
+        return histogram
+    first, last = kept[0], kept[-1]
+    counts = histogram.counts[first : last + 1].copy()
+    counts[0] += histogram.counts[:first].sum()
+    counts[-1] += histogram.counts[last + 1 :].sum()
+    return Histogram(edges[first : last + 2], counts, histogram.sum, histogram.sum_squares)
+
+
+class TypicalRanges:
+    """Keeps outliers from widening the axis: TensorBoard spreads 30 bins over the range of all steps of a tag.
+
+    What lies further outside of the inner 99.8 % of a step's values than these are wide, or further from zero than ten
+    times what is typical of the tag (the median of its last 64 steps), is counted in the outermost bin that is left.
+    """
+
+    def __init__(self) -> None:
+        self._extents: dict[str, list[float]] = {}
+
+    def fit(self, tag: str, histogram: Histogram) -> Histogram:
+        """The histogram as it is to be drawn; remembers its range under its tag."""
+        cumulative = np.cumsum(histogram.counts)
+        total = cumulative[-1]
+        inner = np.flatnonzero((cumulative > _TAIL * total) & (cumulative - histogram.counts < (1 - _TAIL) * total))
+        low, high = float(histogram.edges[inner[0]]), float(histogram.edges[inner[-1] + 1])
+        extents = self._extents.setdefault(tag, [])
+        extents.append(max(abs(low), abs(high)))
+        del extents[:-_NUM_REMEMBERED]
+        limit = _FAR * float(np.median(extents))
+        width = high - low
+        return clip(histogram, max(low - width, -limit), min(high + width, limit)) if limit > 0 else histogram
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """For a checkpoint."""
+        return {tag: list(extents) for tag, extents in self._extents.items()}
+
+    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        """Go on from what :meth:`state_dict` gave."""
+        self._extents = {tag: list(extents) for tag, extents in state.items()}
+
+
+_TAIL = 1e-3
+_FAR = 10.0
+_NUM_REMEMBERED = 64

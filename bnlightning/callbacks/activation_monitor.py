@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from bnlightning._check import check_integer, check_number
 from bnlightning.callbacks._cadence import EvaluationCadence, StepAxis, TrainingCadence
 from bnlightning.callbacks._finite_check import FiniteCheck, make_check
-from bnlightning.callbacks._histogram import finite_histogram
+from bnlightning.callbacks._histogram import TypicalRanges, finite_histogram
 from bnlightning.callbacks._observer import Observer
 from bnlightning.callbacks._publication import Publication
 from bnlightning.callbacks._ranks import first_of_ranks, world_size
@@ -37,7 +37,9 @@ class ActivationMonitor(Callback):
     would put it (the number of steps taken before the forward pass); with the prefix ``val_`` (or ``test_``) for an
     evaluation, over all its batches, at the number of steps taken:
 
-    - ``act_hist``: histogram of the finite output values (TensorBoard and Weights & Biases).
+    - ``act_hist``: histogram of the finite output values (TensorBoard and Weights & Biases). Values far outside of what
+      is typical, which would flatten the picture, are counted in its outermost bin; ``act_min`` and ``act_max`` tell
+      how far.
     - ``act_mean``, ``act_std``, ``act_min``, ``act_max``: of the finite values; the population's standard deviation.
     - ``act_zero``: share of zeros among the finite values; around one half is healthy for a ReLU.
     - ``act_nonfinite``: share of NaN and infinities among all values.
@@ -257,6 +259,7 @@ class ActivationMonitor(Callback):
             return self._ended
         return {
             "recent": state.recent.state_dict(),
+            "ranges": state.ranges.state_dict(),
             "sampling": state.sampling.last,
             "evaluation": self._evaluation.last,
             "is_checking": state.is_checking,
@@ -270,6 +273,7 @@ class ActivationMonitor(Callback):
         assert self._state is not None
         if loaded:
             self._state.recent.load_state_dict(loaded["recent"])
+            self._state.ranges.load_state_dict(loaded["ranges"])
             self._state.sampling.resume(loaded["sampling"])
             self._evaluation.resume(loaded["evaluation"])
             self._state.is_checking = loaded["is_checking"]
@@ -320,7 +324,7 @@ class ActivationMonitor(Callback):
             if layer.units is not None
         }
         numbers = {key: statistics(key, layer, recent.get(key), self.tau) for key, layer in layers.items()}
-        publication = _publication(opened.step, phase, layers, numbers)
+        publication = _publication(opened.step, phase, layers, numbers, state.ranges)
         summary = health((numbers[key], key.units) for key in layers if key.is_activation)
         publication.scalars |= {f"{phase}health/{name}": value for name, value in summary.items()}
         self._tell_what_is_watched(trainer, publication)
@@ -410,6 +414,7 @@ class _State:
     is_checking: bool
     recent: RecentUnits
     is_fit: bool = False
+    ranges: TypicalRanges = field(default_factory=TypicalRanges)
     axis: StepAxis = field(default_factory=StepAxis)
     # Apart, since an evaluation may come in the middle of an accumulation of gradients; those not open are kept to be
     # used again.
@@ -432,16 +437,19 @@ class _State:
 
 
 def _publication(
-    step: int, prefix: str, layers: dict[LayerKey, LayerSums], numbers: dict[LayerKey, dict[str, float]]
+    step: int,
+    prefix: str,
+    layers: dict[LayerKey, LayerSums],
+    numbers: dict[LayerKey, dict[str, float]],
+    ranges: TypicalRanges,
 ) -> Publication:
     publication = Publication(step)
     for key, layer in layers.items():
         tag = f"{prefix}{key.family}_{{}}/{key.label}"
         publication.scalars |= {tag.format(name): value for name, value in numbers[key].items()}
         if layer.minimum <= layer.maximum:
-            publication.histograms[tag.format("hist")] = finite_histogram(
-                layer.bins, layer.minimum, layer.maximum, layer.sum, layer.sum_squares
-            )
+            histogram = finite_histogram(layer.bins, layer.minimum, layer.maximum, layer.sum, layer.sum_squares)
+            publication.histograms[tag.format("hist")] = ranges.fit(tag, histogram)
     return publication
 
 
