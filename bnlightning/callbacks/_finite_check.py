@@ -146,9 +146,10 @@ class _DeferredCheck:
             return
         # Fit may go on after an evaluation under inference mode, whose tensors nobody may change later.
         with torch.no_grad(), torch.inference_mode(False):
-            now = torch.full((len(self._places),), _NEVER, dtype=torch.int64, device=self._device)
-            indices = torch.tensor(list(self._sums), device=self._device)
-            now[indices] = torch.where(torch.stack(list(self._sums.values())).isfinite(), _NEVER, self._step)
+            # Not by indices: to bring them to a GPU, one would wait for it.
+            nothing = torch.zeros((), dtype=next(iter(self._sums.values())).dtype, device=self._device)
+            sums = torch.stack([self._sums.get(index, nothing) for index in range(len(self._places))])
+            now = torch.where(sums.isfinite(), _NEVER, self._step)
             if self._first is not None:
                 known = len(self._first)
                 now[:known] = torch.minimum(now[:known], self._first)

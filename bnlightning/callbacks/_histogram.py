@@ -32,6 +32,10 @@ def count_values(x: Tensor) -> Tensor:
     """
     # The shift is arithmetic, so that negative values have negative numbers.
     number = (x.contiguous().view(torch.int32).view(-1) >> _SHIFT).add_(_HALF)
+    if x.device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
+        # There bincount waits for the device. Of integers this counts as exactly; told to be deterministic, older
+        # versions of torch refuse it nevertheless.
+        return torch.histc(number, bins=NUM_BINS, min=0, max=NUM_BINS - 1).to(torch.int64)
     return torch.bincount(number, minlength=NUM_BINS)
 
 

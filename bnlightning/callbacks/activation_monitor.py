@@ -175,6 +175,13 @@ class ActivationMonitor(Callback):
             state.observer.check = state.check
         state.observe(_TRAINING)
 
+    def on_before_zero_grad(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        # An optimizer that evaluates the loss several times in a step runs all of training_step again.
+        if self._state is not None:
+            self._state.observer.start_pass()
+
     def on_before_backward(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, loss: torch.Tensor
     ) -> None:
