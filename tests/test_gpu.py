@@ -3,6 +3,10 @@ import torch
 from helpers import quiet_trainer, read_events, scalar
 
 from bnlightning import ActivationMonitor, BatchNorm1d, BatchNorm2d, LitRegressor, SyntheticRegressionDataModule
+from bnlightning.callbacks._finite_check import make_check
+from bnlightning.callbacks._histogram import count_values
+from bnlightning.callbacks._observer import Observer
+from bnlightning.callbacks._window import ActivationWindow
 from bnlightning.nn import CONVENTIONS, skip_nonfinite_batches
 
 pytestmark = [
@@ -71,3 +75,33 @@ def test_monitor_counts_on_the_gpu_what_it_counts_on_the_cpu(tmp_path):
     assert cpu.Tags() == gpu.Tags()
     for tag in (tag for tag in cpu.Tags()["scalars"] if tag.startswith("act_")):
         assert list(scalar(gpu, tag).values()) == pytest.approx(list(scalar(cpu, tag).values()), rel=1e-2, abs=1e-2)
+
+
+def test_monitoring_never_waits_for_the_gpu():
+    observer, window = Observer(None, 100), ActivationWindow()
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), BatchNorm2d(8), torch.nn.Sigmoid(), torch.nn.Flatten()).cuda()
+    observer.attach(net, checks=True)
+    observer.window, observer.check, observer.grad_scale = window, make_check(torch.device("cuda")), 1.0
+    x = torch.randn(4, 3, 9, 9, device="cuda")
+    for wait in ("default", "error"):
+        # The first pass makes the accumulators.
+        torch.cuda.set_sync_debug_mode(wait)
+        try:
+            observer.check.begin(0)
+            observer.start_pass()
+            net(x).sum().backward()
+            observer.check.end()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    observer.detach()
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_histograms_count_on_the_gpu_what_they_count_on_the_cpu(deterministic):
+    x = torch.randn(100_000) * 10.0 ** torch.randn(100_000)
+    x[:3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        assert torch.equal(count_values(x.cuda()).cpu(), count_values(x))
+    finally:
+        torch.use_deterministic_algorithms(False)

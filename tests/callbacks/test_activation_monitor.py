@@ -691,3 +691,22 @@ def test_inside_channels_last_and_conv1d_units_are_the_features(tmp_path):
     # All of the two and of the three, whatever chance does to the others.
     assert 5 * scalar(events, "act_dead/one.1")[0] == pytest.approx(2, abs=1e-5)
     assert 4 * scalar(events, "act_dead/two.1")[0] == pytest.approx(3, abs=1e-5)
+
+
+def test_an_optimizer_that_evaluates_the_loss_several_times_in_a_step(tmp_path):
+    evaluations = []
+
+    class WithLBFGS(Net):
+        def training_step(self, batch):
+            evaluations.append(self.global_step)
+            return super().training_step(batch)
+
+        def configure_optimizers(self):
+            return torch.optim.LBFGS(self.parameters(), max_iter=4)
+
+    quiet_trainer(tmp_path, max_steps=1, callbacks=[ActivationMonitor()]).fit(WithLBFGS(), loader())
+    assert len(evaluations) > 1
+    # Not further calls of a module, but the same call again.
+    histograms = read_events(tmp_path).Histograms("act_hist/body.2")
+    assert [h.histogram_value.num for h in histograms] == [len(evaluations) * 8 * 8]
+    assert "act_hist/body.2#1" not in read_events(tmp_path).Tags()["histograms"]
