@@ -7,6 +7,7 @@ from bnlightning._conf import CONF_DIR
 from bnlightning.callbacks import (
     ActivationMonitor,
     BatchNormSync,
+    GradientMonitor,
     PredictionMonitor,
     PublishedValues,
     SwapNorm,
@@ -28,6 +29,7 @@ __all__ = [
     "BatchNormSync",
     "Comparison",
     "Convention",
+    "GradientMonitor",
     "LitMovingAverage",
     "LitRegressor",
     "PointsDataModule",

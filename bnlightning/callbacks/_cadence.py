@@ -35,15 +35,20 @@ class StepAxis:
 
 
 class TrainingCadence:
-    """The first step, and those at which the number of optimizer steps has passed another multiple of ``every``."""
+    """The first step, and those at which the number of optimizer steps has passed another multiple of ``every``.
 
-    def __init__(self, every: int) -> None:
+    Args:
+        every: Distance in steps.
+        last: The last step that was due, if there was one.
+    """
+
+    def __init__(self, every: int, last: int | None = None) -> None:
         self.every = every
-        self._last: int | None = None
+        self.last = last
 
     def start(self) -> None:
         """A fit starts."""
-        self._last = None
+        self.last = None
 
     @property
     def last(self) -> int | None:
@@ -57,9 +62,9 @@ class TrainingCadence:
     def is_due(self, step: int) -> bool:
         """Whether ``step`` is due; asked again at the same step, it is not."""
         # Not step % every: with several optimizers the count of steps leaps over multiples.
-        if self._last is not None and step // self.every <= self._last // self.every:
+        if self.last is not None and step // self.every <= self.last // self.every:
             return False
-        self._last = step
+        self.last = step
         return True
 
 

@@ -91,3 +91,32 @@ def _reduce(tensors: Sequence[Tensor], operation: str) -> list[Tensor]:
         parts = packed.split([tensors[index].numel() for index in indices])
         reduced |= {index: part.view_as(tensors[index]) for index, part in zip(indices, parts, strict=True)}
     return [reduced[index] for index in range(len(tensors))]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor, of which each rank may hold a part."""
+    # Not by the class, whose import takes long.
+    return hasattr(tensor, "placements")
+
+
+def own_part(tensor: Tensor) -> Tensor | None:
+    """What this rank adds to a sum over all values of ``tensor``, each of them once: ``None`` if it is nothing.
+
+    Of a sharded tensor the values that this rank holds, unless they are replicas of another's; any other is taken to be
+    the same on all ranks and counted by the first. A DTensor with pending sums is reduced, which all ranks must do.
+    """
+    dist = torch.distributed
+    if not is_sharded(tensor):
+        return tensor if world_size() == 1 or dist.get_rank() == 0 else None
+    sharded: Any = tensor
+    if any(placement.is_partial() for placement in sharded.placements):
+        from torch.distributed.tensor import Replicate
+
+        sharded = sharded.redistribute(placements=[Replicate() if p.is_partial() else p for p in sharded.placements])
+    coordinate = sharded.device_mesh.get_coordinate()
+    if coordinate is None or any(
+        place > 0 and p.is_replicate() for place, p in zip(coordinate, sharded.placements, strict=True)
+    ):
+        return None
+    part = sharded.to_local()
+    return part if part.numel() > 0 else None
