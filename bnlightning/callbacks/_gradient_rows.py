@@ -88,8 +88,7 @@ class GradientRows:
             row = self._row.get(id(parameter))
             if row is None or parameter.grad is None:
                 continue
-            # The weights are sharded as their gradient is.
-            gradient, weight = own_part(parameter.grad), own_part(parameter)
+            gradient, weight = own_part(parameter.grad, parameter), own_part(parameter)
             if gradient is not None and weight is not None:
                 values = _values(gradient).float()
                 gradients[row] = values if scale == 1.0 else values / scale

@@ -99,23 +99,25 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "placements")
 
 
-def own_part(tensor: Tensor) -> Tensor | None:
+def own_part(tensor: Tensor, like: Tensor | None = None) -> Tensor | None:
     """What this rank adds to a sum over all values of ``tensor``, each of them once: ``None`` if it is nothing.
 
-    Of a sharded tensor the values that this rank holds, unless they are replicas of another's; any other is taken to be
-    the same on all ranks and counted by the first. A DTensor with pending sums is reduced, which all ranks must do.
-    """
-    dist = torch.distributed
-    if not is_sharded(tensor):
-        return tensor if world_size() == 1 or dist.get_rank() == 0 else None
-    sharded: Any = tensor
-    if any(placement.is_partial() for placement in sharded.placements):
-        from torch.distributed.tensor import Replicate
+    Of a DTensor the values that this rank holds, unless they are replicas of another's; any other tensor is taken to be
+    the same on all ranks, and counted by the first.
 
-        sharded = sharded.redistribute(placements=[Replicate() if p.is_partial() else p for p in sharded.placements])
+    Args:
+        tensor: Any; the whole of it, with ``like``, is brought to the ranks that hold ``like``, which may communicate.
+        like: A tensor of the same shape, a DTensor if ``tensor`` is one.
+    """
+    if not is_sharded(tensor):
+        return tensor if world_size() == 1 or torch.distributed.get_rank() == 0 else None
+    sharded: Any = tensor
+    placements: Any = sharded.placements if like is None else like.placements  # type: ignore[attr-defined]
+    if placements != sharded.placements:
+        sharded = sharded.redistribute(placements=placements)
     coordinate = sharded.device_mesh.get_coordinate()
     if coordinate is None or any(
-        place > 0 and p.is_replicate() for place, p in zip(coordinate, sharded.placements, strict=True)
+        place > 0 and placement.is_replicate() for place, placement in zip(coordinate, placements, strict=True)
     ):
         return None
     part = sharded.to_local()
