@@ -2,7 +2,6 @@
 
 from bnlightning.callbacks._selection import saturation_limits as saturation_limits
 from bnlightning.callbacks.activation_monitor import ActivationMonitor as ActivationMonitor
-from bnlightning.callbacks.activation_monitor import saturation_limits as saturation_limits
 from bnlightning.callbacks.gradient_monitor import GradientMonitor as GradientMonitor
 from bnlightning.callbacks.prediction_monitor import PredictionMonitor as PredictionMonitor
 from bnlightning.callbacks.progress_bar import TrainingProgressBar as TrainingProgressBar

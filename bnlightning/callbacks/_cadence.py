@@ -50,15 +50,6 @@ class TrainingCadence:
         """A fit starts."""
         self.last = None
 
-    @property
-    def last(self) -> int | None:
-        """The step that was due last."""
-        return self._last
-
-    def resume(self, last: int | None) -> None:
-        """Go on after a checkpoint, in which the last step that was due is ``last``."""
-        self._last = last
-
     def is_due(self, step: int) -> bool:
         """Whether ``step`` is due; asked again at the same step, it is not."""
         # Not step % every: with several optimizers the count of steps leaps over multiples.

@@ -281,7 +281,7 @@ class ActivationMonitor(Callback):
         if loaded:
             self._state.recent.load_state_dict(loaded["recent"])
             self._state.ranges.load_state_dict(loaded["ranges"])
-            self._state.sampling.resume(loaded["sampling"])
+            self._state.sampling.last = loaded["sampling"]
             self._evaluation.resume(loaded["evaluation"])
             self._state.is_checking = loaded["is_checking"]
             self._state.warned = set(loaded["warned"])

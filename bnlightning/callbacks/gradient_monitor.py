@@ -18,9 +18,10 @@ from torch.optim import Optimizer
 from bnlightning._check import check_integer
 from bnlightning.callbacks._cadence import TrainingCadence, logged_step
 from bnlightning.callbacks._gradient_rows import GradientRows, ParameterStatistics
-from bnlightning.callbacks._parameter_paths import parameters_by_path
+from bnlightning.callbacks._histogram import TypicalRanges
 from bnlightning.callbacks._publication import Publication
 from bnlightning.callbacks._ranks import is_sharded
+from bnlightning.callbacks._selection import user_path
 
 # Names of classes, since importing them may need a package that is not installed.
 _REFUSED = {
@@ -47,7 +48,8 @@ class GradientMonitor(Callback):
 
     - ``grad_norm/<param>``: ``||g||``, the 2-norm.
     - ``grad_rms/<param>``: ``||g|| / sqrt(n)``, comparable between parameters of different sizes.
-    - ``grad_hist/<param>``: histogram of the finite values (loggers that have histograms).
+    - ``grad_hist/<param>``: histogram of the finite values (TensorBoard and Weights & Biases); values far outside of
+      what is typical are counted in its outermost bin.
     - ``grad_nonfinite/<param>``: share of NaN and infinities; only where there are any.
     - ``update_ratio/<param>``: ``||w1 - w0|| / ||w0||`` of the weights ``w0`` just before the step and ``w1`` at the
       end of the training batch, so with momentum, weight decay and clipping; only where ``||w0||`` is not zero. A rule
@@ -107,6 +109,7 @@ class GradientMonitor(Callback):
         self._left_out: set[str] = set()
         self._warned = False
         self._batch: _Batch | None = None
+        self._ranges = TypicalRanges()
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         for base in type(trainer.strategy).__mro__:
@@ -124,7 +127,9 @@ class GradientMonitor(Callback):
             if cadence.last is not None and cadence.last < trainer.global_step
         }
         self._decided, self._chosen, self._left_out, self._warned = set(), set(), set(), False
-        self._choose(parameters_by_path(pl_module))
+        if not self._cadences:
+            self._ranges = TypicalRanges()
+        self._choose(_by_path(pl_module))
         if not self._chosen:
             rank_zero_warn(
                 f"GradientMonitor(parameters={self.parameters!r}) finds nothing to watch in "
@@ -149,7 +154,7 @@ class GradientMonitor(Callback):
             return
         batch.seen[id(optimizer)] = trainer.global_step
         if batch.rows is None:
-            parameters = parameters_by_path(pl_module)
+            parameters = _by_path(pl_module)
             self._choose(parameters)
             if not trainer.is_global_zero and not any(map(is_sharded, parameters.values())):
                 return
@@ -176,12 +181,14 @@ class GradientMonitor(Callback):
         self._batch = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"last_sampled": {index: cadence.last for index, cadence in self._cadences.items()}}
+        last_sampled = {index: cadence.last for index, cadence in self._cadences.items()}
+        return {"last_sampled": last_sampled, "ranges": self._ranges.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._cadences = {
             index: TrainingCadence(self.every_n_steps, last) for index, last in state_dict["last_sampled"].items()
         }
+        self._ranges.load_state_dict(state_dict["ranges"])
 
     def _is_due(self, batch: "_Batch", trainer: lightning.Trainer, optimizer: Optimizer) -> bool:
         """Whether the steps of an optimizer are to be sampled in a batch, however often it steps there."""
@@ -220,7 +227,9 @@ class GradientMonitor(Callback):
             step,
             scalars={tag: value for tag, value in scalars.items() if abs(value) <= _LARGEST},
             histograms={
-                f"grad_hist/{path}": one.histogram for path, one in chosen.items() if one.histogram is not None
+                f"grad_hist/{path}": self._ranges.fit(path, one.histogram)
+                for path, one in chosen.items()
+                if one.histogram is not None
             },
         )
 
@@ -249,6 +258,11 @@ def _check_parameters(parameters: Any) -> None:
             f"parameters={parameters!r} is not possible: give patterns of paths such as 'net.*.weight', or a function "
             "of the path and the parameter."
         )
+
+
+def _by_path(module: nn.Module) -> dict[str, nn.Parameter]:
+    """All parameters; one that is shared stands under its first path."""
+    return {user_path(name): parameter for name, parameter in module.named_parameters()}
 
 
 def _parameters(optimizer: Optimizer) -> Iterator[nn.Parameter]:
