@@ -6,6 +6,7 @@ from bnlightning._comparison import Comparison, compare_runs
 from bnlightning._conf import CONF_DIR
 from bnlightning.callbacks import (
     ActivationMonitor,
+    BatchNormMonitor,
     BatchNormSync,
     GradientMonitor,
     PredictionMonitor,
@@ -26,6 +27,7 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "BatchNormMonitor",
     "BatchNormSync",
     "Comparison",
     "Convention",
