@@ -4,7 +4,7 @@ Per channel the number of values, their sum and squares about a mean only add up
 calls, micro-batches and ranks. They lie on the device, for all layers in one tensor, and are read once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parameter import is_lazy
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from bnlightning.callbacks._ranks import reduce_sums
 from bnlightning.nn.functional import statistics_dtype
@@ -60,34 +60,44 @@ class BatchNormRows:
     def __init__(self, layers: Sequence[_BatchNorm], device: torch.device) -> None:
         self._layers = list(layers)
         self._device = device
-        self._sizes: list[int] = []
-        self._allocate()
-
-    def _allocate(self) -> None:
         # Apple's GPUs have no float64.
-        real = torch.float32 if self._device.type == "mps" else torch.float64
-        self._sizes = [_channels(layer) for layer in self._layers]
+        self._real = torch.float32 if device.type == "mps" else torch.float64
+        self._allocate([_channels(layer) for layer in self._layers])
+
+    def _allocate(self, sizes: list[int]) -> None:
+        self._sizes = sizes
         # By channel: number of values, sum, squared sum over number by call, squares about the mean of each call.
-        self._moments = torch.zeros(4, sum(self._sizes), dtype=real, device=self._device)
-        self._parts = [part.unbind(0) for part in self._moments.split(self._sizes, dim=1)]
+        self._moments = torch.zeros(4, sum(sizes), dtype=self._real, device=self._device)
+        self._parts = [part.unbind(0) for part in self._moments.split(sizes, dim=1)]
 
     @torch.no_grad()
     def start(self) -> None:
         """A step begins: forget the one before, and remember what the layers hold."""
-        if self._sizes != [_channels(layer) for layer in self._layers]:
-            self._allocate()
+        sizes = [_channels(layer) for layer in self._layers]
+        if sizes != self._sizes:
+            self._allocate(sizes)
         self._moments.zero_()
-        self._running = self._copied([_running(layer) for layer in self._layers], dim=1)
-        self._counted = self._copied([_count(layer) for layer in self._layers], dim=0)
-        scales = [_scale(layer) for layer in self._layers]
-        entries = torch.tensor([scale.numel() for scale in scales], device=self._device).to(self._moments)
-        # Rows: how many entries of the scale are near zero, and how many there are; of this rank's shard, if sharded.
-        self._scales = torch.stack((self._copied([_near_zero(scale) for scale in scales], dim=0), entries))
-        self._tracked = [_is_tracked(layer) for layer in self._layers]
-        self._updates = [_updates(layer) for layer in self._layers]
+        sized = list(zip(self._layers, sizes, strict=True))
+        self._updates = np.array([_updates(layer) for layer in self._layers])
+        self._tracked = np.array([size > 0 and layer.running_mean is not None for layer, size in sized])
+        held = [
+            (layer.running_mean, layer.running_var) if tracked else (torch.zeros(size), torch.zeros(size))
+            for (layer, size), tracked in zip(sized, self._tracked, strict=True)
+        ]
+        self._running = torch.stack([self._packed(tensors) for tensors in zip(*held, strict=True)])
+        counts = [layer.num_batches_tracked for layer in self._layers]
+        self._counted = self._packed([torch.ones(1) if count is None else count.view(1) for count in counts])
+        self._scales = self._near_zero([_scale(layer) if size else torch.zeros(0) for layer, size in sized])
 
-    def _copied(self, tensors: list[Tensor], dim: int) -> Tensor:
-        return torch.cat([tensor.to(self._moments) for tensor in tensors], dim=dim)
+    def _packed(self, tensors: Iterable[Tensor]) -> Tensor:
+        return torch.cat([tensor.to(self._device) for tensor in tensors]).to(self._real)
+
+    def _near_zero(self, scales: list[Tensor]) -> Tensor:
+        """How many entries of each scale are near zero, and how many there are, shape ``(2, layers)``."""
+        entries = [scale.numel() for scale in scales]
+        near = self._packed(scales).abs() < _NEAR_ZERO
+        counts = torch.stack([part.sum() for part in near.split(entries)])
+        return torch.stack((counts, torch.tensor(entries, device=self._device))).to(self._real)
 
     @torch.no_grad()
     def update(self, index: int, input: Tensor) -> None:
@@ -119,16 +129,14 @@ class BatchNormRows:
     def reduce(self) -> None:
         """Add up the moments of all ranks, on all ranks, in one collective; every rank must call it, once a step.
 
-        A layer that did not run on a rank has no part in it. What the layers held stays this rank's own, but for the
-        scales, which may be sharded.
+        A layer that did not run on a rank has no part in it; what is not finite stays so. What the layers held stays
+        this rank's own, but for the scales, which may be sharded.
         """
         n, sums, squared_sums, squares = self._moments
         has = n > 0
         mean = sums / n.clamp(min=1)
         squares = squares + (squared_sums - sums * mean).clamp(min=0)
-        good = mean.isfinite() & squares.isfinite()
         rows = torch.stack((n, sums, n * mean.square(), squares, has.to(n), mean, mean.square()))
-        rows = torch.cat((rows.where(good, 0.0), (~good).to(n)[None]))
         self._reduced, self._scales = reduce_sums([rows, self._scales])
 
     def statistics(self) -> list[BatchNormStatistics | None]:
@@ -139,57 +147,37 @@ class BatchNormRows:
         reduced, running, counted, scales = (
             values.reshape(part.shape) for values, part in zip(np.split(read, ends), parts, strict=True)
         )
-        starts = np.cumsum(self._sizes)[:-1]
-        by_layer = zip(
-            self._layers,
-            np.split(reduced, starts, axis=1),
-            np.split(running, starts, axis=1),
-            scales.T,
-            [
-                tracked and (count > 0 or not updates)
-                for tracked, count, updates in zip(self._tracked, counted, self._updates, strict=True)
-            ],
-            self._tracked,
-            strict=True,
-        )
-        return [_statistics(*each) if each[1].size else None for each in by_layer]
+        sizes = np.array(self._sizes)
+        eps = np.repeat([layer.eps for layer in self._layers], sizes)
+        unbiased = np.repeat([_is_unbiased(layer) for layer in self._layers], sizes)
+        rows = _by_layer(_channel_statistics(reduced, running, eps, unbiased), sizes)
+        # Initial values that the step itself replaces are nothing to compare with.
+        comparable = self._tracked & ((counted > 0) | ~self._updates)
+        return [
+            _layer_statistics(*each) if each[0] else None
+            for each in zip(self._sizes, rows.T, *scales, self._tracked, comparable, strict=True)
+        ]
 
 
 def _channels(layer: _BatchNorm) -> int:
-    return 0 if any(map(is_lazy, (*layer.parameters(), *layer.buffers()))) else layer.num_features
-
-
-def _is_tracked(layer: _BatchNorm) -> bool:
-    return _channels(layer) > 0 and layer.running_mean is not None and layer.running_var is not None
-
-
-def _running(layer: _BatchNorm) -> Tensor:
-    """Mean and variance, shape ``(2, C)``; zeros where there are none."""
-    if not _is_tracked(layer):
-        return torch.zeros(2, _channels(layer))
-    assert layer.running_mean is not None and layer.running_var is not None
-    return torch.stack((layer.running_mean, layer.running_var))
-
-
-def _count(layer: _BatchNorm) -> Tensor:
-    count = layer.num_batches_tracked
-    return torch.ones(1) if count is None else count.view(1)
+    """The number of channels, 0 of a lazy layer without parameters."""
+    return 0 if isinstance(layer, LazyModuleMixin) and layer.has_uninitialized_params() else layer.num_features
 
 
 def _updates(layer: _BatchNorm) -> bool:
     return layer.training and layer.track_running_stats and not getattr(layer, "frozen", False)
 
 
+def _is_unbiased(layer: _BatchNorm) -> bool:
+    return getattr(getattr(layer, "convention", None), "unbiased", True)
+
+
 def _scale(layer: _BatchNorm) -> Tensor:
     """What this rank has of the scale; empty without one."""
-    weight: Any = layer.weight if _channels(layer) else None
+    weight: Any = layer.weight
     if weight is None:
         return torch.zeros(0)
-    return weight.to_local() if hasattr(weight, "to_local") else weight
-
-
-def _near_zero(scale: Tensor) -> Tensor:
-    return (scale.abs() < _NEAR_ZERO).sum().view(1)
+    return weight.to_local() if hasattr(weight, "to_local") else weight.flatten()
 
 
 def _by_channel(layer: _BatchNorm, input: Tensor) -> Tensor | None:
@@ -202,50 +190,69 @@ def _by_channel(layer: _BatchNorm, input: Tensor) -> Tensor | None:
     return x.reshape(*x.shape[:2], -1)
 
 
-def _statistics(
-    layer: _BatchNorm, reduced: Array, running: Array, scales: Array, comparable: bool, tracked: bool
-) -> BatchNormStatistics:
-    """From what is known of a layer to its statistics.
+def _channel_statistics(reduced: Array, running: Array, eps: Array, unbiased: NDArray[np.bool_]) -> Array:
+    """The statistics of each channel, NaN where there are none.
 
     Args:
-        layer: For its ``eps`` and its estimator of the variance.
-        reduced: What :meth:`BatchNormRows.reduce` makes, shape ``(8, C)``.
+        reduced: What :meth:`BatchNormRows.reduce` makes, shape ``(7, C)``.
         running: Mean and variance before the step, shape ``(2, C)``.
-        scales: How many entries of the scale are near zero, and how many there are.
-        comparable: Whether the running statistics are more than initial values that the step replaces.
-        tracked: Whether there are running statistics.
+        eps: What a layer adds to a variance, shape ``(C,)``.
+        unbiased: Whether its running variance averages unbiased ones, shape ``(C,)``.
+
+    Returns:
+        Drift of the mean, drift of the variance, spread over ranks, minus the running variance, and 1 where a value is
+        not finite, else 0; shape ``(5, C)``.
     """
-    n, sums, squared_sums, squares, ranks, rank_means, squared_rank_means, bad = reduced
+    n, sums, squared_sums, squares, ranks, rank_means, squared_rank_means = reduced
     running_mean, running_var = running
-    near_zero, entries = scales
     with np.errstate(all="ignore"):
         mean = sums / n
         var = (squares + np.maximum(squared_sums - sums * mean, 0)) / n
-        mean[bad > 0] = np.nan
-        spread = np.sqrt(np.maximum(squared_rank_means / ranks - (rank_means / ranks) ** 2, 0) / (var + layer.eps))
+        # Infinite where a value is, or where float32 cannot hold a square.
+        var[np.isinf(var)] = np.nan
+        mean[np.isnan(var)] = np.nan
         # Like with like: the estimator that the running variance averages.
-        unbiased = getattr(getattr(layer, "convention", None), "unbiased", True)
-        estimate = np.where(n > 1, var * (n / (n - 1) if unbiased else 1), np.nan)
-        mean_drift = np.abs(running_mean - mean) / np.sqrt(running_var + layer.eps)
-        var_drift = np.abs(np.log((running_var + layer.eps) / (estimate + layer.eps)))
-        spread[bad > 0], var_drift[bad > 0] = np.nan, np.nan
-    broken = (bad > 0) | ~np.isfinite(running).all(axis=0)
+        estimate = np.where(n > 1, var * np.where(unbiased, n / (n - 1), 1), np.nan)
+        between_ranks = np.maximum(squared_rank_means / ranks - (rank_means / ranks) ** 2, 0)
+        values = np.stack(
+            (
+                np.abs(running_mean - mean) / np.sqrt(running_var + eps),
+                np.abs(np.log((running_var + eps) / (estimate + eps))),
+                np.where(ranks > 1, np.sqrt(between_ranks / (var + eps)), np.nan),
+                -running_var,
+                ((n > 0) & np.isnan(var)) | ~np.isfinite(running).all(axis=0),
+            )
+        )
+    values[np.isinf(values)] = np.nan
+    return values
+
+
+def _by_layer(values: Array, sizes: NDArray[np.int64]) -> Array:
+    """The largest over the channels of each layer, and of the last row the mean; shape ``(5, layers)``."""
+    by_layer = np.full((len(values), len(sizes)), np.nan)
+    # Where there is a layer without channels, reduceat would take the next one's first.
+    starts = (np.cumsum(sizes) - sizes)[sizes > 0]
+    if len(starts):
+        by_layer[:, sizes > 0] = np.fmax.reduceat(values, starts, axis=1)
+        by_layer[-1, sizes > 0] = np.add.reduceat(values[-1], starts) / sizes[sizes > 0]
+    return by_layer
+
+
+def _layer_statistics(
+    channels: int, values: Array, near_zero: float, entries: float, tracked: bool, comparable: bool
+) -> BatchNormStatistics:
+    mean_drift, var_drift, rank_spread, minus_running_var, nonfinite = (_finite(value) for value in values)
     return BatchNormStatistics(
-        channels=len(n),
+        channels=channels,
         scales=int(entries),
-        mean_drift=_largest(mean_drift) if comparable else None,
-        var_drift=_largest(var_drift) if comparable else None,
-        rank_spread=_largest(spread[ranks > 1]),
-        scale_near_zero=near_zero / entries if entries else None,
-        min_running_var=_negative(_largest(-running_var)) if tracked else None,
-        nonfinite=float(broken.mean()),
+        mean_drift=mean_drift if comparable else None,
+        var_drift=var_drift if comparable else None,
+        rank_spread=rank_spread,
+        scale_near_zero=float(near_zero / entries) if entries else None,
+        min_running_var=-minus_running_var if tracked and minus_running_var is not None else None,
+        nonfinite=nonfinite or 0.0,
     )
 
 
-def _largest(values: Array) -> float | None:
-    finite = values[np.isfinite(values)]
-    return float(finite.max()) if len(finite) else None
-
-
-def _negative(value: float | None) -> float | None:
-    return None if value is None else -value
+def _finite(value: np.float64) -> float | None:
+    return None if np.isnan(value) else float(value)
