@@ -55,7 +55,8 @@ class BatchNormMonitor(Callback):
     share without a scale, no drifts before the first batch has replaced the initial values. Drifts are never zero: the
     mean of n independent values is off by about :math:`1 / \sqrt n` by chance, the largest of many channels by more.
 
-    Memory: 32 bytes a channel, and in a sampled step for the time of one call a copy of its input.
+    Memory: about 100 bytes a channel, and in a sampled step for the time of one call a copy of its input. Hooks are
+    attached when the fit starts; a module compiled before is traced with them.
 
     Args:
         every_n_steps: Distance of two samples in optimizer steps.

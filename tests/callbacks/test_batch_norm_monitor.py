@@ -11,15 +11,18 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from helpers import quiet_trainer, read_events, scalar
+from helpers import quiet_trainer, read_events, run_on_ranks, scalar
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from bnlightning import BatchNorm1d, BatchNorm2d, BatchNormMonitor, SwapNorm
+from bnlightning.callbacks._batch_norm_rows import BatchNormRows, BatchNormStatistics
 from bnlightning.nn import BatchNormAct2d
 
 # The loaders have no workers, as they need none, and many tests only train.
@@ -354,6 +357,28 @@ def test_other_precisions(precision, tmp_path):
     assert_as_captured(read_events(tmp_path), model, capture, range(3))
 
 
+def test_a_compiled_module_is_one_graph_for_sampled_steps_and_one_for_others(tmp_path):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    # torch.compile stops after eight variants of one function, which other tests may have used up.
+    torch._dynamo.reset()
+    events = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = Net(nn.BatchNorm1d(48), nn.ReLU(), BatchNorm1d(48, convention="keras"))
+        graphs = CompileCounterWithBackend("aot_eager")
+        if compiled:
+            model.body.compile(backend=graphs, fullgraph=True)
+        directory = tmp_path / str(compiled)
+        quiet_trainer(directory, max_epochs=2, callbacks=[BatchNormMonitor(every_n_steps=2)]).fit(model, loader())
+        events.append(read_events(directory))
+    assert graphs.frame_count == 2
+    for step in range(0, 10, 2):
+        for name in ("body.1", "body.3"):
+            plain, compiled = (written(each, name, step) for each in events)
+            assert compiled == pytest.approx(plain, rel=1e-5, abs=1e-7) and len(plain) == (4 if step else 2)
+
+
 def test_lazy_layers_from_the_step_on_at_which_they_have_parameters(tmp_path):
     torch.manual_seed(0)
     model, capture = Net(nn.LazyBatchNorm1d(), nn.BatchNorm1d(48)), Capture()
@@ -516,6 +541,24 @@ def test_the_layer_itself_tells_of_input_that_it_refuses(tmp_path):
     model = Net(nn.BatchNorm1d(47))
     with pytest.raises(RuntimeError, match="running_mean should contain 48 elements not 47"):
         quiet_trainer(tmp_path, max_steps=1, callbacks=[BatchNormMonitor()]).fit(model, loader())
+
+
+def _sharded_scales(rank):
+    net = nn.Sequential(nn.Linear(3, 48), nn.BatchNorm1d(48))
+    nn.init.zeros_(net[1].weight[:7])
+    fully_shard(net, mesh=init_device_mesh("cpu", (2,)))
+    rows = BatchNormRows([net[1]], torch.device("cpu"))
+    rows.start()
+    rows.reduce()
+    return type(net[1].weight).__name__, rows.statistics()
+
+
+@pytest.mark.slow
+def test_sharded_scales_are_put_together(tmp_path):
+    for kind, (layer,) in run_on_ranks(_sharded_scales, 2, tmp_path):
+        # Nothing has run.
+        want = BatchNormStatistics(48, 48, None, None, None, pytest.approx(7 / 48), 1.0, 0.0)
+        assert kind == "DTensor" and layer == want
 
 
 class OnRanks(Net):
