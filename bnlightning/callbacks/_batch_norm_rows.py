@@ -30,6 +30,7 @@ class BatchNormStatistics:
     Args:
         channels: Number of channels (of positions, where the statistics are per activation).
         scales: Number of entries of the scale, 0 without one.
+        seen: Whether any input came on any rank.
         mean_drift: Largest distance of a running from a batch mean, in running standard deviations.
         var_drift: Largest absolute logarithm of the ratio of a running to a batch variance.
         rank_spread: Largest standard deviation of a batch mean over ranks, in standard deviations of the batch.
@@ -40,6 +41,7 @@ class BatchNormStatistics:
 
     channels: int
     scales: int
+    seen: bool
     mean_drift: float | None
     var_drift: float | None
     rank_spread: float | None
@@ -200,8 +202,8 @@ def _channel_statistics(reduced: Array, running: Array, eps: Array, unbiased: ND
         unbiased: Whether its running variance averages unbiased ones, shape ``(C,)``.
 
     Returns:
-        Drift of the mean, drift of the variance, spread over ranks, minus the running variance, and 1 where a value is
-        not finite, else 0; shape ``(5, C)``.
+        Drift of the mean, drift of the variance, spread over ranks, minus the running variance, the number of values,
+        and 1 where a value is not finite, else 0; shape ``(6, C)``.
     """
     n, sums, squared_sums, squares, ranks, rank_means, squared_rank_means = reduced
     running_mean, running_var = running
@@ -220,6 +222,7 @@ def _channel_statistics(reduced: Array, running: Array, eps: Array, unbiased: ND
                 np.abs(np.log((running_var + eps) / (estimate + eps))),
                 np.where(ranks > 1, np.sqrt(between_ranks / (var + eps)), np.nan),
                 -running_var,
+                n,
                 ((n > 0) & np.isnan(var)) | ~np.isfinite(running).all(axis=0),
             )
         )
@@ -228,7 +231,7 @@ def _channel_statistics(reduced: Array, running: Array, eps: Array, unbiased: ND
 
 
 def _by_layer(values: Array, sizes: NDArray[np.int64]) -> Array:
-    """The largest over the channels of each layer, and of the last row the mean; shape ``(5, layers)``."""
+    """The largest over the channels of each layer, and of the last row the mean; shape ``(6, layers)``."""
     by_layer = np.full((len(values), len(sizes)), np.nan)
     # Where there is a layer without channels, reduceat would take the next one's first.
     starts = (np.cumsum(sizes) - sizes)[sizes > 0]
@@ -241,10 +244,11 @@ def _by_layer(values: Array, sizes: NDArray[np.int64]) -> Array:
 def _layer_statistics(
     channels: int, values: Array, near_zero: float, entries: float, tracked: bool, comparable: bool
 ) -> BatchNormStatistics:
-    mean_drift, var_drift, rank_spread, minus_running_var, nonfinite = (_finite(value) for value in values)
+    mean_drift, var_drift, rank_spread, minus_running_var, n, nonfinite = (_finite(value) for value in values)
     return BatchNormStatistics(
         channels=channels,
         scales=int(entries),
+        seen=bool(n),
         mean_drift=mean_drift if comparable else None,
         var_drift=var_drift if comparable else None,
         rank_spread=rank_spread,

@@ -56,7 +56,7 @@ class BatchNormMonitor(Callback):
     mean of n independent values is off by about :math:`1 / \sqrt n` by chance, the largest of many channels by more.
 
     Memory: about 100 bytes a channel, and in a sampled step for the time of one call a copy of its input. Hooks are
-    attached when the fit starts; a module compiled before is traced with them.
+    attached when the fit starts; a module compiled by then but not yet run is traced with them.
 
     Args:
         every_n_steps: Distance of two samples in optimizer steps.
@@ -91,6 +91,7 @@ class BatchNormMonitor(Callback):
         # Where the sample belongs: the number of optimizer steps before it, and its place on the x-axis.
         self._sample: tuple[int, int] | None = None
         self._observing = False
+        self._is_first = True
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy, which a copy of the module in the middle of a fit brings along, has no part in that fit.
@@ -98,6 +99,7 @@ class BatchNormMonitor(Callback):
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._cadence.start()
+        self._is_first = True
         self._attach(pl_module)
 
     def on_train_batch_start(
@@ -181,7 +183,19 @@ class BatchNormMonitor(Callback):
         if trainer.is_global_zero:
             read = zip(self._names, self._rows.statistics(), strict=True)
             layers = {name: layer for name, layer in read if layer is not None}
+            self._warn_if_nothing_ran(list(layers.values()))
             Publication(x, scalars=_scalars(layers) | _health(list(layers.values()))).write(trainer)
+
+    def _warn_if_nothing_ran(self, layers: Sequence[BatchNormStatistics]) -> None:
+        # In the first sample only: later, a step may well do without them.
+        first, self._is_first = self._is_first, False
+        if not first or not layers or any(layer.seen for layer in layers):
+            return
+        rank_zero_warn(
+            f"BatchNormMonitor sees no input of {self._names[0]} or any other of {len(layers)} layer(s): a module that "
+            "ran under torch.compile before the fit does not call hooks attached since (call torch.compiler.reset() "
+            "before the fit), nor does `layer.forward(x)` instead of `layer(x)`."
+        )
 
 
 def _checked_modules(modules: Selection | Sequence[Selection] | None) -> list[Selection] | None:

@@ -379,6 +379,19 @@ def test_a_compiled_module_is_one_graph_for_sampled_steps_and_one_for_others(tmp
             assert compiled == pytest.approx(plain, rel=1e-5, abs=1e-7) and len(plain) == (4 if step else 2)
 
 
+def test_warns_once_when_a_module_was_compiled_without_the_hooks(tmp_path):
+    torch._dynamo.reset()
+    model = Net(nn.BatchNorm1d(48))
+    model.body.compile(backend="eager")
+    quiet_trainer(max_steps=1).fit(model, loader())
+    with pytest.warns(UserWarning, match=r"BatchNormMonitor sees no input of body\.1 or any other") as caught:
+        quiet_trainer(max_steps=5, callbacks=[BatchNormMonitor(every_n_steps=1)]).fit(model, loader())
+    assert sum("BatchNormMonitor" in str(each.message) for each in caught) == 1
+    torch.compiler.reset()
+    quiet_trainer(tmp_path, max_steps=2, callbacks=[BatchNormMonitor(every_n_steps=1)]).fit(model, loader())
+    assert "bn_mean_drift/body.1" in read_events(tmp_path).Tags()["scalars"]
+
+
 def test_lazy_layers_from_the_step_on_at_which_they_have_parameters(tmp_path):
     torch.manual_seed(0)
     model, capture = Net(nn.LazyBatchNorm1d(), nn.BatchNorm1d(48)), Capture()
@@ -557,7 +570,7 @@ def _sharded_scales(rank):
 def test_sharded_scales_are_put_together(tmp_path):
     for kind, (layer,) in run_on_ranks(_sharded_scales, 2, tmp_path):
         # Nothing has run.
-        want = BatchNormStatistics(48, 48, None, None, None, pytest.approx(7 / 48), 1.0, 0.0)
+        want = BatchNormStatistics(48, 48, False, None, None, None, pytest.approx(7 / 48), 1.0, 0.0)
         assert kind == "DTensor" and layer == want
 
 
