@@ -5,11 +5,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from bnlightning.callbacks._finite_check import FiniteCheck
+from bnlightning.callbacks._hooks import is_recomputation
 from bnlightning.callbacks._selection import (
     Choice,
     features,
@@ -207,13 +207,6 @@ class _GradHook:
         scale = self.observer.grad_scale
         if self.observer.window is self.window and scale is not None:
             self.window.update(self.key, grad.detach().float() * scale)
-
-
-def is_recomputation() -> bool:
-    """Whether activation checkpointing runs a forward pass again, in the middle of a backward pass."""
-    # Private, and the only way to tell; torch's own FSDP asks it, too.
-    current_graph_task_id = getattr(torch._C, "_current_graph_task_id", None)
-    return current_graph_task_id is not None and current_graph_task_id() != -1
 
 
 def tensors_in(output: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:

@@ -1,7 +1,6 @@
 """How far batch norm layers are from what evaluation takes them for, in the loggers."""
 
-from collections.abc import Callable, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,8 +16,7 @@ from bnlightning.callbacks._batch_norm_rows import BatchNormRows, BatchNormStati
 from bnlightning.callbacks._cadence import TrainingCadence, logged_step
 from bnlightning.callbacks._hooks import is_recomputation
 from bnlightning.callbacks._publication import Publication
-
-Selection = str | type[nn.Module] | Callable[[str, nn.Module], bool]
+from bnlightning.callbacks._selection import Choice, checked_choices, is_chosen, user_path
 
 
 class BatchNormMonitor(Callback):
@@ -76,13 +74,13 @@ class BatchNormMonitor(Callback):
     def __init__(
         self,
         every_n_steps: int = 50,
-        modules: Selection | Sequence[Selection] | None = None,
+        modules: Choice | Sequence[Choice] | None = None,
         max_layers: int = 200,
     ) -> None:
         check_integer("every_n_steps", every_n_steps, at_least=1)
         check_integer("max_layers", max_layers, at_least=1)
         self.every_n_steps = every_n_steps
-        self.modules = _checked_modules(modules)
+        self.modules = checked_choices(modules)
         self.max_layers = max_layers
         self._cadence = TrainingCadence(every_n_steps)
         self._handles: list[RemovableHandle] = []
@@ -98,7 +96,9 @@ class BatchNormMonitor(Callback):
         return vars(self) | {"_handles": [], "_names": [], "_rows": None, "_sample": None, "_observing": False}
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._cadence.start()
+        # What a checkpoint or the fit before left, if this one goes on from there.
+        if self._cadence.last is not None and self._cadence.last >= trainer.global_step:
+            self._cadence.start()
         self._is_first = True
         self._attach(pl_module)
 
@@ -132,13 +132,20 @@ class BatchNormMonitor(Callback):
     ) -> None:
         self._detach()
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"last_sampled": self._cadence.last}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._cadence.last = state_dict["last_sampled"]
+
     def _attach(self, pl_module: lightning.LightningModule) -> None:
         """One hook on every layer, kept for the whole fit and told by state when to look."""
         self._detach()
         layers = {
-            name: layer
+            user_path(name): layer
             for name, layer in pl_module.named_modules()
-            if isinstance(layer, _BatchNorm) and self._selects(name, layer)
+            if isinstance(layer, _BatchNorm)
+            and (self.modules is None or is_chosen(self.modules, user_path(name), layer))
         }
         if not layers:
             rank_zero_warn(
@@ -158,9 +165,6 @@ class BatchNormMonitor(Callback):
             layer.register_forward_pre_hook(partial(self._observe, index), with_kwargs=True)
             for index, layer in enumerate(watched)
         ]
-
-    def _selects(self, name: str, layer: nn.Module) -> bool:
-        return self.modules is None or any(_is_chosen(entry, name, layer) for entry in self.modules)
 
     def _detach(self) -> None:
         for handle in self._handles:
@@ -196,26 +200,6 @@ class BatchNormMonitor(Callback):
             "ran under torch.compile before the fit does not call hooks attached since (call torch.compiler.reset() "
             "before the fit), nor does `layer.forward(x)` instead of `layer(x)`."
         )
-
-
-def _checked_modules(modules: Selection | Sequence[Selection] | None) -> list[Selection] | None:
-    if modules is None:
-        return None
-    chosen = [modules] if isinstance(modules, str) or not isinstance(modules, Sequence) else list(modules)
-    for entry in chosen:
-        is_other_type = isinstance(entry, type) and not issubclass(entry, nn.Module)
-        if is_other_type or isinstance(entry, nn.Module) or not (isinstance(entry, str) or callable(entry)):
-            raise ValueError(
-                f"modules={modules!r} is not possible: give patterns of paths such as 'net.*', types of modules, or "
-                "functions of a path and a module."
-            )
-    return chosen
-
-
-def _is_chosen(entry: Selection, name: str, layer: nn.Module) -> bool:
-    if isinstance(entry, str):
-        return fnmatchcase(name, entry)
-    return isinstance(layer, entry) if isinstance(entry, type) else bool(entry(name, layer))
 
 
 def _scalars(layers: dict[str, BatchNormStatistics]) -> dict[str, float]:

@@ -531,7 +531,7 @@ def test_watches_no_more_than_max_layers(tmp_path):
 
 @pytest.mark.parametrize("modules", [3, [3], [nn.BatchNorm1d(3)], nn.BatchNorm1d(3), [int]])
 def test_bad_modules_are_named(modules):
-    with pytest.raises(ValueError, match=r"modules=.* is not possible: give patterns of paths"):
+    with pytest.raises(ValueError, match=r"modules=.* is not possible: give types of modules"):
         BatchNormMonitor(modules=modules)
 
 
