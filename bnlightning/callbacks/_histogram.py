@@ -76,9 +76,9 @@ def finite_histogram(
     """
     extent = max(abs(minimum), abs(maximum))
     # The bins from the resolution up to the extent; those below the first are put together.
-    first, stop = np.searchsorted(_MAGNITUDES, [extent * _RESOLUTION, extent], side="right").tolist()
+    first, stop = np.searchsorted(MAGNITUDES, [extent * _RESOLUTION, extent], side="right").tolist()
     first, stop = max(first - 1, 1), min(stop, _FINITE)
-    magnitudes = _MAGNITUDES[first : stop + 1]
+    magnitudes = MAGNITUDES[first : stop + 1]
     negative, positive = bins[:stop], bins[_HALF : _HALF + stop]
     edges = np.concatenate([-magnitudes[::-1], [0.0], magnitudes])
     counts = np.concatenate(
@@ -94,7 +94,8 @@ def _magnitudes() -> NDArray[np.float64]:
     return edges
 
 
-_MAGNITUDES = _magnitudes()
+# The edges of the finite bins of one sign: one more than bins, each with its lower edge.
+MAGNITUDES = _magnitudes()
 
 
 def _fit(
