@@ -39,7 +39,7 @@ _MAX_LABELS = 60
 _MAX_NAME = 34
 # The colours of a distribution are log(1 + count) of a layer with so many values.
 _VALUES = 1000
-# How far a panel's range goes beyond what is usual in the run, as a factor.
+# How many times as large as usual in the run the values of a sample may be, to be counted in a panel's range.
 _UNUSUAL = 4.0
 # In an image, above all colours, which are in [0, 1].
 NONFINITE = 2.0
@@ -88,9 +88,9 @@ _LOOKS = {
     "act_nonfinite": Look("NaN or inf", _NEUTRAL, 0.0, 1.0, {}),
     "act_dead": Look("dead units", _ALARM, 0.0, 1.0, _FRACTION),
     "act_dormant": Look("dormant units", _ALARM, 0.0, 1.0, _FRACTION),
-    "act_saturated": Look("saturated values", _ALARM, 0.0, 1.0, _FRACTION),
+    "act_saturated": Look("saturated", _ALARM, 0.0, 1.0, _FRACTION),
     "act_zero": Look("zeros", _NEUTRAL, 0.0, 1.0, _FRACTION),
-    "act_std": Look("standard deviation", _TWO_SIDED, 1e-3, 1e3, {1e-3: "≤ 0.001", 1.0: "1", 1e3: "≥ 1000"}, log=True),
+    "act_std": Look("std", _TWO_SIDED, 1e-3, 1e3, {1e-3: "0.001", 1.0: "1", 1e3: "1000"}, log=True),
 }
 # What stands out in the last sample, worst first, above which share.
 _WORDS = {
@@ -152,7 +152,8 @@ def _value_range(distributions: Sequence[Distribution]) -> tuple[float, float]:
         return 0.0, 1.0
     # The lower one of two in the middle: a run that explodes does so in its larger half.
     bound = _UNUSUAL * float(np.quantile(magnitudes[magnitudes > 0], 0.5, method="lower"))
-    return _rounded(max(lows.min(), -bound), min(highs.max(), bound))
+    usual = magnitudes <= bound
+    return _rounded(lows[usual].min(), highs[usual].max())
 
 
 def _limits(distributions: Sequence[Distribution]) -> NDArray[np.float64]:
@@ -323,7 +324,7 @@ def draw_surfaces(history: History, statistics: Sequence[str]) -> "Figure":
     if not shown:
         _say_nothing(page)
         return figure
-    names = [_shortened(layer, _MAX_NAME) for layer in layers]
+    names = [_shortened(layer, _MAX_NAME if len(shown) <= 4 else _MAX_NAME - 8) for layer in layers]
     left = _MARGIN + 10 + 6.2 * max(len(name) for name in names)
     pitch = (_WIDTH - _MARGIN + _GAP - left) / len(shown)
     for column, statistic in enumerate(shown):
@@ -343,7 +344,7 @@ def _draw_surface(
     if look.ticks:
         _draw_scale(page, (left, top - 28, width, 7), look)
     else:
-        page.text(left, top - 18, "red wherever there is any", fontsize=7.5, color=_DIM)
+        page.text(left, top - 18, "red: any", fontsize=7.5, color=_DIM)
     _draw_image(axes, step_edges(history), np.linspace(-0.5, len(image) - 0.5, len(image) + 1), image, look.colors)
     axes.set_ylim(len(image) - 0.5, -0.5)
     axes.spines[:].set(visible=True, color=_FRAME)
@@ -404,16 +405,21 @@ def _number(layers: Sequence[str], history: History) -> str:
 
 def _shortened(name: str, length: int) -> str:
     """Without the beginning, if need be: the end of a path says more."""
-    return name if len(name) <= length else "…" + name[len(name) - length + 1 :]
+    return name if len(name) <= length else "…" + name[len(name) - length + 1 :].lstrip(".")
 
 
 def _draw_steps(axes: "Axes", history: History, width: float) -> None:
     from matplotlib.ticker import MaxNLocator
 
     edges = step_edges(history)
+    locator = MaxNLocator(max(int(width / 60), 1), steps=[1, 2, 2.5, 5, 10], integer=True)
+    ticks = [tick for tick in locator.tick_values(edges[0], edges[-1]) if edges[0] <= tick <= edges[-1]]
     axes.set_xlim(edges[0], edges[-1])
-    axes.xaxis.set_major_locator(MaxNLocator(max(int(width / 60), 1), steps=[1, 2, 2.5, 5, 10], integer=True))
-    axes.ticklabel_format(axis="x", useOffset=False, style="plain")
+    axes.set_xticks(ticks, labels=[f"{tick:.0f}" for tick in ticks])
+    # Not beyond the axes, where the next ones begin.
+    for label, tick in zip(axes.get_xticklabels(), ticks, strict=True):
+        place = (tick - edges[0]) / (edges[-1] - edges[0])
+        label.set_horizontalalignment("left" if place < 0.05 else "right" if place > 0.95 else "center")
     axes.set_xlabel("training step", fontsize=8.5)
 
 
