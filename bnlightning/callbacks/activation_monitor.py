@@ -13,7 +13,9 @@ from bnlightning._check import check_integer, check_number
 from bnlightning.callbacks._cadence import EvaluationCadence, StepAxis, TrainingCadence
 from bnlightning.callbacks._finite_check import FiniteCheck, make_check
 from bnlightning.callbacks._histogram import TypicalRanges, finite_histogram
+from bnlightning.callbacks._history import History
 from bnlightning.callbacks._observer import Observer
+from bnlightning.callbacks._pictures import draw_distributions, draw_surfaces
 from bnlightning.callbacks._publication import Publication
 from bnlightning.callbacks._ranks import first_of_ranks, world_size
 from bnlightning.callbacks._selection import Choice, checked_choices
@@ -22,6 +24,7 @@ from bnlightning.callbacks._thresholds import make_thresholds, warn_above
 from bnlightning.callbacks._window import ActivationWindow, LayerKey, LayerSums, UnitSums
 
 _TRAINING = ""
+_SURFACES = ("act_nonfinite", "act_dead", "act_dormant", "act_saturated", "act_zero", "act_std")
 _NAMES = {_TRAINING: "training", "val_": "validation", "test_": "test"}
 
 
@@ -70,6 +73,12 @@ class ActivationMonitor(Callback):
       infinity in training, at the first step checked at which one did; ``input`` if it came with the batch,
       ``before <module>`` or ``after <module>`` if an operation that is no module made it.
     - ``health/watched``: as text, once: what is watched and what cannot be.
+
+    In the Images tab, of the samples of the training so far (at most 128, evenly spaced, and 16 layers of those there
+    are in the first picture), at the end of the epochs 1, 2, 4, 8, ... and of the training:
+
+    - ``layers_by_step/act_hist``: how each layer's values are distributed at each step.
+    - ``layers_by_step/health``: the shares above and the standard deviation of every layer at each step.
 
     The second and any further call of a module within a batch has ``#1``, ``#2``, ... behind its path, up to ``#15``
     for all that follow; a tensor in a tuple, mapping or dataclass ``:0`` or ``:logits``. Activations that are called as
@@ -205,8 +214,15 @@ class ActivationMonitor(Callback):
         if _TRAINING in state.opened and trainer.global_step > state.opened[_TRAINING].global_step:
             self._publish(trainer, _TRAINING)
 
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        number = trainer.current_epoch + 1
+        # A power of two: what a picture shows has doubled, and drawing costs a vanishing part of a long training.
+        if number & (number - 1) == 0:
+            self._draw(trainer)
+
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._publish(trainer, _TRAINING)
+        self._draw(trainer)
         if self._state is not None and self._state.is_checking:
             self._report_nonfinite(trainer)
 
@@ -267,6 +283,7 @@ class ActivationMonitor(Callback):
         return {
             "recent": state.recent.state_dict(),
             "ranges": state.ranges.state_dict(),
+            "history": state.history.state_dict(),
             "sampling": state.sampling.last,
             "evaluation": self._evaluation.last,
             "is_checking": state.is_checking,
@@ -281,6 +298,7 @@ class ActivationMonitor(Callback):
         if loaded:
             self._state.recent.load_state_dict(loaded["recent"])
             self._state.ranges.load_state_dict(loaded["ranges"])
+            self._state.history.load_state_dict(loaded["history"])
             self._state.sampling.last = loaded["sampling"]
             self._evaluation.resume(loaded["evaluation"])
             self._state.is_checking = loaded["is_checking"]
@@ -336,9 +354,29 @@ class ActivationMonitor(Callback):
         publication.scalars |= {f"{phase}health/{name}": value for name, value in summary.items()}
         self._tell_what_is_watched(trainer, publication)
         publication.write(trainer)
+        if phase == _TRAINING and trainer.is_global_zero:
+            _remember(state.history, opened.step, layers, numbers)
         self._warn_of_thresholds(phase, opened.step, numbers, recent)
         if state.is_checking:
             self._report_nonfinite(trainer)
+
+    def _draw(self, trainer: lightning.Trainer) -> None:
+        """Pictures of all samples so far, if there are new ones."""
+        state = self._state
+        if state is None or not trainer.is_global_zero:
+            return
+        steps = state.history.steps
+        # One step is no picture.
+        if len(steps) < 2 or steps[-1] == state.drawn:
+            return
+        state.drawn = int(steps[-1])
+        Publication(
+            state.drawn,
+            figures={
+                "layers_by_step/act_hist": lambda: draw_distributions(state.history),
+                "layers_by_step/health": lambda: draw_surfaces(state.history, _SURFACES),
+            },
+        ).write(trainer)
 
     def _warn_of_thresholds(
         self,
@@ -422,6 +460,8 @@ class _State:
     recent: RecentUnits
     is_fit: bool = False
     ranges: TypicalRanges = field(default_factory=TypicalRanges)
+    history: History = field(default_factory=History)
+    drawn: int = 0
     axis: StepAxis = field(default_factory=StepAxis)
     # Apart, since an evaluation may come in the middle of an accumulation of gradients; those not open are kept to be
     # used again.
@@ -458,6 +498,15 @@ def _publication(
             histogram = finite_histogram(layer.bins, layer.minimum, layer.maximum, layer.sum, layer.sum_squares)
             publication.histograms[tag.format("hist")] = ranges.fit(tag, histogram)
     return publication
+
+
+def _remember(
+    history: History, step: int, layers: dict[LayerKey, LayerSums], numbers: dict[LayerKey, dict[str, float]]
+) -> None:
+    shown = [key for key in layers if key.family == "act"]
+    bins = {key.label: layers[key].bins for key in shown}
+    statistics = {name: {key.label: numbers[key].get(name.removeprefix("act_")) for key in shown} for name in _SURFACES}
+    history.add(step, bins, statistics)
 
 
 def _grad_scale(trainer: lightning.Trainer) -> float:
