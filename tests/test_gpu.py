@@ -80,15 +80,15 @@ def test_monitor_counts_on_the_gpu_what_it_counts_on_the_cpu(tmp_path):
 def test_monitoring_never_waits_for_the_gpu():
     observer, window = Observer(None, 100), ActivationWindow()
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), BatchNorm2d(8), torch.nn.Sigmoid(), torch.nn.Flatten()).cuda()
-    observer.attach(net, checks=True)
-    observer.window, observer.check, observer.grad_scale = window, make_check(torch.device("cuda")), 1.0
+    observer.attach(net, True, torch.device("cuda"))
+    observer.check, observer.grad_scale = make_check(torch.device("cuda")), 1.0
     x = torch.randn(4, 3, 9, 9, device="cuda")
     for wait in ("default", "error"):
         # The first pass makes the accumulators.
         torch.cuda.set_sync_debug_mode(wait)
         try:
             observer.check.begin(0)
-            observer.start_pass()
+            observer.start(window)
             net(x).sum().backward()
             observer.check.end()
         finally:

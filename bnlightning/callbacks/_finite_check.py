@@ -7,7 +7,7 @@ not finite is the origin.
 
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -33,6 +33,9 @@ class FiniteCheck(Protocol):
 
     def update(self, name: str, args: tuple[Any, ...], output: Tensor) -> None:
         """Look at one call of a module."""
+
+    def update_sums(self, names: Sequence[str], inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        """Look at the sums of what modules took in and put out, of those compiled, in the order of their paths."""
 
     def update_loss(self, loss: Tensor) -> None:
         """Look at the loss, behind all modules."""
@@ -71,6 +74,16 @@ class _ImmediateCheck:
         came_in = any(not _is_finite(x) for x in _floating(args) if x is not output)
         place = name if not came_in else f"before {name}" if order else "input"
         self._found = self._step, order, place
+
+    def update_sums(self, names: Sequence[str], inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        self._last = names[-1]
+        if self._found is not None:
+            return
+        finite = torch.stack([*inputs, *outputs]).isfinite().view(2, -1)
+        if not finite[1].all():
+            order = finite[1].tolist().index(False)
+            place = names[order] if finite[0, order] else f"before {names[order]}" if order else "input"
+            self._found = self._step, order, place
 
     def update_loss(self, loss: Tensor) -> None:
         if self._found is None and not _is_finite(loss):
@@ -111,6 +124,12 @@ class _DeferredCheck:
         self._look(name, output)
         self._last = name
         self._previous = weakref.ref(output), _version(output)
+
+    def update_sums(self, names: Sequence[str], inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        for order, (name, total_in, total_out) in enumerate(zip(names, inputs, outputs, strict=True)):
+            self._look(f"before {name}" if order else "input", total_in)
+            self._look(name, total_out)
+        self._last = names[-1]
 
     def update_loss(self, loss: Tensor) -> None:
         self._look(_behind(self._last), loss)

@@ -1,13 +1,16 @@
 """Hooks on the modules of a network, and what they do while a monitor looks."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from bnlightning.callbacks._compiled import add_receiver, is_compiled, observe, observe_tap, remove_receiver
 from bnlightning.callbacks._finite_check import FiniteCheck
 from bnlightning.callbacks._hooks import is_recomputation
 from bnlightning.callbacks._selection import (
@@ -21,7 +24,7 @@ from bnlightning.callbacks._selection import (
     unit_dim,
     user_path,
 )
-from bnlightning.callbacks._window import ActivationWindow, LayerKey, Limits
+from bnlightning.callbacks._window import ActivationWindow, LayerKey, Limits, real_dtype
 from bnlightning.nn.tap import add_listener, remove_listener
 
 MAX_CALLS = 16
@@ -42,6 +45,7 @@ class Place:
     has_units: bool
     limits: Limits | None
     features: tuple[int, bool] | None
+    features_before: tuple[int, bool] | None = None
 
 
 class Observer:
@@ -49,6 +53,7 @@ class Observer:
 
     Attributes:
         window: Where values go now; ``None`` while nothing is sampled.
+        is_sampling: Whether there is one; compiled graphs are guarded on it.
         check: What looks for non-finite values now; ``None`` while nothing does.
         grad_scale: What gradients of outputs are multiplied by; ``None`` where they are not asked for.
     """
@@ -67,11 +72,10 @@ class Observer:
         self._calls: dict[str, int] = {}
         self._features: tuple[int, bool] | None = None
         self._handles: list[RemovableHandle] = []
-
-    @property
-    def is_attached(self) -> bool:
-        """Whether hooks are in place."""
-        return bool(self._handles)
+        self._hooks: list[_Hook] = []
+        self._number: Tensor | None = None
+        self._is_compiled = False
+        self.is_sampling = False
 
     @property
     def watched(self) -> list[str]:
@@ -83,18 +87,26 @@ class Observer:
         """What was seen so far: paths with the number of the call and the place in the output."""
         return list(self._labels)
 
-    def attach(self, module: nn.Module, checks: bool) -> None:
+    def attach(self, module: nn.Module, checks: bool, device: torch.device) -> None:
         """Put hooks on the modules of ``module``.
 
         Args:
             module: The network.
             checks: Whether there will be a check.
+            device: Of the network.
         """
         self.detach()
+        self._is_compiled = is_compiled(module)
+        if self._is_compiled:
+            # What was compiled before the hooks came would never call them.
+            torch.compiler.reset()
+        self._number = add_receiver(self._receive, self._receive_tap)
+        before = None
         for name, submodule in module.named_modules():
-            place = _place(user_path(name), submodule, self.choices, checks)
+            place = _place(user_path(name), submodule, self.choices, checks, before)
             if place.is_watched or place.is_checked or place.features is not None:
-                self._hook(place, submodule)
+                self._hook(place, submodule, device)
+            before = place.features or before
         add_listener(self.on_tap)
 
     def detach(self) -> None:
@@ -102,10 +114,34 @@ class Observer:
         for handle in self._handles:
             handle.remove()
         remove_listener(self.on_tap)
-        self.window = self.check = self._features = None
-        for collection in (self._handles, self.places, self.refused, self.without_tensor, self.left_out, self._labels):
-            collection.clear()
-        self._calls.clear()
+        if self._number is not None:
+            remove_receiver(self._number)
+        self.window = self.check = self._features = self._number = None
+        self.is_sampling = self._is_compiled = False
+        for names in (self.refused, self.without_tensor, self.left_out, self._labels, self._calls):
+            names.clear()
+        for hooks in (self._handles, self._hooks, self.places):
+            hooks.clear()
+
+    def start(self, window: ActivationWindow | None) -> None:
+        """From now on values go into ``window``, or nowhere; the next call of each module is its first."""
+        self.window = window
+        self.is_sampling = window is not None
+        self.start_pass()
+
+    def stop(self) -> None:
+        """From now on nothing is sampled."""
+        self.window, self.is_sampling = None, False
+
+    def look_at_sums(self) -> None:
+        """Have the check look at what compiled modules added up since this was called last."""
+        hooks = [hook for hook in self._hooks if hook.place.is_checked] if self._is_compiled else []
+        if hooks and self.check is not None:
+            inputs, outputs = zip(*(hook.sums for hook in hooks), strict=True)
+            self.check.update_sums(
+                [hook.place.path for hook in hooks], [x.clone() for x in inputs], [x.clone() for x in outputs]
+            )
+            torch._foreach_zero_([*inputs, *outputs])
 
     def start_pass(self) -> None:
         """A batch begins: the next call of each module is its first."""
@@ -124,30 +160,51 @@ class Observer:
         if place.features is not None:
             self._features = place.features
         if place.is_watched:
-            self._record(place, output)
+            self._record_output(place, output)
 
     def on_tap(self, name: str, x: Tensor, limits: Limits | None) -> None:
         """A tensor was shown."""
-        if self.window is not None and not is_recomputation():
-            self._record(Place(name, True, False, True, True, limits, None), x)
+        if torch.compiler.is_compiling():
+            if self.is_sampling:
+                low, high = limits if limits is not None else (-math.inf, math.inf)
+                observe_tap(x.detach(), self._number, name, low, high)
+        else:
+            self._receive_tap(name, x, limits)
 
-    def _hook(self, place: Place, module: nn.Module) -> None:
+    def _receive(self, index: int, position: int, x: Tensor) -> None:
+        """A value inside a compiled graph."""
+        place = self.places[index]
+        if self.window is None or is_recomputation():
+            return
+        self._features = place.features_before
+        self._record(place, [(f":{position}" if position >= 0 else "", x)], is_new_call=position <= 0)
+
+    def _receive_tap(self, name: str, x: Tensor, limits: Limits | None) -> None:
+        if self.window is not None and not is_recomputation():
+            self._record(Place(name, True, False, True, True, limits, None), [("", x)])
+
+    def _hook(self, place: Place, module: nn.Module, device: torch.device) -> None:
+        hook = _Hook(self, place, len(self.places), device)
         try:
-            handle = module.register_forward_hook(_Hook(self, place))
+            handle = module.register_forward_hook(hook)
         except RuntimeError:
             # Compiled by TorchScript.
             self.refused.append(place.path)
             return
         self._handles.append(handle)
+        self._hooks.append(hook)
         self.places.append(place)
 
-    def _record(self, place: Place, output: Any) -> None:
+    def _record_output(self, place: Place, output: Any) -> None:
         found = list(tensors_in(output))
-        if not found:
+        if found:
+            self._record(place, found)
+        else:
             self.without_tensor[place.path] = type(output).__name__
-            return
-        call = min(self._calls.get(place.path, 0), MAX_CALLS - 1)
-        self._calls[place.path] = call + 1
+
+    def _record(self, place: Place, found: Sequence[tuple[str, Tensor]], is_new_call: bool = True) -> None:
+        calls = self._calls[place.path] = self._calls.get(place.path, 0) + is_new_call
+        call = min(calls, MAX_CALLS) - 1
         for suffix, tensor in found:
             label = place.path + (f"#{call}" if call else "") + suffix
             if self._has_room(label):
@@ -177,17 +234,41 @@ class Observer:
 class _Hook:
     """A module's forward hook. Where the module is copied or pickled, the copy has one that does nothing."""
 
-    def __init__(self, observer: Observer, place: Place) -> None:
+    def __init__(self, observer: Observer, place: Place, index: int, device: torch.device) -> None:
         self.observer = observer
         self.place = place
+        self.is_checked = place.is_checked
+        self.is_watched = place.is_watched
+        with torch.inference_mode(False):
+            self.number = observer._number
+            self.index = torch.tensor(index)
+            # Of what the module takes in and puts out, added up inside of compiled graphs.
+            zeros = torch.zeros(2, dtype=real_dtype(device), device=device) if place.is_checked else torch.zeros(0)
+            self.sums = [zero.clone() for zero in zeros]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if torch.compiler.is_compiling():
+            self._trace(args, output)
+            return
         observer = self.observer
-        if observer.window is not None or (observer.check is not None and self.place.is_checked):
+        if observer.is_sampling or (self.is_checked and observer.check is not None):
             observer.on_call(self.place, args, output)
 
     def __reduce__(self) -> Any:
         return _NoHook, ()
+
+    def _trace(self, args: tuple[Any, ...], output: Any) -> None:
+        """What becomes a part of a compiled graph: no more than the graph can be guarded on."""
+        found = [output] if isinstance(output, Tensor) else list(output) if isinstance(output, tuple | list) else []
+        if self.is_checked:
+            for total, values in zip(self.sums, (args, found), strict=True):
+                for x in values:
+                    if isinstance(x, Tensor) and x.is_floating_point():
+                        total.add_(x.detach().sum(dtype=total.dtype))
+        if self.is_watched and self.observer.is_sampling:
+            for position, x in enumerate(found):
+                if isinstance(x, Tensor) and x.is_floating_point():
+                    observe(x.detach(), self.number, self.index, -1 if found[0] is output else position)
 
 
 class _NoHook:
@@ -234,7 +315,13 @@ def _members(output: Any) -> Iterator[tuple[Any, Any]]:
         yield from ((field.name, getattr(output, field.name)) for field in dataclasses.fields(output))
 
 
-def _place(path: str, module: nn.Module, choices: Sequence[Choice] | None, checks: bool) -> Place:
+def _place(
+    path: str,
+    module: nn.Module,
+    choices: Sequence[Choice] | None,
+    checks: bool,
+    before: tuple[int, bool] | None,
+) -> Place:
     is_leaf = next(module.children(), None) is None
     return Place(
         path=path,
@@ -245,4 +332,5 @@ def _place(path: str, module: nn.Module, choices: Sequence[Choice] | None, check
         has_units=has_units(module),
         limits=saturation_limits(module),
         features=features(module) if is_leaf else None,
+        features_before=before,
     )

@@ -196,6 +196,7 @@ class ActivationMonitor(Callback):
     ) -> None:
         state = self._state
         if state is not None and state.observer.check is not None:
+            state.observer.look_at_sums()
             state.check.update_loss(loss.detach())
 
     def on_train_batch_end(
@@ -205,11 +206,12 @@ class ActivationMonitor(Callback):
         if state is None:
             return
         if state.observer.check is not None:
+            state.observer.look_at_sums()
             state.check.end()
             state.observer.check = None
             if state.check.is_immediate and world_size() == 1:
                 self._report_nonfinite(trainer)
-        state.observer.window = None
+        state.observer.stop()
         # Under gradient accumulation the window goes on until the optimizer has stepped.
         if _TRAINING in state.opened and trainer.global_step > state.opened[_TRAINING].global_step:
             self._publish(trainer, _TRAINING)
@@ -308,7 +310,7 @@ class ActivationMonitor(Callback):
         self._detach()
         checks = self.check_finite_every_n_steps is not None
         observer = Observer(self.modules, self.max_layers)
-        observer.attach(pl_module, checks)
+        observer.attach(pl_module, checks, pl_module.device)
         self._state = _State(
             observer=observer,
             device=pl_module.device,
@@ -340,7 +342,7 @@ class ActivationMonitor(Callback):
         state = self._state
         if state is None or phase not in state.opened:
             return
-        state.observer.window = None
+        state.observer.stop()
         opened = state.opened.pop(phase)
         layers = opened.window.reduce(state.device)
         recent = {
@@ -479,8 +481,7 @@ class _State:
     def observe(self, phase: str) -> None:
         """A batch of ``phase`` begins."""
         opened = self.opened.get(phase)
-        self.observer.window = opened.window if opened is not None else None
-        self.observer.start_pass()
+        self.observer.start(opened.window if opened is not None else None)
 
 
 def _publication(

@@ -208,3 +208,83 @@ def test_every_value_counts_once(name, tmp_path):
     for tag, units in (("act_hist/first.2", 8), ("act_grad_hist/first.2", 8)):
         assert events.Histograms(tag)[0].histogram_value.num == per_step * units
     assert {h.histogram_value.num for h in events.Histograms("val_act_hist/second.1")} == {40 * 8}
+
+
+class Compiled(Halves):
+    """How people compile: the network, or parts of it."""
+
+    def __init__(self, how="network", **options):
+        super().__init__()
+        self.how = how
+        if how == "parts":
+            self.first.compile(**options)
+            self.second.compile(**options)
+        elif how == "wrapped":
+            self.first = torch.compile(self.first, **options)
+
+
+# Parts share torch's limit of graphs, which an incomplete batch would exceed, with or without monitors.
+SAMPLES = {"network": 42, "parts": 40, "wrapped": 40}
+
+
+def fit_compiled(how, backend, directory, callbacks, **options):
+    torch.compiler.reset()
+    module = Compiled(how, backend=backend, fullgraph=True)
+    fitted = torch.compile(module, backend=backend) if how == "network" else module
+    x = torch.randn(SAMPLES[how], 6, generator=torch.Generator().manual_seed(1))
+    loaders = [DataLoader(TensorDataset(x), batch_size=8) for _ in range(2)]
+    trainer = quiet_trainer(directory, max_epochs=2, callbacks=callbacks, num_sanity_val_steps=1, **options)
+    trainer.fit(fitted, *loaders)
+    return module, trainer
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+# Dynamo's own, of the second of two parts.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("how", ["network", "parts", "wrapped"])
+def test_compiled_networks_are_watched_like_others(how, backend, tmp_path):
+    monitor = ActivationMonitor(every_n_steps=3)
+    compiled, _ = fit_compiled(how, backend, tmp_path / "compiled", [monitor])
+    plain = Halves()
+    x = torch.randn(SAMPLES[how], 6, generator=torch.Generator().manual_seed(1))
+    loaders = [DataLoader(TensorDataset(x), batch_size=8) for _ in range(2)]
+    trainer = quiet_trainer(
+        tmp_path / "plain", max_epochs=2, callbacks=[ActivationMonitor(every_n_steps=3)], num_sanity_val_steps=1
+    )
+    trainer.fit(plain, *loaders)
+    one, two = read_events(tmp_path / "plain"), read_events(tmp_path / "compiled")
+    assert one.Tags()["scalars"] == two.Tags()["scalars"]
+    for tag in one.Tags()["scalars"]:
+        mine, theirs = scalar(one, tag), scalar(two, tag)
+        assert list(mine) == list(theirs), tag
+        assert list(theirs.values()) == pytest.approx(list(mine.values()), rel=1e-3, abs=1e-4), tag
+    # And training is what it is without.
+    without, _ = fit_compiled(how, backend, tmp_path / "without", [])
+    torch.testing.assert_close(compiled.state_dict(), without.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*but have no `val_dataloader`:UserWarning")
+@pytest.mark.parametrize(("where", "place"), [("second.0", "second.0"), ("input", "input"), ("head", "head")])
+def test_a_compiled_network_names_the_layer_of_the_first_nonfinite_value(where, place, tmp_path):
+    class Overflowing(Tapped):
+        def on_train_batch_start(self, batch, batch_idx):
+            if self.global_step == 2:
+                with torch.no_grad():
+                    (batch[0] if where == "input" else self.get_submodule(where).weight).mul_(1e38).mul_(1e38)
+
+    torch.compiler.reset()
+    x = torch.randn(40, 6, generator=torch.Generator().manual_seed(1)).abs() + 0.1
+    trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=[ActivationMonitor(every_n_steps=2)])
+    trainer.fit(
+        torch.compile(Overflowing(), backend="aot_eager", fullgraph=True), DataLoader(TensorDataset(x), batch_size=8)
+    )
+    events = read_events(tmp_path)
+    (found,) = events.Tensors("health/first_nonfinite_layer/text_summary")
+    assert (found.step, found.tensor_proto.string_val[0].decode()) == (2, place)
+    assert scalar(events, "act_mean/gate")[0] > 0
