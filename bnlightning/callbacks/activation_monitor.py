@@ -78,13 +78,15 @@ class ActivationMonitor(Callback):
     are in the first picture), at the end of the epochs 1, 2, 4, 8, ... and of the training:
 
     - ``layers_by_step/act_hist``: how each layer's values are distributed at each step.
-    - ``layers_by_step/health``: the shares above and the standard deviation of every layer at each step.
+    - ``layers_by_step/health``: the shares above and the standard deviation of every activation at each step.
 
     The second and any further call of a module within a batch has ``#1``, ``#2``, ... behind its path, up to ``#15``
     for all that follow; a tensor in a tuple, mapping or dataclass ``:0`` or ``:logits``. Activations that are called as
     functions have no module: :func:`bnlightning.tap` shows them. Calls by activation checkpointing that only repeat a
-    forward pass do not count. A layer takes 33 kB of the device's memory in each phase (training, validation) and 32
-    bytes a unit, and at most 3 kB of the file a sample.
+    forward pass do not count. Inside ``torch.compile`` gradients of outputs are not seen, a first non-finite value is
+    the first in the order of the modules' paths, and a sampled step has a graph of its own; what was compiled before
+    the fit is compiled again (:func:`torch.compiler.reset`), since it would not call the hooks. A layer takes 33 kB of
+    the device's memory in each phase (training, validation) and 32 bytes a unit, and at most 3 kB of the file a sample.
 
     Args:
         every_n_steps: Distance of two samples in optimizer steps.
@@ -504,9 +506,12 @@ def _publication(
 def _remember(
     history: History, step: int, layers: dict[LayerKey, LayerSums], numbers: dict[LayerKey, dict[str, float]]
 ) -> None:
-    shown = [key for key in layers if key.family == "act"]
-    bins = {key.label: layers[key].bins for key in shown}
-    statistics = {name: {key.label: numbers[key].get(name.removeprefix("act_")) for key in shown} for name in _SURFACES}
+    bins = {key.label: layer.bins for key, layer in layers.items() if key.family == "act"}
+    # Of what has no units half of the picture would be empty.
+    activations = [key for key in layers if key.is_activation] or [key for key in layers if key.family == "act"]
+    statistics = {
+        name: {key.label: numbers[key].get(name.removeprefix("act_")) for key in activations} for name in _SURFACES
+    }
     history.add(step, bins, statistics)
 
 
