@@ -9,15 +9,14 @@ quartiles. "over" marks what misses its budget.
 
 import argparse
 import math
-import os
 import platform
 import statistics
-import sys
 from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
 
 import torch
+from _rounds import Cells, print_table, quartiles, run, turns
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
@@ -31,9 +30,6 @@ MEMORY_BUDGET = 1.0
 BASE = "torch"
 # A measurement lasts about this long, so that the clock's own cost and resolution do not count.
 SECONDS = 0.05
-# By default glibc hands large blocks back to the system and fetches them anew, page by page and whenever it likes: that
-# alone moves a large layer's time by a factor of two. Freed memory stays with the process instead.
-ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 TITLES = [
     "Time: ratio to torch's, median [quartiles]; budgets 1.40 at 10x30, 1.25 at 200x300, 1.05 above",
@@ -43,7 +39,6 @@ TITLES = [
     "Memory kept for the backward pass besides input, parameters and buffers, in sizes of the input",
 ]
 Step = Callable[[], Any]
-Cells = dict[str, str]
 
 
 class ComposedBatchNorm(nn.Module):
@@ -124,11 +119,9 @@ def times(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
         step()
     timers = {name: Timer("step()", globals={"step": step}, num_threads=1) for name, step in steps.items()}
     numbers = {name: max(1, round(SECONDS / timer.timeit(5).mean)) for name, timer in timers.items()}
-    names, seconds = list(steps), {name: [] for name in steps}
-    for turn in range(rounds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            seconds[name].append(timers[name].timeit(numbers[name]).mean)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for name in turns(steps, rounds):
+        seconds[name].append(timers[name].timeit(numbers[name]).mean)
     return seconds
 
 
@@ -160,8 +153,7 @@ def time_cells(steps: dict[str, Step], rounds: int, budget: float) -> Cells:
     seconds = times(steps, rounds)
     cells = {BASE: f"1 ({statistics.median(seconds[BASE]) * 1e6:.3g} µs)"}
     for name in list(steps)[1:]:
-        ratios = [a / b for a, b in zip(seconds[name], seconds[BASE], strict=True)]
-        low, ratio, high = statistics.quantiles(ratios, n=4)
+        low, ratio, high = quartiles(seconds[name], seconds[BASE])
         cells[name] = f"{ratio:.2f} [{low:.2f}, {high:.2f}]{mark(name, ratio, budget)}"
     return cells
 
@@ -210,12 +202,8 @@ def main() -> None:
     print(f"torch {torch.__version__}, {where}, {torch.get_num_threads()} thread, {args.rounds} rounds")
     columns = [measure(shape, args.device, args.rounds) for shape in args.shapes]
     for title, tables in zip(TITLES, zip(*columns, strict=True), strict=True):
-        print(f"\n{title}\n\n| layer | {' | '.join(args.shapes)} |\n|{'---|' * (len(args.shapes) + 1)}")
-        for name in tables[0]:
-            print(f"| {name} | {' | '.join(cells[name] for cells in tables)} |")
+        print_table(title, "layer", dict(zip(args.shapes, tables, strict=True)))
 
 
 if __name__ == "__main__":
-    if not ALLOCATOR.items() <= os.environ.items():
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ALLOCATOR})
-    main()
+    run(main)
