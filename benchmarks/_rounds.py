@@ -35,7 +35,7 @@ def quartiles(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, fl
 
 
 def print_table(title: str, corner: str, columns: dict[str, Cells]) -> None:
-    """As Markdown; the rows are those of the first column, with nothing where another has none."""
+    """As Markdown; the rows are those of the column that has most, with nothing where another has none."""
     print(f"\n{title}\n\n| {corner} | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
-    for name in next(iter(columns.values())):
+    for name in max(columns.values(), key=len):
         print(f"| {name} | {' | '.join(cells.get(name, '') for cells in columns.values())} |")

@@ -40,14 +40,14 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnlightning import ActivationMonitor
+from bnlightning import ActivationMonitor, BatchNormMonitor, GradientMonitor
 
 IDLE_BUDGET = 1.01
 BASE = "without"
 # A fit takes its turn for about this long, so that neither switching nor the clock counts.
 SECONDS = 0.02
 # A difference of a hundredth takes more rounds than one of a tenth.
-IDLE_ROUNDS = 4
+IDLE_ROUNDS = 3
 WARM_UP = 3
 NEVER = 10**9
 
@@ -103,6 +103,8 @@ MONITORS: dict[str, MakeCallback] = {
         ActivationMonitor, max_layers=NEVER, check_finite_every_n_steps=None
     ),
     "ActivationMonitor, output_gradients": partial(ActivationMonitor, max_layers=NEVER, output_gradients=True),
+    "GradientMonitor": partial(GradientMonitor, max_parameters=NEVER),
+    "BatchNormMonitor": partial(BatchNormMonitor, max_layers=NEVER),
 }
 NAIVE: dict[str, MakeCallback] = {
     "hook with add_histogram": lambda every: NaiveHook(write_histogram),
@@ -320,13 +322,13 @@ Seconds = dict[str, dict[str, list[float]]]
 
 
 @contextmanager
-def fits(case: Case, callbacks: dict[str, Callback | None], setting: Setting) -> Iterator[dict[str, Fit]]:
+def fits(case: Case, watching: dict[str, Callback | None], setting: Setting) -> Iterator[dict[str, Fit]]:
     """Fits of one network, which have taken their first steps."""
     network, batch = case.make(setting.device)
     with tempfile.TemporaryDirectory() as folder:
         running = {
             name: Fit(case, network, batch, callback, f"{folder}/{index}", setting.now)
-            for index, (name, callback) in enumerate(callbacks.items())
+            for index, (name, callback) in enumerate(watching.items())
         }
         for fit in running.values():
             fit.run(WARM_UP)
@@ -344,8 +346,14 @@ def times(running: dict[str, Fit], rounds: int) -> Seconds:
     return seconds
 
 
-def sampling() -> dict[str, Callback | None]:
-    return {BASE: None, **{name: make(1) for name, make in (MONITORS | NAIVE).items()}}
+def callbacks(case: Case, makers: dict[str, MakeCallback], every: int) -> dict[str, Callback]:
+    """Those that have something to look at."""
+    normalises = any(isinstance(module, _BatchNorm) for module in case.network().modules())
+    return {name: make(every) for name, make in makers.items() if normalises or name != "BatchNormMonitor"}
+
+
+def sampling(case: Case) -> dict[str, Callback | None]:
+    return {BASE: None, **callbacks(case, MONITORS | NAIVE, every=1)}
 
 
 def plain(seconds: Seconds, part: str) -> list[float]:
@@ -382,12 +390,13 @@ def byte_cells(running: dict[str, Fit]) -> Cells:
 
 def measure(case: Case, setting: Setting) -> dict[str, Cells]:
     """One column of each table of ratios."""
-    with fits(case, sampling(), setting) as running:
+    with fits(case, sampling(case), setting) as running:
         seconds = times(running, setting.rounds)
         columns = {part: ratio_cells(seconds, part, case.budget) for part in PARTS}
         columns["bytes"] = byte_cells(running)
-    # What differs from the same thing by more than the budget tells of the machine, not of a monitor.
-    idle = {BASE: None, "without, again": None, **{name: make(NEVER) for name, make in MONITORS.items()}}
+    # The first of these tells how exact the figures are, the second what Lightning takes to call any callback.
+    idle = {BASE: None, "without, again": None, "a callback that does nothing": Callback()}
+    idle |= callbacks(case, MONITORS, NEVER)
     with fits(case, idle, setting) as running:
         seconds = times(running, IDLE_ROUNDS * setting.rounds)
     # What publishes nothing has nothing to be written, either.
@@ -396,7 +405,7 @@ def measure(case: Case, setting: Setting) -> dict[str, Cells]:
 
 def growth(case: Case, setting: Setting, describe: Callable[[list[float]], str]) -> Cells:
     """A column of a table of seconds that a sampled step takes longer, up to the end of each part."""
-    with fits(case, sampling(), setting) as running:
+    with fits(case, sampling(case), setting) as running:
         seconds = times(running, setting.rounds)
     return {name: describe([median_extra(seconds, name, part) for part in PARTS]) for name in list(seconds)[1:]}
 
@@ -429,7 +438,7 @@ def print_growth(setting: Setting) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15, help="at least 2; four times as many for what adds little")
+    parser.add_argument("--rounds", type=int, default=15, help="at least 2; three times as many between samples")
     parser.add_argument("--cases", nargs="*", choices=CASES, help="by default all that suit the device")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: of the process, where others run, too")
@@ -448,7 +457,7 @@ def main() -> None:
     for title in [*PARTS, "idle", "bytes"]:
         columns = {name: columns[title] for name, columns in tables.items()}
         print_table(TITLES[title].format(budgets), "monitor", columns)
-    print_growth(replace(setting, rounds=max(2, args.rounds // 3)))
+    print_growth(replace(setting, rounds=max(3, args.rounds // 3)))
 
 
 if __name__ == "__main__":
