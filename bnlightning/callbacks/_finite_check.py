@@ -86,7 +86,7 @@ class _ImmediateCheck:
             self._found = self._step, order, place
 
     def update_loss(self, loss: Tensor) -> None:
-        if self._found is None and not _is_finite(loss):
+        if self._found is None and not (math.isfinite(loss.sum().item()) or _is_finite(loss)):
             self._found = self._step, self._order, _behind(self._last)
 
     def end(self) -> None:

@@ -5,6 +5,7 @@ bins an octave, zero and the smallest denormals in a bin of their own, infinitie
 """
 
 from dataclasses import dataclass
+from statistics import median
 from typing import TypeVar
 
 import numpy as np
@@ -156,9 +157,12 @@ class TypicalRanges:
         extents = self._extents.setdefault(tag, [])
         extents.append(max(abs(low), abs(high)))
         del extents[:-_NUM_REMEMBERED]
-        limit = _FAR * float(np.median(extents))
+        limit = _FAR * median(extents)
         width = high - low
-        return clip(histogram, max(low - width, -limit), min(high + width, limit)) if limit > 0 else histogram
+        low, high = max(low - width, -limit), min(high + width, limit)
+        if limit == 0 or (low <= histogram.edges[0] and histogram.edges[-1] <= high):
+            return histogram
+        return clip(histogram, low, high)
 
     def state_dict(self) -> dict[str, list[float]]:
         """For a checkpoint."""

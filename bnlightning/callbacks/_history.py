@@ -175,7 +175,8 @@ class History:
         """
         self._go_back_to(step)
         new = [layer for layers in (bins, *statistics.values()) for layer in self._enrol(layers)]
-        self._choose({*self._chosen, *(layer for layer in new if layer in bins)})
+        if new:
+            self._choose({*self._chosen, *(layer for layer in new if layer in bins)})
         seen = [layer for layer in self._chosen if layer in bins and bins[layer].any()]
         distributions = coarsen(np.stack([bins[layer] for layer in seen])) if seen else []
         rows = {name: self._row(values) for name, values in statistics.items()}

@@ -148,14 +148,9 @@ class Observer:
         self._calls.clear()
         self._features = None
 
-    def on_call(self, place: Place, args: tuple[Any, ...], output: Any) -> None:
-        """A module was called, while there is a window or a check."""
+    def on_call(self, place: Place, output: Any) -> None:
+        """A module was called, while there is a window."""
         if is_recomputation():
-            return
-        if self.check is not None and place.is_checked:
-            for _, tensor in tensors_in(output):
-                self.check.update(place.path, args, tensor)
-        if self.window is None:
             return
         if place.features is not None:
             self._features = place.features
@@ -251,8 +246,13 @@ class _Hook:
             self._trace(args, output)
             return
         observer = self.observer
-        if observer.is_sampling or (self.is_checked and observer.check is not None):
-            observer.on_call(self.place, args, output)
+        if self.is_checked and observer.check is not None:
+            # A recomputation finds nothing that the computation has not found before.
+            for _, tensor in [("", output)] if type(output) is Tensor else tensors_in(output):
+                if tensor.is_floating_point():
+                    observer.check.update(self.place.path, args, tensor)
+        if observer.is_sampling:
+            observer.on_call(self.place, output)
 
     def __reduce__(self) -> Any:
         return _NoHook, ()

@@ -136,12 +136,12 @@ def statistics(key: LayerKey, layer: LayerSums, recent: UnitSums | None, tau: fl
     found = {name: of(layer) for name, of in _OF_VALUES.items() if bounded or not name.startswith("saturated")}
     if recent is not None:
         found |= {
-            "dead": float(dead(recent).mean()),
-            "dormant": float(dormant(recent, tau).mean()),
-            "rarely_active": float(rarely_active(recent).mean()),
+            "dead": np.count_nonzero(dead(recent)) / len(recent.nonzero),
+            "dormant": np.count_nonzero(dormant(recent, tau)) / len(recent.nonzero),
+            "rarely_active": np.count_nonzero(rarely_active(recent)) / len(recent.nonzero),
         }
         if bounded:
-            found["saturated_units"] = float(always_saturated(recent).mean())
+            found["saturated_units"] = np.count_nonzero(always_saturated(recent)) / len(recent.nonzero)
     return {name: float(value) for name, value in found.items() if value is not None}
 
 

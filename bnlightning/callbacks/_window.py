@@ -144,21 +144,20 @@ class ActivationWindow:
         with torch.no_grad(), torch.inference_mode(False):
             rows = [self._rows.get(key) or _Row(key, device, self.effective_rank) for key in keys]
             bins = torch.stack([row.bins for row in rows])
-            finite = num_finite(bins).to(real_dtype(device))
-            total, squares, shift, low, high = (
-                _stacked([getattr(row, name) for row in rows], device)
-                for name in ("total", "squares", "shift", "minimum", "maximum")
-            )
+            finite = num_finite(bins)
+            samples, numel = ([getattr(row, name) for row in rows] for name in ("samples", "numel"))
+            counts = torch.cat([finite, torch.tensor(samples + numel, device=device)])
+            total, squares, shift, low, high = _table(rows, device)
             # From about the shift, which each rank has chosen for itself, to about zero; in float64 nothing is lost.
-            moments = torch.stack([total + finite * shift, squares + 2 * shift * total + finite * shift**2])
+            number = finite.to(total.dtype)
+            moments = torch.cat([total + number * shift, squares + 2 * shift * total + number * shift**2])
             # The minimum with its sign turned, so that both are maxima.
-            extrema = torch.stack([-low, high])
-            samples = torch.tensor([row.samples for row in rows], device=device)
+            extrema = torch.cat([-low, high])
             units = torch.cat([row.units.flatten() for row in rows])
             seconds = torch.cat([row.second_moments.flatten() for row in rows])
-            bins, samples, moments, units, seconds = reduce_sums([bins, samples, moments, units, seconds])
+            bins, counts, moments, units, seconds = reduce_sums([bins, counts, moments, units, seconds])
             (extrema,) = reduce_maxima([extrema])
-        return _split(keys, rows, *(each.cpu().numpy() for each in (bins, samples, moments, extrema, units, seconds)))
+        return _split(keys, rows, *(each.cpu().numpy() for each in (bins, counts, moments, extrema, units, seconds)))
 
 
 class _Row:
@@ -176,7 +175,7 @@ class _Row:
         self.second_moments = torch.zeros(rank, rank, dtype=real, device=device)
         # Sums are of the values less this: their squares about zero would lose the digits of a small variance.
         self.shift: Number | None = None
-        self.samples = 0
+        self.samples = self.numel = 0
         self.total: Number = 0.0
         self.squares: Number = 0.0
         self.minimum: Number = math.inf
@@ -187,13 +186,16 @@ class _Row:
             self.seen = False
             self.bins.zero_()
             self.units.zero_()
-            self.second_moments.zero_()
-            self.samples, self.total, self.squares = 0, 0.0, 0.0
+            if len(self.second_moments):
+                self.second_moments.zero_()
+            self.samples = self.numel = 0
+            self.total = self.squares = 0.0
             self.minimum, self.maximum = math.inf, -math.inf
 
     def update(self, values: "_Values") -> None:
         self.seen = True
         self.samples += values.samples
+        self.numel += values.x.numel()
         self.bins += count_values(values.x)
         self.minimum = _smaller(self.minimum, values.minimum)
         self.maximum = _larger(self.maximum, values.maximum)
@@ -326,37 +328,41 @@ def _larger(one: Number, other: Number) -> Number:
     return torch.clamp(other, min=one) if isinstance(other, Tensor) else max(one, other)
 
 
-def _stacked(numbers: Sequence[Number | None], device: torch.device) -> Tensor:
+def _table(rows: Sequence[_Row], device: torch.device) -> Tensor:
+    """Totals, squares, shifts, minima and maxima of all rows."""
     real = real_dtype(device)
-    if any(isinstance(number, Tensor) for number in numbers):
-        return torch.stack([torch.as_tensor(number or 0.0, dtype=real, device=device) for number in numbers])
-    return torch.tensor([number or 0.0 for number in numbers], dtype=real, device=device)
+    numbers = [[row.total, row.squares, 0.0 if row.shift is None else row.shift, row.minimum, row.maximum] for row in rows]
+    if any(isinstance(number, Tensor) for of_row in numbers for number in of_row):
+        flat = [torch.as_tensor(number, dtype=real, device=device) for of_row in numbers for number in of_row]
+        return torch.stack(flat).view(len(rows), -1).T
+    return torch.tensor(numbers, dtype=real, device=device).T
 
 
 def _split(
     keys: list[LayerKey],
     rows: list[_Row],
     bins: NDArray[np.int64],
-    samples: NDArray[np.int64],
+    counts: NDArray[np.int64],
     moments: NDArray[np.float64],
     extrema: NDArray[np.float64],
     units: NDArray[np.float64],
     seconds: NDArray[np.float64],
 ) -> dict[LayerKey, LayerSums]:
     take_units, take_seconds = _taker(units), _taker(seconds)
-    numel, finite = bins.sum(axis=1), num_finite(bins)
+    finite, samples, numel = counts.reshape(3, -1).tolist()
+    (total, squares), (low, high) = moments.reshape(2, -1).tolist(), extrema.reshape(2, -1).tolist()
     layers = {}
     for index, (key, row) in enumerate(zip(keys, rows, strict=True)):
         sums, second = take_units(row.units.shape), take_seconds(row.second_moments.shape)
         layers[key] = LayerSums(
             bins=bins[index],
-            numel=int(numel[index]),
-            finite=int(finite[index]),
-            sum=float(moments[0, index]),
-            sum_squares=float(moments[1, index]),
-            minimum=-float(extrema[0, index]),
-            maximum=float(extrema[1, index]),
-            units=_unit_sums(sums, int(numel[index]) // key.units, int(samples[index])) if key.units else None,
+            numel=numel[index],
+            finite=finite[index],
+            sum=total[index],
+            sum_squares=squares[index],
+            minimum=-low[index],
+            maximum=high[index],
+            units=_unit_sums(sums, numel[index] // key.units, samples[index]) if key.units else None,
             second_moments=second if second.size else None,
         )
     return layers
