@@ -6,7 +6,6 @@ bins an octave, zero and the smallest denormals in a bin of their own, infinitie
 
 from dataclasses import dataclass
 from statistics import median
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -38,14 +37,6 @@ def count_values(x: Tensor) -> Tensor:
         # versions of torch refuse it nevertheless.
         return torch.histc(number, bins=NUM_BINS, min=0, max=NUM_BINS - 1).to(torch.int64)
     return torch.bincount(number, minlength=NUM_BINS)
-
-
-Bins = TypeVar("Bins", Tensor, NDArray[np.int64])
-
-
-def num_finite(bins: Bins) -> Bins:
-    """How many values in the last dimension of ``bins`` are finite."""
-    return bins[..., :_FINITE].sum(-1) + bins[..., _HALF : _HALF + _FINITE].sum(-1)
 
 
 def num_zero(bins: NDArray[np.int64]) -> int:

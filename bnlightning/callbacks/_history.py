@@ -18,6 +18,7 @@ _FINITE = len(MAGNITUDES) - 1
 # as the finest of those; above them, where only outliers are, whole octaves.
 _STARTS = np.array([-_FINITE, -40, -32, -28, *range(-24, -16, 2), *range(-16, 16), *range(16, 64, 8), 64])
 _OUTLIERS = 0.01
+_MAX_PENDING = 4
 _PER_SIGN = len(_STARTS)
 _SHARES = 2 * _PER_SIGN + 2
 
@@ -104,7 +105,7 @@ class _Sample:
 class History:
     """Samples of a run, evenly spaced: once there are too many, every second one is dropped.
 
-    The newest is always there. A layer may appear late or be missing at some steps. At the defaults it takes up to 1 MB
+    The newest is always there. A layer may appear late or be missing at some steps. At the defaults it takes up to 3 MB
     for distributions, and 0.6 kB for each layer and statistic; in a checkpoint 0.4 MB and 0.5 kB.
 
     Args:
@@ -121,6 +122,8 @@ class History:
 
     def _clear(self) -> None:
         self._samples: list[_Sample] = []
+        # Of the last samples, what is not coarsened yet: the sample, its layers, their bins.
+        self._pending: list[tuple[_Sample, list[str], NDArray[np.int64]]] = []
         self._stride = 1
         # In forward order; and numbered as they appeared, so that the arrays of old samples stay as they are.
         self._layers: list[str] = []
@@ -150,6 +153,7 @@ class History:
 
     def distributions(self, layer: str) -> list[Distribution | None]:
         """Of each sample, ``None`` where it has none of this layer."""
+        self._coarsen_pending()
         return [sample.distributions.get(layer) for sample in self._samples]
 
     def values(self, statistic: str) -> NDArray[np.float32]:
@@ -178,17 +182,22 @@ class History:
         if new:
             self._choose({*self._chosen, *(layer for layer in new if layer in bins)})
         seen = [layer for layer in self._chosen if layer in bins and bins[layer].any()]
-        distributions = coarsen(np.stack([bins[layer] for layer in seen])) if seen else []
         rows = {name: self._row(values) for name, values in statistics.items()}
         index = self._samples[-1].index + 1 if self._samples else 0
         if self._samples and self._samples[-1].index % self._stride:
             # It was there only for being the newest.
             self._samples.pop()
-        self._samples.append(_Sample(index, step, dict(zip(seen, distributions, strict=True)), rows))
+        self._samples.append(_Sample(index, step, {}, rows))
+        if seen:
+            self._pending.append((self._samples[-1], seen, np.stack([bins[layer] for layer in seen])))
+        # Several at once take hardly longer than one.
+        if len(self._pending) >= _MAX_PENDING:
+            self._coarsen_pending()
         self._thin()
 
     def state_dict(self) -> dict[str, Any]:
         """The history in lists, numbers and tensors on the CPU: what ``torch.load`` takes for safe."""
+        self._coarsen_pending()
         found = [[sample.distributions.get(layer) for sample in self._samples] for layer in self._chosen]
         anchors = np.full((len(self._chosen), len(self._samples)), -1, dtype=np.int16)
         shares = np.zeros((*anchors.shape, _SHARES), dtype=np.float16)
@@ -215,7 +224,7 @@ class History:
         self._chosen = list(state["chosen_layers"])
         anchors, shares = state["anchors"].numpy(), state["shares"].numpy()
         tables = {name: table.numpy() for name, table in state["statistics"].items()}
-        self._samples = []
+        self._samples, self._pending = [], []
         for column, (index, step) in enumerate(zip(state["indices"], state["steps"], strict=True)):
             # Copies: a view would keep the table of all samples alive.
             distributions = {
@@ -227,6 +236,15 @@ class History:
             self._samples.append(_Sample(index, step, distributions, rows))
         self._choose(set(self._chosen))
         self._thin()
+
+    def _coarsen_pending(self) -> None:
+        pending, self._pending = self._pending, []
+        if not pending:
+            return
+        distributions = iter(coarsen(np.concatenate([bins for _, _, bins in pending])))
+        for sample, layers, _ in pending:
+            found = {layer: next(distributions) for layer in layers}
+            sample.distributions.update({layer: one for layer, one in found.items() if layer in self._chosen})
 
     def _go_back_to(self, step: int) -> None:
         self._samples = [sample for sample in self._samples if sample.step < step]

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bnlightning.callbacks._histogram import NUM_BINS, count_values, num_finite
+from bnlightning.callbacks._histogram import NUM_BINS, count_values
 from bnlightning.callbacks._ranks import all_keys, reduce_maxima, reduce_sums
 
 MAX_UNITS_OF_RANK = 1024
@@ -144,15 +144,10 @@ class ActivationWindow:
         with torch.no_grad(), torch.inference_mode(False):
             rows = [self._rows.get(key) or _Row(key, device, self.effective_rank) for key in keys]
             bins = torch.stack([row.bins for row in rows])
-            finite = num_finite(bins)
-            samples, numel = ([getattr(row, name) for row in rows] for name in ("samples", "numel"))
-            counts = torch.cat([finite, torch.tensor(samples + numel, device=device)])
-            total, squares, shift, low, high = _table(rows, device)
-            # From about the shift, which each rank has chosen for itself, to about zero; in float64 nothing is lost.
-            number = finite.to(total.dtype)
-            moments = torch.cat([total + number * shift, squares + 2 * shift * total + number * shift**2])
+            counts = _table([[row.finite, row.samples, row.numel] for row in rows], torch.int64, device)
+            moments = _table([row.moments() for row in rows], real_dtype(device), device)
             # The minimum with its sign turned, so that both are maxima.
-            extrema = torch.cat([-low, high])
+            extrema = _table([[-row.minimum, row.maximum] for row in rows], real_dtype(device), device)
             units = torch.cat([row.units.flatten() for row in rows])
             seconds = torch.cat([row.second_moments.flatten() for row in rows])
             bins, counts, moments, units, seconds = reduce_sums([bins, counts, moments, units, seconds])
@@ -176,6 +171,7 @@ class _Row:
         # Sums are of the values less this: their squares about zero would lose the digits of a small variance.
         self.shift: Number | None = None
         self.samples = self.numel = 0
+        self.finite: Number = 0
         self.total: Number = 0.0
         self.squares: Number = 0.0
         self.minimum: Number = math.inf
@@ -188,7 +184,7 @@ class _Row:
             self.units.zero_()
             if len(self.second_moments):
                 self.second_moments.zero_()
-            self.samples = self.numel = 0
+            self.samples = self.numel = self.finite = 0
             self.total = self.squares = 0.0
             self.minimum, self.maximum = math.inf, -math.inf
 
@@ -196,12 +192,20 @@ class _Row:
         self.seen = True
         self.samples += values.samples
         self.numel += values.x.numel()
+        self.finite = self.finite + values.num_finite
         self.bins += count_values(values.x)
         self.minimum = _smaller(self.minimum, values.minimum)
         self.maximum = _larger(self.maximum, values.maximum)
         self._update_moments(values)
         if self.key.units:
             self._update_units(values)
+
+    def moments(self) -> tuple[Number, Number]:
+        """The sum of the finite values, and of their squares."""
+        shift = 0.0 if self.shift is None else self.shift
+        # From about the shift, which each rank has chosen for itself, to about zero; in float64 nothing is lost.
+        total = self.total + self.finite * shift
+        return total, self.squares + 2 * shift * self.total + self.finite * shift**2
 
     def _update_moments(self, values: "_Values") -> None:
         if self.shift is None:
@@ -240,6 +244,7 @@ class _Values:
         unit_dim: The dimension of the units.
         samples: Size of the batch.
         finite: Which values are finite; ``None`` if all are known to be.
+        num_finite: How many are.
         minimum: Of the finite ones.
         maximum: Of the finite ones.
     """
@@ -256,6 +261,7 @@ class _Values:
         self.x = x
         self._others = [dim for dim in range(x.dim()) if dim != self.unit_dim]
         self.finite: Tensor | None = None
+        self.num_finite: Number = x.numel()
         self.minimum: Number
         self.maximum: Number
         if x.device.type == "cpu":
@@ -265,6 +271,7 @@ class _Values:
             if math.isfinite(self.minimum) and math.isfinite(self.maximum):
                 return
         self.finite = x.isfinite()
+        self.num_finite = self.read(self.finite.sum())
         self.minimum = self.read(torch.where(self.finite, x, math.inf).amin())
         self.maximum = self.read(torch.where(self.finite, x, -math.inf).amax())
 
@@ -314,9 +321,8 @@ def real_dtype(device: torch.device) -> torch.dtype:
 
 def _middle(values: _Values) -> Number:
     """Near the mean of the finite values, and a float32; 0 if there are none."""
-    number = values.x.numel() if values.finite is None else values.finite.sum().clamp_min(1)
     # The sum may overflow, and a value less the shift.
-    mean = (values.fill(0.0).sum() / number).nan_to_num(nan=0.0)
+    mean = (values.fill(0.0).sum() / values.num_finite).nan_to_num(nan=0.0)
     return values.read(mean.clamp(-_LARGEST_SHIFT, _LARGEST_SHIFT))
 
 
@@ -328,14 +334,11 @@ def _larger(one: Number, other: Number) -> Number:
     return torch.clamp(other, min=one) if isinstance(other, Tensor) else max(one, other)
 
 
-def _table(rows: Sequence[_Row], device: torch.device) -> Tensor:
-    """Totals, squares, shifts, minima and maxima of all rows."""
-    real = real_dtype(device)
-    numbers = [[row.total, row.squares, 0.0 if row.shift is None else row.shift, row.minimum, row.maximum] for row in rows]
-    if any(isinstance(number, Tensor) for of_row in numbers for number in of_row):
-        flat = [torch.as_tensor(number, dtype=real, device=device) for of_row in numbers for number in of_row]
-        return torch.stack(flat).view(len(rows), -1).T
-    return torch.tensor(numbers, dtype=real, device=device).T
+def _table(numbers: Sequence[Sequence[Number]], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if any(isinstance(number, Tensor) for row in numbers for number in row):
+        flat = [torch.as_tensor(number, dtype=dtype, device=device) for row in numbers for number in row]
+        return torch.stack(flat).view(len(numbers), -1)
+    return torch.tensor(numbers, dtype=dtype, device=device)
 
 
 def _split(
@@ -349,8 +352,8 @@ def _split(
     seconds: NDArray[np.float64],
 ) -> dict[LayerKey, LayerSums]:
     take_units, take_seconds = _taker(units), _taker(seconds)
-    finite, samples, numel = counts.reshape(3, -1).tolist()
-    (total, squares), (low, high) = moments.reshape(2, -1).tolist(), extrema.reshape(2, -1).tolist()
+    finite, samples, numel = counts.T.tolist()
+    (total, squares), (low, high) = moments.T.tolist(), extrema.T.tolist()
     layers = {}
     for index, (key, row) in enumerate(zip(keys, rows, strict=True)):
         sums, second = take_units(row.units.shape), take_seconds(row.second_moments.shape)
