@@ -24,6 +24,13 @@ def check_number(name: str, value: Any, *, above: float | None = None, at_least:
     raise ValueError(f"{name}={value!r} is not possible: give a number{bound}.")
 
 
+def check_share(name: str, value: Any) -> None:
+    """Raise ``ValueError`` unless ``value`` is a number from 0 to below 1, what a share can exceed."""
+    if isinstance(value, Real) and not isinstance(value, bool) and 0.0 <= float(value) < 1.0:
+        return
+    raise ValueError(f"{name}={value!r} is not possible: give a share from 0 to below 1, such as 0.5.")
+
+
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
     """Raise ``ValueError`` unless ``value`` is one of ``choices``."""
     if value not in choices:

@@ -273,6 +273,8 @@ def main() -> None:
     """The command line."""
     # Lightning 2.6 with torch 2.15.
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
+    # The comparison tells which runs diverged, where and when.
+    warnings.filterwarnings("ignore", message="ActivationMonitor: at step .* the first NaN")
     # Each command has its own directory, also where one before it in this process or shell left its.
     if "LOCAL_RANK" not in os.environ:
         os.environ.pop(_OUTPUT_DIR, None)

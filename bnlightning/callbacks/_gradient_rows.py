@@ -86,8 +86,11 @@ class GradientRows:
             if row is None or parameter.grad is None:
                 continue
             gradient, weight = own_part(parameter.grad, parameter), own_part(parameter)
-            if gradient is not None and weight is not None:
-                values = _values(gradient).float()
+            if gradient is None or weight is None:
+                continue
+            values = _values(gradient).float()
+            # A sparse one may have nothing stored.
+            if len(values) > 0:
                 gradients[row] = values if scale == 1.0 else values / scale
                 weights[row] = _values(weight)
                 weights[row] = weights[row].to(_at_least_float32(weights[row]), copy=True)

@@ -1,6 +1,15 @@
-"""What forward hooks have to know about the call that they are in."""
+"""What forward hooks have to know about the call that they are in, and what becomes of their copies."""
+
+from typing import Any
 
 import torch
+
+
+class NoHook:
+    """What a hook is in a copy of its module, pickled or deep: it does nothing and brings nothing along."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """Be called as any hook is."""
 
 
 def is_recomputation() -> bool:

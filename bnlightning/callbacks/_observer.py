@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from bnlightning.callbacks._compiled import add_receiver, is_compiled, observe, observe_tap, remove_receiver
 from bnlightning.callbacks._finite_check import FiniteCheck
-from bnlightning.callbacks._hooks import is_recomputation
+from bnlightning.callbacks._hooks import NoHook, is_recomputation
 from bnlightning.callbacks._selection import (
     Choice,
     features,
@@ -175,7 +175,7 @@ class Observer:
         self._record(place, [(f":{position}" if position >= 0 else "", x)], is_new_call=position <= 0)
 
     def _receive_tap(self, name: str, x: Tensor, limits: Limits | None) -> None:
-        if self.window is not None and not is_recomputation():
+        if self.window is not None and not is_recomputation() and _is_dense(x):
             self._record(Place(name, True, False, True, True, limits, None), [("", x)])
 
     def _hook(self, place: Place, module: nn.Module, device: torch.device) -> None:
@@ -255,7 +255,7 @@ class _Hook:
             observer.on_call(self.place, output)
 
     def __reduce__(self) -> Any:
-        return _NoHook, ()
+        return NoHook, ()
 
     def _trace(self, args: tuple[Any, ...], output: Any) -> None:
         """What becomes a part of a compiled graph: no more than the graph can be guarded on."""
@@ -269,11 +269,6 @@ class _Hook:
             for position, x in enumerate(found):
                 if isinstance(x, Tensor) and x.is_floating_point():
                     observe(x.detach(), self.number, self.index, -1 if found[0] is output else position)
-
-
-class _NoHook:
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        pass
 
 
 class _GradHook:
@@ -291,12 +286,12 @@ class _GradHook:
 
 
 def tensors_in(output: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """The floating tensors in what a module returned, and where: ``""`` for a tensor, ``":1.0"``, ``":logits"``.
+    """The dense floating tensors in what a module returned, and where: ``""`` for a tensor, ``":1.0"``, ``":logits"``.
 
     Looks into tuples, lists, mappings and dataclasses, a few levels deep.
     """
     if isinstance(output, Tensor):
-        if output.is_floating_point():
+        if output.is_floating_point() and _is_dense(output):
             # A rank's own part of a distributed tensor.
             yield path, output.to_local() if hasattr(output, "to_local") else output
         return
@@ -304,6 +299,10 @@ def tensors_in(output: Any, path: str = "", depth: int = 0) -> Iterator[tuple[st
         return
     for name, value in _members(output):
         yield from tensors_in(value, f"{path}.{name}" if path else f":{name}", depth + 1)
+
+
+def _is_dense(x: Tensor) -> bool:
+    return x.layout is torch.strided and not x.is_nested and not x.is_meta
 
 
 def _members(output: Any) -> Iterator[tuple[Any, Any]]:

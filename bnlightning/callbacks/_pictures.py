@@ -242,7 +242,14 @@ def draw_distributions(history: History) -> "Figure":
     ticks = {float(_log_color(np.array(share))): f"{100 * share:.3g} %" for share in (0, 0.01, 0.1, 1)}
     _draw_scale(page, (_MARGIN, 62, 240, 8), Look("", _NEUTRAL, 0.0, 1.0, ticks))
     page.text(_MARGIN + 252, 71, "of the layer's values at a step", fontsize=9)
-    page.text(_WIDTH - _MARGIN, 71, "on the right: at the last step", fontsize=8.5, color=_DIM, ha="right")
+    page.text(
+        _WIDTH - _MARGIN,
+        71,
+        "on the right: at the last step; units over the last samples",
+        fontsize=8.5,
+        color=_DIM,
+        ha="right",
+    )
     words = _last_words(history)
     width = _WIDTH / num_columns
     for column in range(num_columns):
@@ -319,7 +326,7 @@ def draw_surfaces(history: History, statistics: Sequence[str]) -> "Figure":
         page,
         "The state of every layer at every sampled training step",
         f"{_number(layers, history)} in forward order, the first at the top. "
-        "White is healthy; but about half of a ReLU's values are zeros.",
+        "Pale is healthy; but half of a ReLU's values are zeros. Dead units are dormant, too.",
     )
     if not shown:
         _say_nothing(page)

@@ -1,6 +1,6 @@
 """When a layer is so ill that its owner should be told."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -27,16 +27,16 @@ class Threshold:
 
 _MEANINGS = {
     "dead": (
-        "of the units are dead: zero for every one",
+        "of the units are dead: zero for every one of",
         "a lower learning rate, a normalisation in front of the activation, He initialisation, or an activation with a "
         "slope on both sides (leaky_relu, elu, gelu)",
     ),
     "dormant": (
-        "of the units are dormant: their mean magnitude is at most tau times the layer's, over",
+        "of the units are dormant, their mean magnitude at most tau times the layer's, over",
         "a lower learning rate, a normalisation in front of the activation, or setting these units' weights anew",
     ),
     "saturated": (
-        "of the values are saturated: where the activation is flat and passes hardly any gradient, over",
+        "of the values are saturated, where the activation is flat and passes hardly any gradient, over",
         "smaller initial weights, a normalisation in front of the activation, a lower learning rate, or an activation "
         "without bounds",
     ),
@@ -75,9 +75,14 @@ def warn_above(
         return False
     worst = max(ill, key=lambda label: ill[label][0])
     share, samples = ill[worst]
-    others = f" {len(ill) - 1} more layers are above the limit." if len(ill) > 1 else ""
+    others = f" Above the limit as well: {_listed([label for label in ill if label != worst])}." if len(ill) > 1 else ""
     rank_zero_warn(
-        f"ActivationMonitor({threshold.argument}={threshold.limit:g}): {share:.0%} {threshold.meaning} of the last "
+        f"ActivationMonitor({threshold.argument}={threshold.limit:g}): {share:.0%} {threshold.meaning} the last "
         f"{samples} samples of {worst} ({where}).{others} Usual cures: {threshold.cures}."
     )
     return True
+
+
+def _listed(labels: Sequence[str]) -> str:
+    shown = ", ".join(labels[:5])
+    return shown if len(labels) <= 5 else f"{shown} and {len(labels) - 5} more"

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from bnlightning._check import check_integer, check_number
+from bnlightning._check import check_integer, check_number, check_share
 from bnlightning.callbacks._cadence import EvaluationCadence, StepAxis, TrainingCadence
 from bnlightning.callbacks._finite_check import FiniteCheck, make_check
 from bnlightning.callbacks._histogram import TypicalRanges, finite_histogram
@@ -51,7 +51,8 @@ class ActivationMonitor(Callback):
 
     Of the units of what is no normalisation and no linear or convolutional layer, in training over the last
     ``window_samples`` to twice as many samples of the sampled steps (fewer at the beginning), in an evaluation over all
-    of it:
+    of it. A unit that died within the window still counts as alive: with a batch of 50 and a sample every 10 steps the
+    default window reaches back 200 to 400 steps. Evaluations have no such delay.
 
     - ``act_dead``: share of the units whose output was exactly zero for every sample (for a ReLU: that never fired). A
       unit with a NaN or an infinity is not dead but broken, and counts under ``act_nonfinite``.
@@ -108,11 +109,12 @@ class ActivationMonitor(Callback):
         warn_dead_above: Warn once when ``act_dead`` of an activation exceeds it, over ``window_samples`` or more.
         warn_dormant_above: Likewise of ``act_dormant``.
         warn_saturated_above: Likewise of ``act_saturated``.
-        stop_on_nonfinite: Whether a non-finite value stops the training, with a warning: on a CPU in the same step, on
-            a GPU or several ranks at the next sample.
+        stop_on_nonfinite: Whether the first non-finite value stops the training: on a CPU in the same step, on a GPU or
+            several ranks at the next sample. There is a warning of it in any case.
 
     Raises:
-        ValueError: If a number of steps is below 1, a share is not a number, or ``modules`` holds something else.
+        ValueError: If a number of steps is below 1, a share is none, nothing would be checked, or ``modules`` is
+            something else.
 
     Example:
         >>> trainer = lightning.Trainer(callbacks=[ActivationMonitor(every_n_steps=100, warn_dead_above=0.5)])
@@ -143,7 +145,12 @@ class ActivationMonitor(Callback):
         limits = {"dead": warn_dead_above, "dormant": warn_dormant_above, "saturated": warn_saturated_above}
         for name, limit in limits.items():
             if limit is not None:
-                check_number(f"warn_{name}_above", limit, at_least=0)
+                check_share(f"warn_{name}_above", limit)
+        if stop_on_nonfinite and check_finite_every_n_steps is None:
+            raise ValueError(
+                "stop_on_nonfinite=True is not possible with check_finite_every_n_steps=None, which never looks: give "
+                "check_finite_every_n_steps=1."
+            )
         self.every_n_steps = every_n_steps
         self.modules = checked_choices(modules)
         self.check_finite_every_n_steps = check_finite_every_n_steps
@@ -165,10 +172,14 @@ class ActivationMonitor(Callback):
         self._attach(pl_module)
         assert self._state is not None
         self._state.is_fit = True
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        # Not before: when the fit starts, Lightning has not yet restored at which step it goes on.
         self._evaluation.start(trainer.global_step)
-        if self._loaded is not None:
-            self._restore(self._loaded)
-            self._loaded = None
+        # What a checkpoint or the fit before left, if this one goes on from there. (An evaluation loads, too.)
+        before, self._loaded = self._loaded or self._ended, None
+        if before and before["sampling"] is not None and before["sampling"] < trainer.global_step:
+            self._restore(before)
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
@@ -299,14 +310,13 @@ class ActivationMonitor(Callback):
 
     def _restore(self, loaded: dict[str, Any]) -> None:
         assert self._state is not None
-        if loaded:
-            self._state.recent.load_state_dict(loaded["recent"])
-            self._state.ranges.load_state_dict(loaded["ranges"])
-            self._state.history.load_state_dict(loaded["history"])
-            self._state.sampling.last = loaded["sampling"]
-            self._evaluation.resume(loaded["evaluation"])
-            self._state.is_checking = loaded["is_checking"]
-            self._state.warned = set(loaded["warned"])
+        self._state.recent.load_state_dict(loaded["recent"])
+        self._state.ranges.load_state_dict(loaded["ranges"])
+        self._state.history.load_state_dict(loaded["history"])
+        self._state.sampling.last = loaded["sampling"]
+        self._evaluation.resume(loaded["evaluation"])
+        self._state.is_checking = loaded["is_checking"]
+        self._state.warned = set(loaded["warned"])
 
     def _attach(self, pl_module: lightning.LightningModule) -> None:
         self._detach()
@@ -406,15 +416,11 @@ class ActivationMonitor(Callback):
         state.is_checking = False
         step, _, place = found
         Publication(step, texts={"health/first_nonfinite_layer": place}).write(trainer)
+        consequence = (
+            "training stops" if self.stop_on_nonfinite else "training goes on (stop_on_nonfinite=True stops it)"
+        )
+        rank_zero_warn(f"ActivationMonitor: {_where_nonfinite(place, step)}; {consequence}. {_cures_nonfinite(place)}")
         if self.stop_on_nonfinite:
-            rank_zero_warn(
-                f"ActivationMonitor(stop_on_nonfinite=True): the first NaN or infinity is in the output of {place}, at "
-                f"step {step}; training stops. Usual cures: a lower learning rate or a warm-up, gradient clipping, a "
-                "normalisation in front of the layer, smaller initial weights, bf16 in the place of fp16."
-                if place != "input" else
-                f"ActivationMonitor(stop_on_nonfinite=True): the batch of step {step} holds a NaN or an infinity; "
-                "training stops. Usual cures: clean the data, or skip such batches."
-            )  # fmt: skip
             trainer.should_stop = True
 
     def _tell_what_is_watched(self, trainer: lightning.Trainer, publication: Publication) -> None:
@@ -515,6 +521,29 @@ def _remember(
     history.add(step, bins, statistics)
 
 
+def _where_nonfinite(place: str, step: int) -> str:
+    if place == "input":
+        return f"the batch of step {step} holds a NaN or an infinity"
+    if place == "loss":
+        return f"at step {step} the loss is the first NaN or infinity"
+    side, _, module = place.rpartition(" ")
+    where = {
+        "": f"in the output of {module}",
+        "before": f"in the input of {module}, made by an operation that is no module",
+        "after": f"in the loss, made by an operation behind {module}",
+    }[side]
+    return f"at step {step} the first NaN or infinity is {where}"
+
+
+def _cures_nonfinite(place: str) -> str:
+    if place == "input":
+        return "Usual cures: clean the data, or skip such batches."
+    return (
+        "Usual cures: a lower learning rate or a warm-up, gradient clipping, a normalisation in front of the layer, "
+        "smaller initial weights, bf16 in the place of fp16."
+    )
+
+
 def _grad_scale(trainer: lightning.Trainer) -> float:
     """From a rank's gradient of its own, scaled loss to that of the mean loss over all ranks."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
@@ -523,7 +552,9 @@ def _grad_scale(trainer: lightning.Trainer) -> float:
 
 def _report(observer: Observer) -> str:
     seen = {label.partition("#")[0].partition(":")[0] for label in observer.seen}
-    sentences = [f"{len(observer.seen)} layers are watched: {_listed(observer.seen)}."]
+    sentences = [
+        f"{len(observer.seen)} layer{'s are' if len(observer.seen) != 1 else ' is'} watched: {_listed(observer.seen)}."
+    ]
     unseen = [path for path in observer.watched if path not in seen and path not in observer.without_tensor]
     if unseen:
         sentences.append(f"Not called so far: {_listed(unseen)}.")
@@ -533,7 +564,7 @@ def _report(observer: Observer) -> str:
     if observer.refused:
         sentences.append(f"Compiled by TorchScript, which takes no hooks: {_listed(observer.refused)}.")
     sentences.append(
-        "Activations that are called as functions cannot be seen: make them modules, or show them by "
+        "What else is called as a function, such as torch.relu(x), cannot be seen: make it a module, or show it by "
         "bnlightning.tap(x, 'name')."
     )
     return " ".join(sentences)

@@ -1,10 +1,10 @@
 """How far batch norm layers are from what evaluation takes them for, in the loggers."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import lightning
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
@@ -14,7 +14,8 @@ from torch.utils.hooks import RemovableHandle
 from bnlightning._check import check_integer
 from bnlightning.callbacks._batch_norm_rows import BatchNormRows, BatchNormStatistics
 from bnlightning.callbacks._cadence import TrainingCadence, logged_step
-from bnlightning.callbacks._hooks import is_recomputation
+from bnlightning.callbacks._compiled import is_compiled
+from bnlightning.callbacks._hooks import NoHook, is_recomputation
 from bnlightning.callbacks._publication import Publication
 from bnlightning.callbacks._selection import Choice, checked_choices, is_chosen, user_path
 
@@ -54,7 +55,7 @@ class BatchNormMonitor(Callback):
     mean of n independent values is off by about :math:`1 / \sqrt n` by chance, the largest of many channels by more.
 
     Memory: about 100 bytes a channel, and in a sampled step for the time of one call a copy of its input. Hooks are
-    attached when the fit starts; a module compiled by then but not yet run is traced with them.
+    attached when the fit starts; what was compiled before is compiled again with them (:func:`torch.compiler.reset`).
 
     Args:
         every_n_steps: Distance of two samples in optimizer steps.
@@ -96,11 +97,14 @@ class BatchNormMonitor(Callback):
         return vars(self) | {"_handles": [], "_names": [], "_rows": None, "_sample": None, "_observing": False}
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        # What a checkpoint or the fit before left, if this one goes on from there.
-        if self._cadence.last is not None and self._cadence.last >= trainer.global_step:
-            self._cadence.start()
         self._is_first = True
         self._attach(pl_module)
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        # What a checkpoint or the fit before left, if this one goes on from there. (When the fit starts, Lightning has
+        # not yet restored at which step.)
+        if self._cadence.last is not None and self._cadence.last >= trainer.global_step:
+            self._cadence.start()
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
@@ -148,9 +152,10 @@ class BatchNormMonitor(Callback):
             and (self.modules is None or is_chosen(self.modules, user_path(name), layer))
         }
         if not layers:
+            cure = "Leave the callback out." if self.modules is None else "Choose other `modules`, such as 'net.*'."
             rank_zero_warn(
                 f"BatchNormMonitor(modules={self.modules!r}) finds nothing to watch in {type(pl_module).__name__}: no "
-                "batch norm layer is chosen. Choose by `modules`, such as 'net.*', or leave the callback out."
+                f"batch norm layer {'is chosen' if self.modules is not None else 'is there'}. {cure}"
             )
             return
         if len(layers) > self.max_layers:
@@ -158,12 +163,14 @@ class BatchNormMonitor(Callback):
                 f"BatchNormMonitor(max_layers={self.max_layers}) watches the first {self.max_layers} of {len(layers)} "
                 "batch norm layers: raise `max_layers`, or choose by `modules`, such as 'layer1.*'."
             )
+        if is_compiled(pl_module):
+            # What ran before would not call the hooks.
+            torch.compiler.reset()
         self._names = list(layers)[: self.max_layers]
         watched = [layers[name] for name in self._names]
         self._rows = BatchNormRows(watched, pl_module.device)
         self._handles = [
-            layer.register_forward_pre_hook(partial(self._observe, index), with_kwargs=True)
-            for index, layer in enumerate(watched)
+            layer.register_forward_pre_hook(_Hook(self, index), with_kwargs=True) for index, layer in enumerate(watched)
         ]
 
     def _detach(self) -> None:
@@ -172,8 +179,8 @@ class BatchNormMonitor(Callback):
         self._handles, self._names, self._rows = [], [], None
         self._sample, self._observing = None, False
 
-    def _observe(self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The forward pre-hook of layer ``index``."""
+    def observe(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Layer ``index`` is called."""
         if not self._observing or self._rows is None or is_recomputation():
             return
         input = args[0] if args else kwargs.get("input")
@@ -196,10 +203,23 @@ class BatchNormMonitor(Callback):
         if not first or not layers or any(layer.seen for layer in layers):
             return
         rank_zero_warn(
-            f"BatchNormMonitor sees no input of {self._names[0]} or any other of {len(layers)} layer(s): a module that "
-            "ran under torch.compile before the fit does not call hooks attached since (call torch.compiler.reset() "
-            "before the fit), nor does `layer.forward(x)` instead of `layer(x)`."
+            f"BatchNormMonitor sees no input of {self._names[0]} or any other of {len(layers)} layer(s): none was "
+            "called, or `layer.forward(x)` was, which calls no hooks: call `layer(x)`."
         )
+
+
+class _Hook:
+    """A layer's forward pre-hook."""
+
+    def __init__(self, monitor: BatchNormMonitor, index: int) -> None:
+        self.monitor = monitor
+        self.index = index
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.monitor.observe(self.index, args, kwargs)
+
+    def __reduce__(self) -> Any:
+        return NoHook, ()
 
 
 def _scalars(layers: dict[str, BatchNormStatistics]) -> dict[str, float]:

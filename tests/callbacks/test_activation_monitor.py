@@ -11,7 +11,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from bnlightning import ActivationMonitor, LitRegressor, SyntheticRegressionDataModule
+from bnlightning import ActivationMonitor, LitRegressor, SyntheticRegressionDataModule, tap
 
 
 class Net(lightning.LightningModule):
@@ -204,7 +204,10 @@ class Diverging(Net):
 @pytest.mark.parametrize("check", [{}, {"check_finite_every_n_steps": 2}])
 def test_names_the_layer_and_step_of_the_first_nonfinite_output(tmp_path, check):
     monitor = ActivationMonitor(every_n_steps=4, **check)
-    quiet_trainer(tmp_path, max_epochs=2, callbacks=[monitor]).fit(Diverging(), loader())
+    with pytest.warns(
+        UserWarning, match=r"at step 2 the first NaN or infinity is in the output of body\.3; training goes on"
+    ):
+        quiet_trainer(tmp_path, max_epochs=2, callbacks=[monitor]).fit(Diverging(), loader())
     events = read_events(tmp_path)
     (found,) = events.Tensors("health/first_nonfinite_layer/text_summary")
     assert found.step == 2 and found.tensor_proto.string_val[0].decode() == "body.3"
@@ -219,7 +222,8 @@ def test_an_operation_that_is_no_module_is_blamed_on_the_place(tmp_path):
             return self.body[4](torch.log(self.body[3](self.body[:3](x))))
 
     monitor = ActivationMonitor(every_n_steps=4)
-    quiet_trainer(tmp_path, max_epochs=1, callbacks=[monitor]).fit(Log(), loader())
+    with pytest.warns(UserWarning, match=r"in the loss, made by an operation behind body\.3; training goes on"):
+        quiet_trainer(tmp_path, max_epochs=1, callbacks=[monitor]).fit(Log(), loader())
     (found,) = read_events(tmp_path).Tensors("health/first_nonfinite_layer/text_summary")
     assert found.step == 0 and found.tensor_proto.string_val[0].decode() == "after body.3"
 
@@ -232,7 +236,7 @@ def test_the_finding_is_written_when_training_fails(tmp_path):
                 raise RuntimeError("stop")
             return loss
 
-    with pytest.raises(RuntimeError, match="stop"):
+    with pytest.raises(RuntimeError, match="stop"), pytest.warns(UserWarning, match=r"in the output of body\.3"):
         quiet_trainer(tmp_path, max_epochs=1, callbacks=[ActivationMonitor()]).fit(Stopping(), loader())
     (found,) = read_events(tmp_path).Tensors("health/first_nonfinite_layer/text_summary")
     assert found.step == 2 and found.tensor_proto.string_val[0].decode() == "body.3"
@@ -370,7 +374,8 @@ def test_a_batch_with_nan_is_blamed_on_the_input(tmp_path):
     data = loader()
     data.dataset.tensors[0][19] = float("nan")
     monitor = ActivationMonitor(check_finite_every_n_steps=1)
-    quiet_trainer(tmp_path, max_epochs=1, callbacks=[monitor]).fit(Net(), data)
+    with pytest.warns(UserWarning, match="the batch of step 2 holds a NaN or an infinity; training goes on"):
+        quiet_trainer(tmp_path, max_epochs=1, callbacks=[monitor]).fit(Net(), data)
     (found,) = read_events(tmp_path).Tensors("health/first_nonfinite_layer/text_summary")
     assert found.step == 2 and found.tensor_proto.string_val[0].decode() == "input"
 
@@ -455,12 +460,15 @@ def test_the_same_seed_writes_the_same_numbers(tmp_path):
         ({"window_samples": 0.5}, "give an integer of at least 1"),
         ({"max_layers": 0}, "give an integer of at least 1"),
         ({"tau": -0.1}, "give a number of at least 0"),
-        ({"warn_dead_above": "much"}, "give a number of at least 0"),
+        ({"warn_dead_above": "much"}, "give a share from 0 to below 1"),
+        ({"warn_dormant_above": True}, "give a share from 0 to below 1"),
+        ({"warn_saturated_above": 50}, "give a share from 0 to below 1"),
+        ({"stop_on_nonfinite": True, "check_finite_every_n_steps": None}, "give check_finite_every_n_steps=1"),
     ],
 )
 def test_bad_arguments_are_named(options, cure):
-    ((name, value),) = options.items()
-    with pytest.raises(ValueError, match=f"{name}={value!r} is not possible: {cure}"):
+    name, value = next(iter(options.items()))
+    with pytest.raises(ValueError, match=f"{name}={value!r} is not possible.*{cure}"):
         ActivationMonitor(**options)
 
 
@@ -561,7 +569,9 @@ def test_a_healthy_net_is_not_warned_of(tmp_path):
 
 def test_a_nonfinite_value_stops_training_on_request(tmp_path):
     trainer = quiet_trainer(tmp_path, max_epochs=2, callbacks=[ActivationMonitor(stop_on_nonfinite=True)])
-    with pytest.warns(UserWarning, match=r"first NaN or infinity is in the output of body\.3, at step 2"):
+    with pytest.warns(
+        UserWarning, match=r"at step 2 the first NaN or infinity is in the output of body\.3; training stops"
+    ):
         trainer.fit(Diverging(), loader())
     assert trainer.global_step == 3
 
@@ -570,7 +580,7 @@ def test_a_batch_with_nan_stops_training_on_request(tmp_path):
     data = loader()
     data.dataset.tensors[0][19] = float("nan")
     trainer = quiet_trainer(tmp_path, max_epochs=2, callbacks=[ActivationMonitor(stop_on_nonfinite=True)])
-    with pytest.warns(UserWarning, match="the batch of step 2 holds a NaN or an infinity"):
+    with pytest.warns(UserWarning, match="the batch of step 2 holds a NaN or an infinity; training stops"):
         trainer.fit(Net(), data)
     assert trainer.global_step == 3
 
@@ -603,7 +613,7 @@ def test_the_report_names_what_is_not_seen(tmp_path):
     model.unused = nn.ReLU()
     quiet_trainer(tmp_path, max_steps=1, callbacks=[ActivationMonitor()]).fit(model, loader())
     assert watched(tmp_path).startswith("3 layers are watched: body.1, body.2, body.4. Not called so far: unused. ")
-    assert "called as functions cannot be seen" in watched(tmp_path)
+    assert "called as a function, such as torch.relu(x), cannot be seen" in watched(tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated")
@@ -710,3 +720,43 @@ def test_an_optimizer_that_evaluates_the_loss_several_times_in_a_step(tmp_path):
     histograms = read_events(tmp_path).Histograms("act_hist/body.2")
     assert [h.histogram_value.num for h in histograms] == [len(evaluations) * 8 * 8]
     assert "act_hist/body.2#1" not in read_events(tmp_path).Tags()["histograms"]
+
+
+def test_a_checkpoint_that_an_evaluation_loaded_is_none_of_the_next_fits_business(tmp_path):
+    monitor = ActivationMonitor(every_n_steps=2)
+    trainer = quiet_trainer(max_epochs=2, callbacks=[monitor])
+    trainer.fit(Net(), loader())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    quiet_trainer(callbacks=[monitor]).validate(Net(), loader(), ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    quiet_trainer(tmp_path, max_epochs=1, callbacks=[monitor]).fit(Net(), loader())
+    assert list(scalar(read_events(tmp_path), "act_std/body.2")) == [0, 2, 4]
+
+
+def test_a_fit_that_goes_on_keeps_the_cadence(tmp_path):
+    trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=[ActivationMonitor(every_n_steps=3)])
+    model = Net()
+    trainer.fit(model, loader())
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(model, loader())
+    assert list(scalar(read_events(tmp_path), "act_std/body.2")) == [0, 3, 6, 9]
+
+
+@pytest.mark.parametrize(("call", "cure"), [
+    (lambda: tap([torch.ones(2)], "gate"), r"x of tap\(x, 'gate'\) is a list: give a tensor"),
+    (lambda: tap(torch.ones(2), "gate", (1.0,)), r"limits=\(1.0,\) of tap\(x, 'gate'\) is not possible: give a pair"),
+])  # fmt: skip
+def test_bad_taps_are_told_at_once(call, cure):
+    with pytest.raises(ValueError, match=cure):
+        call()
+
+
+def test_tensors_that_are_not_dense_are_passed_over(tmp_path):
+    class Sparse(Net):
+        def forward(self, x):
+            for made in (x.to_sparse(), x.to("meta"), torch.nested.as_nested_tensor([x, x], layout=torch.jagged)):
+                tap(made, "odd")
+            return super().forward(tap(x, "even"))
+
+    quiet_trainer(tmp_path, max_steps=1, callbacks=[ActivationMonitor()]).fit(Sparse(), loader())
+    tags = read_events(tmp_path).Tags()["histograms"]
+    assert "act_hist/even" in tags and not any("odd" in tag for tag in tags)

@@ -87,3 +87,12 @@ def test_empty_and_integer_values(check):
     check.update("a", (torch.ones(2, dtype=torch.long), None), torch.zeros(0, 3))
     check.end()
     assert check.found() is None
+
+
+def test_a_module_that_changes_its_input_in_place_is_blamed_itself(check):
+    check.begin(0)
+    x = torch.ones(2)
+    check.update("a", (torch.ones(2),), x)
+    check.update("b", (x,), x.mul_(NAN))
+    check.end()
+    assert check.found()[::2] == (0, "b")

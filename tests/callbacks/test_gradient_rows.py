@@ -56,3 +56,27 @@ def test_every_value_of_a_dtensor_counts_once(tmp_path):
             assert found.histogram.sum == pytest.approx(gradient.sum(), rel=1e-5)
         else:
             assert found.histogram is None
+
+
+def test_a_parameter_that_is_stepped_again_is_recorded_anew():
+    parameter = nn.Parameter(torch.ones(3))
+    rows = GradientRows({"weight": parameter}, {"weight"}, torch.device("cpu"))
+    for gradient in ([float("nan"), 1.0, 2.0], [3.0, 4.0, 0.0]):
+        parameter.grad = torch.tensor(gradient)
+        rows.record([parameter])
+    rows.finish()
+    found = rows.statistics()["weight"]
+    assert (found.values, found.nonfinite, found.norm) == (3, 0, 5.0)
+    assert found.histogram.counts.sum() == 3
+
+
+def test_an_empty_gradient_is_passed_over():
+    empty, sparse, weight = (nn.Parameter(torch.ones(shape)) for shape in [(0, 3), (5, 3), (2,)])
+    empty.grad, weight.grad = torch.zeros(0, 3), torch.tensor([3.0, 4.0])
+    sparse.grad = torch.sparse_coo_tensor(torch.zeros(1, 0), torch.zeros(0, 3), (5, 3), check_invariants=True)
+    parameters = {"empty": empty, "sparse": sparse, "weight": weight}
+    rows = GradientRows(parameters, parameters, torch.device("cpu"))
+    rows.record(parameters.values())
+    rows.finish()
+    found = rows.statistics()
+    assert list(found) == ["weight"] and found["weight"].norm == 5.0

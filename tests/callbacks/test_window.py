@@ -207,20 +207,31 @@ def test_effective_rank_of_an_image_is_over_positions():
     np.testing.assert_allclose(window.reduce(CPU)[key].second_moments, matrix.T @ matrix, rtol=1e-5)
 
 
+def test_a_unit_that_fires_at_few_positions_is_rarely_active():
+    x = torch.ones(2, 2, 20, 20)
+    x[:, 0] = 0.0
+    x[:, 0, 0, :2] = 1.0
+    window, key = ActivationWindow(), LayerKey("act", "layer", True, 2)
+    window.update(key, x, 1)
+    layer = window.reduce(CPU)[key]
+    # In 4 of 800 samples and positions, of 1 % of which fewer than 8 are.
+    assert statistics(key, layer, layer.units, 0.025)["rarely_active"] == 0.5
+
+
 def test_recent_units_are_those_of_the_last_samples():
     recent, key = RecentUnits(samples=10), LayerKey("act", "layer", True, 3)
-    firing = [torch.eye(3)[[0, 0, 0, 0]], torch.eye(3)[[1] * 8], torch.eye(3)[[2] * 12], torch.eye(3)[[2] * 12]]
+    firing = [torch.eye(3)[[0, 0, 0, 0]], torch.eye(3)[[1] * 6], torch.eye(3)[[2] * 12], torch.eye(3)[[2] * 12]]
     seen = []
     for x in firing:
         window = ActivationWindow()
         window.update(key, x)
         units = recent.add(key, window.reduce(CPU)[key].units)
         seen.append((units.samples, (units.nonzero > 0).tolist()))
-    # The first two make a generation of 12 samples, which the third follows; the fourth comes after both are complete.
+    # The first two make a generation of just 10 samples, which the third follows; the fourth comes after both.
     assert seen == [
         (4, [True, False, False]),
-        (12, [True, True, False]),
-        (24, [True, True, True]),
+        (10, [True, True, False]),
+        (22, [True, True, True]),
         (24, [False, False, True]),
     ]
     again = RecentUnits(samples=10)
