@@ -9,14 +9,15 @@ from bnlightning.callbacks import (
     BatchNormMonitor,
     BatchNormSync,
     GradientMonitor,
+    InitialWeights,
     PredictionMonitor,
     PublishedValues,
     SwapNorm,
     TrainingProgressBar,
 )
 from bnlightning.data import PointsDataModule, SyntheticRegressionDataModule
-from bnlightning.models import LitMovingAverage, LitRegressor
-from bnlightning.nn import MLP, BatchNorm1d, BatchNorm2d, BatchNorm3d, Convention, SwapReport, swap_norm, tap
+from bnlightning.models import LitClassifier, LitConvClassifier, LitMovingAverage, LitRegressor
+from bnlightning.nn import MLP, BatchNorm1d, BatchNorm2d, BatchNorm3d, Convention, ConvNet, SwapReport, swap_norm, tap
 
 __version__ = metadata.version("bnlightning")
 
@@ -30,8 +31,12 @@ __all__ = [
     "BatchNormMonitor",
     "BatchNormSync",
     "Comparison",
+    "ConvNet",
     "Convention",
     "GradientMonitor",
+    "InitialWeights",
+    "LitClassifier",
+    "LitConvClassifier",
     "LitMovingAverage",
     "LitRegressor",
     "PointsDataModule",

@@ -1,4 +1,7 @@
 """LightningModules to run and to subclass."""
 
+from bnlightning.models.classification import PLACEMENTS as PLACEMENTS
+from bnlightning.models.classification import LitClassifier as LitClassifier
+from bnlightning.models.classification import LitConvClassifier as LitConvClassifier
 from bnlightning.models.moving_average import LitMovingAverage as LitMovingAverage
 from bnlightning.models.regression import LitRegressor as LitRegressor

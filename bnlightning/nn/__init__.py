@@ -10,8 +10,10 @@ from bnlightning.nn.convention import CONVENTIONS as CONVENTIONS
 from bnlightning.nn.convention import Convention as Convention
 from bnlightning.nn.networks import ACTIVATIONS as ACTIVATIONS
 from bnlightning.nn.networks import MLP as MLP
+from bnlightning.nn.networks import ConvNet as ConvNet
 from bnlightning.nn.networks import get_act_layer as get_act_layer
 from bnlightning.nn.networks import init_normal_ as init_normal_
+from bnlightning.nn.networks import init_variance_scaling_ as init_variance_scaling_
 from bnlightning.nn.norm import NORM_LAYERS as NORM_LAYERS
 from bnlightning.nn.norm import get_norm_layer as get_norm_layer
 from bnlightning.nn.porting import from_caffe as from_caffe

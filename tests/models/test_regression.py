@@ -119,9 +119,7 @@ def test_bad_arguments_are_named(options, message):
 @pytest.mark.parametrize("norm", ["custom", "torch"])
 @pytest.mark.parametrize("options", [{"batch_size": 1}, {"batch_size": 10, "num_points": 2501}])
 def test_a_batch_of_one_is_refused_before_training(norm, options):
-    with pytest.raises(
-        ValueError, match=rf"batch_size=\d+ is not possible with norm='{norm}': of \d+ points it leaves"
-    ):
+    with pytest.raises(ValueError, match=rf"batch_size=\d+ is not possible with norm='{norm}': it leaves"):
         quiet_trainer(max_steps=1).fit(LitRegressor(norm=norm), SyntheticRegressionDataModule(**options))
 
 

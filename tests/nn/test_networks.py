@@ -2,19 +2,74 @@ import pytest
 import torch
 from torch import nn
 
-from bnlightning import MLP, BatchNorm1d
-from bnlightning.nn import ACTIVATIONS, get_act_layer, get_norm_layer, init_normal_
+from bnlightning import MLP, BatchNorm1d, BatchNorm2d, ConvNet
+from bnlightning.nn import ACTIVATIONS, get_act_layer, get_norm_layer, init_normal_, init_variance_scaling_
 
 
 def test_mlp_has_the_same_paths_whatever_its_normalisation():
     plain = MLP([1, 3, 4, 2])
     normalised = MLP([1, 3, 4, 2], norm_layer=BatchNorm1d, act_layer=nn.Tanh, normalize_input=True)
-    names = ["input_norm", "linear1", "norm1", "act1", "linear2", "norm2", "act2", "output"]
+    names = ["input_norm", "linear1", "norm1", "act1", "linear2", "norm2", "act2", "output", "output_norm"]
     assert [name for name, _ in plain.named_children()] == names
     assert [name for name, _ in normalised.named_children()] == names
     assert isinstance(plain.input_norm, nn.Identity) and isinstance(normalised.input_norm, BatchNorm1d)
     assert normalised.linear1.bias is not None and not isinstance(normalised.output, BatchNorm1d)
     assert normalised(torch.randn(5, 1)).shape == (5, 2)
+    assert isinstance(normalised.output_norm, nn.Identity)
+    assert isinstance(MLP([1, 3, 2], norm_layer=BatchNorm1d, normalize_output=True).output_norm, BatchNorm1d)
+
+
+@pytest.mark.parametrize("norm_after_act", [False, True])
+def test_conv_net(norm_after_act):
+    net = ConvNet(
+        (3, 28, 20), [4, 8], [16], 10, conv_norm_layer=BatchNorm2d, linear_norm_layer=nn.BatchNorm1d,
+        act_layer=nn.Tanh, norm_after_act=norm_after_act,
+    )  # fmt: skip
+    pairs = ["norm1 act1", "norm2 act2", "linear_norm1 linear_act1"]
+    if norm_after_act:
+        pairs = [" ".join(reversed(pair.split())) for pair in pairs]
+    names = "conv1 {} pool1 conv2 {} pool2 flatten linear1 {} output".format(*pairs)
+    assert " ".join(name for name, _ in net.named_children()) == names
+    assert isinstance(net.norm2, BatchNorm2d) and isinstance(net.linear_norm1, nn.BatchNorm1d)
+    assert net.linear1.in_features == 8 * 7 * 5 and net(torch.randn(2, 3, 28, 20)).shape == (2, 10)
+    plain = ConvNet((1, 28, 28), [4], [], 10)
+    assert all(isinstance(layer, nn.Identity) for name, layer in plain.named_children() if "norm" in name)
+    assert plain(torch.randn(2, 1, 28, 28)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (((28, 28), [4], [], 10), r"in_shape=\(28, 28\) is not possible: give channels, height and width"),
+        (((1, 28, 0), [4], [], 10), "in_shape=0"),
+        (((1, 28, 28), [], [], 10), r"channels=\[\] is not possible"),
+        (((1, 28, 28), [0], [], 10), "channels=0"),
+        (((1, 4, 28), [4, 4, 4], [], 10), "3 poolings leave nothing of an image of 4x28"),
+        (((1, 28, 28), [4], [0], 10), "features=0"),
+    ],
+)
+def test_conv_net_names_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ConvNet(*arguments)
+
+
+def test_conv_net_names_an_even_kernel():
+    with pytest.raises(ValueError, match="kernel_size=4 is not possible: give an odd number"):
+        ConvNet((1, 28, 28), [4], [], 10, kernel_size=4)
+
+
+@pytest.mark.parametrize(("layer", "fan_in"), [(nn.Linear(400, 300), 400), (nn.Conv2d(40, 300, 3), 360)])
+def test_variance_scaling_is_a_truncated_normal_distribution(layer, fan_in):
+    torch.manual_seed(0)
+    init_variance_scaling_(layer, 2.0)
+    std = (2.0 / fan_in) ** 0.5
+    assert layer.weight.std().item() == pytest.approx(std, rel=0.01)
+    # Of a normal distribution cut at two standard deviations: to there, and close to there.
+    assert 0.99 < layer.weight.abs().max().item() / (2 * std / 0.8796256610342398) <= 1.0
+    # A third of its values is within 0.40996 standard deviations of that normal distribution.
+    inside = (layer.weight.abs() < 0.40996 * std / 0.8796256610342398).float().mean().item()
+    assert inside == pytest.approx(1 / 3, abs=0.01)
+    assert (layer.bias == 0).all()
 
 
 @pytest.mark.parametrize("features", [[], [1], [1, 0, 1], [1, -3, 1], [1, 2.5, 1]])
@@ -44,6 +99,9 @@ def test_norm_layers_by_name():
     assert type(theirs) is nn.BatchNorm1d and type(ours) is BatchNorm1d
     assert theirs.eps == ours.eps == 1e-2 and theirs.momentum == ours.momentum == 0.5
     assert ours.backend == "reference" and not ours.convention.unbiased
+    assert type(get_norm_layer("custom", 2)(3)) is BatchNorm2d and type(get_norm_layer("torch", 3)(3)) is nn.BatchNorm3d
+    with pytest.raises(ValueError, match="dims=4 is not possible"):
+        get_norm_layer("custom", 4)
 
 
 @pytest.mark.parametrize(

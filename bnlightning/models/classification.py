@@ -1,0 +1,211 @@
+"""Classification of images, with a perceptron or a convolutional network."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics.classification import MulticlassAccuracy
+
+from bnlightning._check import check_choice, check_integer, check_number
+from bnlightning.models._evaluation import EvaluatedModule
+from bnlightning.nn import MLP, ConvNet, get_act_layer, get_norm_layer, init_normal_, init_variance_scaling_
+
+PLACEMENTS = ("none", "conv", "linear", "both", "conv_after", "linear_after", "both_after")
+"""Which layers of a :class:`LitConvClassifier` are normalised: none, the convolutions, the hidden linear ones or both;
+``_after``: behind their activation and not in front of it."""
+
+
+class ClassificationSteps(EvaluatedModule):
+    """The steps of a classification by ``net``; a subclass's constructor calls :meth:`init_weights` after making it.
+
+    Logs:
+        ``train/loss``: mean cross entropy of the batch, before the step that it leads to; mean over ranks.
+        ``val/loss``, ``test/loss``: mean cross entropy over all samples evaluated, on all ranks.
+        ``val/acc``, ``test/acc``: share of the samples, on all ranks, whose largest output is that of their class. The
+        x-axis of an evaluation is the number of optimizer steps taken before it.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        check_integer("num_classes", num_classes, at_least=2)
+        self.val_acc = MulticlassAccuracy(num_classes, average="micro")
+        self.test_acc = MulticlassAccuracy(num_classes, average="micro")
+
+    def init_weights(self, init_scale: float, weight_std: float | None) -> None:
+        """Draw the weights: N(0, weight_std²) where it is given, otherwise by variance scaling; the biases are 0."""
+        check_number("init_scale", init_scale, above=0.0)
+        if weight_std is None:
+            init_variance_scaling_(self.net, init_scale)
+        else:
+            check_number("weight_std", weight_std, at_least=0.0)
+            init_normal_(self.net, weight_std, bias=0.0)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """The mean cross entropy of one batch."""
+        x, y = batch
+        loss = F.cross_entropy(self(x), y)
+        self.log("train/loss", loss, batch_size=len(x), sync_dist=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Cross entropy and accuracy of one evaluated batch."""
+        x, y = batch
+        logits = self(x)
+        self.log_validation("loss", F.cross_entropy(logits, y), len(x))
+        self.val_acc(logits, y)
+        self.log_validation("acc", self.val_acc, len(x))
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Cross entropy and accuracy of one batch of the test."""
+        x, y = batch
+        logits = self(x)
+        self.log("test/loss", F.cross_entropy(logits, y), batch_size=len(x), sync_dist=True)
+        self.test_acc(logits, y)
+        self.log("test/acc", self.test_acc, batch_size=len(x))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Plain stochastic gradient descent."""
+        return torch.optim.SGD(self.parameters(), lr=self.hparams["learning_rate"])
+
+
+class LitClassifier(ClassificationSteps):
+    """An :class:`~bnlightning.MLP` that learns the class of an image by plain SGD on the cross entropy.
+
+    Every argument is a plain value, so that ``load_from_checkpoint`` rebuilds the same layers.
+
+    Args:
+        norm: The normalisation: ``none``, ``custom`` (ours) or ``torch``.
+        norm_options: Keyword arguments of the normalisation layer, e.g. ``{"eps": 1e-3, "momentum": 0.1}``.
+        activation: A key of :data:`bnlightning.nn.ACTIVATIONS`.
+        width: Features of each hidden layer, one number for all or a number each.
+        depth: Number of hidden layers, where ``width`` is one number.
+        normalize_output: Whether to normalise the outputs (logits), too.
+        init_scale: The weights' variance times their number of inputs: 1 is LeCun's, 2 is He's.
+        weight_std: Standard deviation of normally distributed weights, in the place of ``init_scale``.
+        learning_rate: Of the gradient descent.
+        in_features: Values of an image.
+        num_classes: Number of classes.
+
+    Shape:
+        Batches ``(x, y)``: images ``(N, ...)`` of ``in_features`` values each, in the network's dtype; their classes
+        ``(N,)``, int64.
+
+    Batch normalisation takes the statistics of each rank's own part of a batch.
+
+    Logs:
+        As :class:`ClassificationSteps` says: ``train/loss``, ``val/loss``, ``val/acc``, ``test/loss``, ``test/acc``.
+
+    Raises:
+        ValueError: If an argument is out of range or a name is not known; the message says which and what would do.
+            In :meth:`check_data`, for batches of one sample with batch normalisation.
+    """
+
+    def __init__(
+        self,
+        norm: str = "custom",
+        norm_options: dict[str, Any] | None = None,
+        activation: str = "elu",
+        width: int | Sequence[int] = (300, 100),
+        depth: int | None = None,
+        normalize_output: bool = True,
+        init_scale: float = 1.0,
+        weight_std: float | None = None,
+        learning_rate: float = 0.01,
+        in_features: int = 784,
+        num_classes: int = 10,
+    ) -> None:
+        super().__init__(num_classes)
+        check_number("learning_rate", learning_rate, above=0.0)
+        self.save_hyperparameters()
+        self.net = MLP(
+            [in_features, *_widths(width, depth), num_classes],
+            norm_layer=get_norm_layer(norm, **norm_options or {}),
+            act_layer=get_act_layer(activation),
+            normalize_output=normalize_output,
+        )
+        self.init_weights(init_scale, weight_std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The logits ``(N, num_classes)`` of images."""
+        return self.net(x.flatten(1))
+
+
+class LitConvClassifier(ClassificationSteps):
+    """A :class:`~bnlightning.ConvNet` that learns the class of an image by plain SGD on the cross entropy.
+
+    Args:
+        norm: The normalisation: ``none``, ``custom`` (ours) or ``torch``.
+        norm_options: Keyword arguments of the normalisation layers.
+        norm_placement: Which layers are normalised, and where: one of :data:`PLACEMENTS`.
+        activation: A key of :data:`bnlightning.nn.ACTIVATIONS`.
+        channels: Of each convolution's output.
+        features: Of each hidden linear layer.
+        init_scale: The weights' variance times their number of inputs: 1 is LeCun's, 2 is He's.
+        weight_std: Standard deviation of normally distributed weights, in the place of ``init_scale``.
+        learning_rate: Of the gradient descent.
+        in_shape: Channels, height and width of an image.
+        num_classes: Number of classes.
+
+    Shape:
+        Batches ``(x, y)``: images ``(N, *in_shape)``, their classes ``(N,)``, int64.
+
+    Logs:
+        As :class:`ClassificationSteps` says: ``train/loss``, ``val/loss``, ``val/acc``, ``test/loss``, ``test/acc``.
+
+    Raises:
+        ValueError: As :class:`LitClassifier`.
+    """
+
+    def __init__(
+        self,
+        norm: str = "custom",
+        norm_options: dict[str, Any] | None = None,
+        norm_placement: str = "both",
+        activation: str = "relu",
+        channels: Sequence[int] = (8, 16),
+        features: Sequence[int] = (64,),
+        init_scale: float = 2.0,
+        weight_std: float | None = None,
+        learning_rate: float = 0.01,
+        in_shape: Sequence[int] = (1, 28, 28),
+        num_classes: int = 10,
+    ) -> None:
+        super().__init__(num_classes)
+        check_number("learning_rate", learning_rate, above=0.0)
+        check_choice("norm_placement", norm_placement, PLACEMENTS)
+        self.save_hyperparameters()
+        options = norm_options or {}
+        layers, _, after = norm_placement.partition("_")
+        self.net = ConvNet(
+            in_shape,
+            channels,
+            features,
+            num_classes,
+            conv_norm_layer=get_norm_layer(norm if layers in ("both", "conv") else "none", 2, **options),
+            linear_norm_layer=get_norm_layer(norm if layers in ("both", "linear") else "none", **options),
+            act_layer=get_act_layer(activation),
+            norm_after_act=bool(after),
+        )
+        self.init_weights(init_scale, weight_std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The logits ``(N, num_classes)`` of images ``(N, *in_shape)``."""
+        return self.net(x)
+
+
+def _widths(width: int | Sequence[int], depth: int | None) -> list[int]:
+    """The features of each hidden layer."""
+    if not isinstance(width, Sequence):
+        check_integer("width", width, at_least=1)
+        check_integer("depth", 1 if depth is None else depth, at_least=1)
+        return [width] * (1 if depth is None else depth)
+    for number in width:
+        check_integer("width", number, at_least=1)
+    if depth is not None and depth != len(width):
+        raise ValueError(
+            f"depth={depth!r} is not possible with width={list(width)!r}, which is of {len(width)} hidden layers: give "
+            "one number as width, or leave depth out."
+        )
+    return list(width)
