@@ -14,7 +14,7 @@ from bnlightning.callbacks import (
     SwapNorm,
     TrainingProgressBar,
 )
-from bnlightning.data import PointsDataModule, SyntheticRegressionDataModule
+from bnlightning.data import MNISTDataModule, PointsDataModule, SyntheticRegressionDataModule
 from bnlightning.models import LitMovingAverage, LitRegressor
 from bnlightning.nn import MLP, BatchNorm1d, BatchNorm2d, BatchNorm3d, Convention, SwapReport, swap_norm, tap
 
@@ -34,6 +34,7 @@ __all__ = [
     "GradientMonitor",
     "LitMovingAverage",
     "LitRegressor",
+    "MNISTDataModule",
     "PointsDataModule",
     "PredictionMonitor",
     "PublishedValues",
