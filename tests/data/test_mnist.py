@@ -271,6 +271,23 @@ def test_files_are_read_once(tiny_mnist):
     assert data.train_set[0] is before
 
 
+def test_everything_is_placed_once_on_the_device_that_trains(tiny_mnist):
+    class Elsewhere(MNISTDataModule):
+        def _device(self):
+            return torch.device("meta")
+
+    data = Elsewhere(data_dir=tiny_mnist, num_val=50)
+    for stage in ("validate", "fit", "test"):
+        data.setup(stage)
+    images = data.train_set[0], data.val_set[0], data.test_set[0]
+    for stage in ("fit", "test"):
+        data.setup(stage)
+    again = data.train_set[0], data.val_set[0], data.test_set[0]
+    assert all(x is y for x, y in zip(images, again, strict=True))
+    for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
+        assert all(x.is_meta and y.is_meta for x, y in loader)
+
+
 @pytest.mark.parametrize(("num_val", "batch_size", "smallest"), [(50, 100, 50), (99, 100, 1), (50, 1000, 250)])
 def test_smallest_batch_before_and_after_reading(tiny_mnist, num_val, batch_size, smallest):
     data = MNISTDataModule(data_dir=tiny_mnist, num_val=num_val, batch_size=batch_size)
