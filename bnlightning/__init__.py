@@ -15,7 +15,7 @@ from bnlightning.callbacks import (
     SwapNorm,
     TrainingProgressBar,
 )
-from bnlightning.data import PointsDataModule, SyntheticRegressionDataModule
+from bnlightning.data import MNISTDataModule, PointsDataModule, SyntheticRegressionDataModule
 from bnlightning.models import LitClassifier, LitConvClassifier, LitMovingAverage, LitRegressor
 from bnlightning.nn import MLP, BatchNorm1d, BatchNorm2d, BatchNorm3d, Convention, ConvNet, SwapReport, swap_norm, tap
 
@@ -39,6 +39,7 @@ __all__ = [
     "LitConvClassifier",
     "LitMovingAverage",
     "LitRegressor",
+    "MNISTDataModule",
     "PointsDataModule",
     "PredictionMonitor",
     "PublishedValues",

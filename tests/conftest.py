@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import write_mnist
 
 
 def pytest_xdist_auto_num_workers() -> int:
@@ -32,6 +33,13 @@ def _nothing_leaks() -> Iterator[None]:
     os.environ.update({key: before[key] for key in leaked & before.keys()})
     assert not leaked, f"the test changed the environment: {leaked}"
     assert not torch.distributed.is_initialized(), "the test left a process group"
+
+
+@pytest.fixture
+def tiny_mnist(tmp_path: Path) -> Path:
+    """The ``data_dir`` of 300 images for training and 100 for the test in MNIST's format, learnable in a few steps."""
+    write_mnist(tmp_path / "data")
+    return tmp_path / "data"
 
 
 @pytest.fixture

@@ -65,7 +65,8 @@ class PointsDataModule(lightning.LightningDataModule):
     def _batches(self, batch_size: int) -> TensorBatches:
         trainer = self.trainer
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
-        return TensorBatches(self.x, self.y, batch_size=batch_size, rank=rank, world_size=world_size)
+        epoch = None if trainer is None else lambda: trainer.current_epoch
+        return TensorBatches(self.x, self.y, batch_size=batch_size, rank=rank, world_size=world_size, epoch=epoch)
 
 
 def _points(name: str, rows: Sequence[Sequence[float]]) -> torch.Tensor:

@@ -97,4 +97,5 @@ class SyntheticRegressionDataModule(lightning.LightningDataModule):
                 f"num_points={len(self.x)} is not possible with batch_size={self.batch_size} on {world_size} ranks: "
                 "one of them would get an empty last batch. Choose another data.num_points or data.batch_size."
             )
-        return TensorBatches(self.x, self.y, batch_size=batch_size, rank=rank, world_size=world_size)
+        epoch = None if trainer is None else lambda: trainer.current_epoch
+        return TensorBatches(self.x, self.y, batch_size=batch_size, rank=rank, world_size=world_size, epoch=epoch)

@@ -65,7 +65,21 @@ def test_batches_can_be_taken_up_amid_an_epoch():
     resumed = TensorBatches(torch.arange(10), batch_size=3)
     resumed.load_state_dict(state)
     assert [x.tolist() for (x,) in resumed] == [[6, 7, 8], [9]]
-    assert len(list(resumed)) == len(resumed) == 4 and resumed.state_dict() == {"served": 0}
+    assert len(list(resumed)) == len(resumed) == 4 and resumed.state_dict() == {"epoch": 0, "served": 0}
+
+
+def test_an_epochs_state_leaves_another_epoch_alone():
+    epochs = [4]
+    batches = TensorBatches(torch.arange(10), batch_size=3, epoch=lambda: epochs[-1])
+    # As a trainer takes them: it knows their number and does not ask for one more.
+    iterator = iter(batches)
+    for _ in range(4):
+        next(iterator)
+    assert batches.state_dict() == {"epoch": 4, "served": 4}
+    for epoch, left in ((4, 0), (5, 4)):
+        epochs.append(epoch)
+        batches.load_state_dict({"epoch": 4, "served": 4})
+        assert len(list(batches)) == left and len(list(batches)) == 4
 
 
 @pytest.mark.parametrize(("points", "batch_size", "smallest"), [(20, 10, 10), (21, 10, 1), (5, 10, 5), (20, None, 20)])
