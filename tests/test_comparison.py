@@ -200,7 +200,7 @@ def test_layers_that_one_variant_lacks_and_names_with_brackets(tmp_path, capsys)
 
 def test_every_variant_has_a_style_of_its_own():
     variants = {name: [] for name in ["none", "custom", "torch", *map(str, range(12))]}
-    styles = [figure._style(name, variants) for name in variants]
+    styles = [figure.style(name, variants) for name in variants]
     assert len(set(styles)) == len(styles)
 
 
