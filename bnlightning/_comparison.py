@@ -352,13 +352,12 @@ def _notes(name: str, runs: Sequence[Run]) -> list[str]:
     step, layer = _earliest(found)
     who = name if len(runs) == 1 else f"{name} ({len(found)} of {len(runs)} runs)"
     steps = "1 training step" if step == 1 else f"{step} training steps"
-    return [
-        *notes,
-        f"{who} diverged: after {steps} {layer} put out the first NaN or infinity. At the end "
-        f"{_share(runs, 'health/act_nonfinite')} of its activations are not finite and "
-        f"{_share(runs, 'health/act_dead')} of its units are dead. Diverged is not dead: "
-        "a dead unit puts out zero for every input, these put out NaN.",
-    ]
+    text = f"{who} diverged: after {steps} {layer} put out the first NaN or infinity. "
+    nonfinite, dead = _share(runs, "health/act_nonfinite"), _share(runs, "health/act_dead")
+    if "-" not in (nonfinite, dead):
+        text += f"At the end {nonfinite} of its activations are not finite and {dead} of its units are dead. "
+    text += "Diverged is not dead: a dead unit puts out zero for every input, these put out NaN."
+    return [*notes, text]
 
 
 def _title(root: Path) -> str:

@@ -3,6 +3,7 @@
 import argparse
 import functools
 import importlib
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         metric, draw = declared_by_sweep(Path(options.directory))
-        comparison = compare_runs(options.directory, options.metric or metric, draw)
+        comparison = compare_sweep(options.directory, options.metric or metric, draw)
     except (ValueError, OSError) as error:
         parser.exit(1, f"{error}\n")
     comparison.print()
+
+
+def compare_sweep(directory: str | Path, metric: str, draw: Draw | None) -> Comparison:
+    """As :func:`compare_runs`, but with the default figure where ``draw`` refuses the runs.
+
+    A sweep that was widened or narrowed on the command line may be none that its own figure can show.
+    """
+    try:
+        return compare_runs(directory, metric, draw)
+    except ValueError as error:
+        if draw is None:
+            raise
+        comparison = compare_runs(directory, metric)
+        print(f"This is the default figure, since the sweep's own cannot be drawn: {error}", file=sys.stderr)
+        return comparison
 
 
 def declared_by_sweep(directory: Path) -> tuple[str, Draw | None]:

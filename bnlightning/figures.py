@@ -30,7 +30,8 @@ Array = NDArray[np.float64]
 
 _NAMES = {"weight_std": "standard deviation of the initial weights", "eps": "epsilon"}
 _SHORT_NAMES = {"weight_std": "std"}
-_NORMALIZATIONS = ("none", "custom", "torch")
+# In the order in which they are drawn.
+_NORMALIZATIONS = {"none": "without batch norm", "custom": "batch norm (custom)", "torch": "batch norm (torch)"}
 _MOST_TICKS = 12
 # Below are zeros and underflow, above the last steps before an overflow.
 _TYPICAL = (0.01, 0.99)
@@ -69,11 +70,15 @@ def draw_parameter(
         label: _Results.of({value: runs for (key, value), runs in cells.items() if key == label}, metric)
         for label in _in_order(label for label, _ in cells)
     }
-    figure = Figure(figsize=(10.0, 6.4), dpi=100, facecolor="white")
+    figure = Figure(figsize=(11.5, 6.4), dpi=100, facecolor="white")
     lost = [label for label, results in lines.items() if results.diverged.any()]
     top = 0.86 - 0.04 * len(lost)
-    axes = figure.add_axes((0.09, 0.12, 0.70, top - 0.12))
-    _write_title(figure, title, f"{in_words(metric)} after training, by {_name(parameter)}", _number_of_seeds(variants))
+    axes = figure.add_axes((0.08, 0.12, 0.66, top - 0.12))
+    _write_title(
+        figure,
+        title,
+        f"{in_words(metric)} after training, by {_name(parameter)}" + _of_seeds("median and quartiles", variants),
+    )
     low, high = value_range([part for results in lines.values() for part in results.quartiles], metric)
     for label, results in lines.items():
         _draw_results(axes, results, high, label=_named(group, label), look=_look(label, lines))
@@ -82,7 +87,7 @@ def draw_parameter(
     axes.set_xlabel(f"{_name(parameter)} ({parameter})")
     axes.set_ylabel(f"{in_words(metric)} ({metric})")
     axes.grid(alpha=0.25)
-    for row, label in enumerate(lost):
+    for row, label in enumerate(reversed(lost)):
         color = _look(label, lines)[0]
         _mark_diverged(axes, lines[label], 1.035 + 0.055 * row, f"{_named(group, label)} diverged", color)
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=11, handlelength=3.2, frameon=False)
@@ -212,14 +217,14 @@ def draw_panels(
     figure = Figure(figsize=(width, height), dpi=100, facecolor="white")
     page = figure.add_gridspec(
         rows, columns, left=0.75 / width, right=1 - 0.2 / width, top=1 - 1.2 / height, bottom=0.62 / height,
-        wspace=0.07, hspace=0.24,
+        wspace=0.07, hspace=0.27,
     )  # fmt: skip
     low, high = _common_range(cells, metric)
     first: Axes | None = None
     for index, value in enumerate(values):
         axes = figure.add_subplot(page[index // columns, index % columns], sharex=first, sharey=first)
         first = first or axes
-        axes.set_title(f"{_short_name(parameter)} = {_number(value)}", fontsize=10, pad=3)
+        axes.set_title(f"{_short_name(parameter)} = {_number(value)}", fontsize=10, pad=6)
         lines = {label: cells[value, label] for label in labels if (value, label) in cells}
         _draw_panel(
             axes, lines, metric, high, looks={label: _look(label, labels) for label in labels}, per=steps_per_epoch
@@ -228,7 +233,9 @@ def draw_panels(
     assert first is not None
     _set_common_limits(first, low, high, metric)
     first.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    _write_title(figure, title, f"{in_words(metric)} in training, by {_name(parameter)}", _number_of_seeds(variants))
+    _write_title(
+        figure, title, f"{in_words(metric)} in training, by {_name(parameter)}" + _of_seeds("median", variants)
+    )
     figure.text(0.5, 0.13 / height, "epochs" if steps_per_epoch else "training steps", ha="center", fontsize=11)
     figure.text(0.12 / width, 0.5, f"{in_words(metric)} ({metric})", rotation=90, va="center", fontsize=11)
     _draw_common_legend(figure, {_named(group, label): _look(label, labels) for label in labels}, cells, metric)
@@ -267,7 +274,10 @@ def _draw_panel(
         found += steps[~np.isfinite(median)].tolist()
         if sum(run.has_diverged(metric) for run in runs) * 2 > len(runs):
             end = min([*found, int(steps[-1])]) / (per or 1)
-            axes.plot([end], [0.92], "x", color=color, markersize=8, mew=2.4, transform=axes.get_xaxis_transform())
+            axes.plot(
+                [end], [1.0], "x", color=color, markersize=8, mew=2.4, transform=axes.get_xaxis_transform(),
+                clip_on=False, zorder=5,
+            )  # fmt: skip
         elif (shown > high).all():
             axes.text(
                 0.03, 0.95, f"above: {shown[-1]:.1g}", color=color, fontsize=8.5, va="top", transform=axes.transAxes
@@ -331,10 +341,10 @@ def draw_gradients(
     across, down = _in_order(key[1:] for key in cells), _in_order(key[0] for key in cells)
     tallest = max(len(gradients.layers) for gradients in maps.values())
     cell_height = 0.75 + min(max(0.115 * tallest, 1.3), 4.0)
-    width, height = max(3.4 * len(across) + 1.9, 8.0), cell_height * len(down) + 1.55
+    width, height = max(3.3 * len(across) + 2.4, 10.0), cell_height * len(down) + 1.55
     figure = Figure(figsize=(width, height), dpi=100, facecolor="white")
     page = figure.add_gridspec(
-        len(down), len(across), left=1.05 / width, right=1 - 1.1 / width, top=1 - 1.35 / height, bottom=0.5 / height,
+        len(down), len(across), left=1.05 / width, right=1 - 1.35 / width, top=1 - 1.35 / height, bottom=0.5 / height,
         wspace=0.3, hspace=0.62 / (cell_height - 0.62),
     )  # fmt: skip
     for (label, *values), gradients in maps.items():
@@ -361,9 +371,13 @@ def draw_gradients(
                 0.22 / width, (y.y0 + y.y1) / 2, _named(rows, label), color=color, weight="bold", fontsize=12,
                 rotation=90, ha="center", va="center",
             )  # fmt: skip
-    _write_title(
-        figure, title, "norm of the gradient of each layer's weights", _number_of_seeds(variants, only_first=True)
-    )
+    _write_title(figure, title, "gradient of each layer's weights in training" + _of_seeds("first", variants))
+    figure.text(
+        0.2 / width, 1 - 0.56 / height,
+        "2-norm by layer and training step; over each map the last layer's norm divided by the first layer's, "
+        "at the first → at the last sampled step",
+        fontsize=10, va="center",
+    )  # fmt: skip
     _draw_colour_bar(figure, scale)
     return figure
 
@@ -413,10 +427,7 @@ class _GradientMap:
         axes.set_yticks(ticks, [self.layers[tick].rpartition(".")[2] for tick in ticks], fontsize=8)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.tick_params(axis="x", labelsize=8.5)
-        first, last = int(self.steps[0]), int(self.steps[-1])
-        axes.set_title(
-            f"last/first layer: {self.ratio(0)} at step {first}, {self.ratio(-1)} at step {last}", fontsize=9, pad=3
-        )
+        axes.set_title(f"last/first layer: {self.ratio(0)} → {self.ratio(-1)}", fontsize=9.5, pad=3)
 
     def ratio(self, column: int) -> str:
         """The norm of the last layer over that of the first, at one of the steps."""
@@ -461,12 +472,12 @@ def _common_scale(logs: Sequence[Array]) -> Normalize:
 
 def _draw_colour_bar(figure: Figure, scale: Normalize) -> None:
     width, height = figure.get_figwidth(), figure.get_figheight()
-    place = figure.add_axes((1 - 0.85 / width, 0.5 / height, 0.17 / width, 1 - 1.85 / height))
+    place = figure.add_axes((1 - 1.1 / width, 0.5 / height, 0.17 / width, 1 - 1.85 / height))
     bar = figure.colorbar(ScalarMappable(scale, "viridis"), cax=place, extend="both")
     bar.locator = MaxNLocator(8, integer=True)
     bar.formatter = FuncFormatter(lambda log, _: f"$10^{{{log:.0f}}}$")
     bar.update_ticks()
-    figure.text(1 - 0.15 / width, 1 - 1.2 / height, "norm (red: NaN or inf)", fontsize=9, ha="right")
+    bar.set_label("norm of the gradient (red: NaN or infinite)")
 
 
 def _by_values(variants: Variants, names: Sequence[str]) -> dict[tuple[Any, ...], list[Run]]:
@@ -499,7 +510,8 @@ def _order(value: Any) -> Any:
         return tuple(map(_order, value))
     if isinstance(value, Real):
         return (0, float(value), "")
-    return (1, _NORMALIZATIONS.index(value) if value in _NORMALIZATIONS else len(_NORMALIZATIONS), str(value))
+    known = [*_NORMALIZATIONS]
+    return (1, known.index(value) if value in known else len(known), str(value))
 
 
 def _look(label: Any, labels: Any) -> tuple[str, Any]:
@@ -523,18 +535,17 @@ def _number(value: Any) -> str:
 
 def _named(parameter: str, value: Any) -> str:
     """A value that says itself what it is, such as ``tanh``, or with its name before it."""
+    if parameter == "norm" and value in _NORMALIZATIONS:
+        return _NORMALIZATIONS[value]
     return value if isinstance(value, str) and value != "none" else f"{_short_name(parameter)} = {_number(value)}"
 
 
-def _number_of_seeds(variants: Variants, only_first: bool = False) -> str:
+def _of_seeds(what: str, variants: Variants) -> str:
+    """What of the seeds is drawn, if there are several."""
     most = max(map(len, variants.values()))
-    if most == 1:
-        return ""
-    return f"first of {most} seeds" if only_first else f"median and quartiles of {most} seeds"
+    return f" ({what} of {most} seeds)" if most > 1 else ""
 
 
-def _write_title(figure: Figure, title: str, what: str, seeds: str) -> None:
-    height = figure.get_figheight()
-    x = 0.2 / figure.get_figwidth()
-    text = f"{title}: {what}" + (f" ({seeds})" if seeds else "")
-    figure.text(x, 1 - 0.28 / height, text, fontsize=13, weight="bold", va="center")
+def _write_title(figure: Figure, title: str, what: str) -> None:
+    x, y = 0.2 / figure.get_figwidth(), 1 - 0.28 / figure.get_figheight()
+    figure.text(x, y, f"{title}: {what}", fontsize=13, weight="bold", va="center")

@@ -31,7 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bnlightning._check import check_integer
 from bnlightning._conf import CONF_DIR
-from bnlightning.compare import Draw, compare_runs
+from bnlightning.compare import Draw, compare_sweep
 
 # Under DDP Lightning starts this command again for every other rank: they find here what rank 0 made of the clock.
 _OUTPUT_DIR = "BNLIGHTNING_OUTPUT_DIR"
@@ -116,7 +116,7 @@ class CompareRuns(Callback):
         """Compare the runs; a comparison that fails costs no result."""
         directory = Path(config.hydra.sweep.dir).resolve()
         try:
-            compare_runs(directory, self.metric, self.draw).print()
+            compare_sweep(directory, self.metric, self.draw).print()
         except (ValueError, OSError) as error:
             print(f"The runs in {directory} are finished, but not compared: {error}", file=sys.stderr)
 
