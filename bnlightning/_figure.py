@@ -11,7 +11,17 @@ from matplotlib.gridspec import SubplotSpec
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from bnlightning._runs import HistogramAt, Run, digits, measured_in_tests, quartiles
+from bnlightning._runs import (
+    HistogramAt,
+    Run,
+    curves,
+    digits,
+    is_higher_better,
+    measured_in_tests,
+    published_curves,
+    quartiles,
+    worst,
+)
 
 Variants = Mapping[str, Sequence[Run]]
 
@@ -34,6 +44,9 @@ _MEANINGS = {
     "torch": "with torch's batch normalisation",
 }
 _ORDER_OF_MAGNITUDE = 30.0
+# As one says it.
+_SETS = {"train": "training", "val": "validation", "test": "test"}
+_WORDS = {"acc": "accuracy"}
 
 
 def draw(variants: Variants, metric: str, title: str, notes: Sequence[str]) -> Figure:
@@ -47,9 +60,9 @@ def draw(variants: Variants, metric: str, title: str, notes: Sequence[str]) -> F
     legend = 0.55 + 0.24 * (len(variants) + 1)
     fitted = {name: runs[0].predictions[-1] for name, runs in variants.items() if runs[0].predictions}
     # Two evaluations are no curve, where there are other results to show.
-    evaluations = max(len(_curves(runs, metric)[0]) for runs in variants.values())
-    curves = [3.4, legend] if not results or fitted or evaluations > 2 else []
-    heights = [0.85, *tests, *curves, *([0.7] if rows else []), *[2.42] * rows]
+    evaluations = max(len(curves(runs, metric)[0]) for runs in variants.values())
+    shown = [3.4, legend] if not results or fitted or evaluations > 2 else []
+    heights = [0.85, *tests, *shown, *([0.7] if rows else []), *[2.42] * rows]
     heights.append(0.3 + 0.24 * lines + 0.1 * len(texts))
     figure = Figure(figsize=(15.0, sum(heights)), dpi=100, facecolor="white")
     figure.text(0.015, 1 - 0.3 / sum(heights), title, fontsize=15, weight="bold", va="center")
@@ -60,10 +73,10 @@ def draw(variants: Variants, metric: str, title: str, notes: Sequence[str]) -> F
     )
     if results:
         _draw_results(figure, page[1], tests[0], variants, results)
-    if curves:
+    if shown:
         _draw_curves(figure, page[1 + len(tests)], variants, metric, fitted)
     if rows:
-        first = 1 + len(tests) + len(curves)
+        first = 1 + len(tests) + len(shown)
         _draw_heading(figure.add_subplot(page[first]), variants, layers)
         for row, name in enumerate(variants):
             _draw_layers(figure, page[first + 1 + row], name, variants, layers)
@@ -74,7 +87,13 @@ def draw(variants: Variants, metric: str, title: str, notes: Sequence[str]) -> F
     return figure
 
 
-def _style(name: str, variants: Variants) -> tuple[str, Any]:
+def in_words(metric: str) -> str:
+    """A metric as one says it: of ``val/acc`` the validation accuracy."""
+    group, _, name = metric.rpartition("/")
+    return f"{_SETS.get(group, group)} {_WORDS.get(name, name.replace('_', ' '))}".strip()
+
+
+def style(name: str, variants: Variants) -> tuple[str, Any]:
     """A normalisation's own color and line, whatever it is compared with; other variants take what is left."""
     if name in _STYLES:
         return _STYLES[name]
@@ -98,32 +117,34 @@ def _draw_curves(
 
 
 def _draw_costs(axes: Axes, variants: Variants, metric: str) -> None:
-    curves = {name: _curves(runs, metric) for name, runs in variants.items()}
-    curves = {name: curve for name, curve in curves.items() if len(curve[0])}
-    low, high = _cost_range([quartiles(costs)[1] for _, costs in curves.values()])
-    for name, (steps, costs) in curves.items():
-        color, line = _style(name, variants)
-        lower, median, upper = quartiles(costs)
-        outcome = _outcome(variants[name], steps, median, high)
+    logged = {name: curves(runs, metric) for name, runs in variants.items()}
+    logged = {name: curve for name, curve in logged.items() if len(curve[0])}
+    published = _published_lines(variants, metric)
+    medians = [quartiles(costs, worst(metric))[1] for _, costs in logged.values()]
+    low, high = value_range([*medians, *(values for _, values in published.values())], metric)
+    for name, (steps, costs) in logged.items():
+        color, line = style(name, variants)
+        lower, median, upper = quartiles(costs, worst(metric))
+        outcome = _outcome(variants[name], steps, median, high, metric)
         # A curve of one point would be no line.
         marker = "o" if np.isfinite(median).sum() == 1 else None
         shown = np.where(np.isfinite(median), median, np.nan)
         axes.plot(steps, shown, color=color, linestyle=line, linewidth=2.2, marker=marker, label=f"{name}{outcome}")
         if len(costs) > 1:
+            bottom = np.where(np.isfinite(lower), lower, low)
+            partly = np.isfinite(lower) | np.isfinite(upper)
             top = np.where(np.isfinite(upper), upper, 10 * abs(high) + 1)
-            axes.fill_between(steps, lower, top, where=np.isfinite(lower), color=color, alpha=0.18, lw=0)
-        if not np.isfinite(median).all():
+            axes.fill_between(steps, bottom, top, where=partly, color=color, alpha=0.18, lw=0)
+        if _is_lost(variants[name], median, metric):
             end = _first_nonfinite(variants[name], steps, median)
             axes.plot([end], [0.96], "x", color=color, markersize=12, mew=3, transform=axes.get_xaxis_transform())
-    if low > 0 and high / low > 5:
-        axes.set_yscale("log")
-        axes.set_ylim(low / 1.1, high * 1.1)
-    else:
-        margin = 0.05 * (high - low) or 0.5
-        axes.set_ylim(low - margin, high + margin)
+    for label, curve in published.items():
+        axes.plot(*curve, color="black", linestyle="dashed", linewidth=1.4, marker=".", label=label)
+    set_value_limits(axes, low, high, metric)
     seeds = max(len(runs) for runs in variants.values())
     axes.set_title(
-        "Cost" + (f", median and quartiles of {seeds} seeds" if seeds > 1 else ""),
+        (in_words(metric).capitalize() if is_higher_better(metric) else "Cost")
+        + (f", median and quartiles of {seeds} seeds" if seeds > 1 else ""),
         fontsize=11,
         loc="left",
     )
@@ -141,47 +162,66 @@ def _draw_legend(axes: Axes) -> None:
     )
 
 
-def _curves(runs: Sequence[Run], metric: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The steps all runs have, and their costs there, one run a row; not finite counts as infinite."""
-    logged = [run.scalars[metric] for run in runs if metric in run.scalars]
-    if not logged:
-        return np.array([], dtype=np.int64), np.zeros((0, 0))
-    steps = sorted(set.intersection(*(set(steps.tolist()) for steps, _ in logged)))
-    costs = [dict(zip(steps.tolist(), values.tolist(), strict=True)) for steps, values in logged]
-    table = np.array([[cost[step] for step in steps] for cost in costs])
-    return np.array(steps), np.where(np.isfinite(table), table, np.inf)
+def _published_lines(variants: Variants, metric: str) -> dict[str, tuple[NDArray[np.int64], NDArray[np.float64]]]:
+    """What was published of a metric, by label: once, if it is the same for all variants."""
+    published = published_curves(variants, metric)
+    is_one = len({tuple(curve.items()) for curve in published.values()}) == 1
+    return {
+        "published" if is_one else f"published ({name})": (np.array([*curve]), np.array([*curve.values()]))
+        for name, curve in published.items()
+    }
 
 
-def _cost_range(curves: Sequence[NDArray[np.float64]]) -> tuple[float, float]:
-    """Limits that hold every curve, less the few values that would flatten all others."""
-    finite = np.concatenate([np.zeros(0), *(costs[np.isfinite(costs)] for costs in curves)])
+def value_range(curves: Sequence[NDArray[np.float64]], metric: str) -> tuple[float, float]:
+    """Limits that hold every curve; of costs less the few values that would flatten all others."""
+    finite = np.concatenate([np.zeros(0), *(values[np.isfinite(values)] for values in map(np.asarray, curves))])
     if not len(finite):
         return 0.0, 1.0
-    typical = [np.median(costs[np.isfinite(costs)]) for costs in curves if np.isfinite(costs).mean() > 0.5]
     low = float(finite.min())
+    if is_higher_better(metric):
+        return low, float(finite.max())
+    typical = [np.median(values[np.isfinite(values)]) for values in curves if np.isfinite(values).mean() > 0.5]
     # From the lowest value on, so that it holds for costs of any sign.
     ceiling = low + _ORDER_OF_MAGNITUDE * (max(typical) - min(low, 0.0)) if typical else float(finite.max())
     return low, float(finite[finite <= ceiling].max(initial=low))
 
 
-def _outcome(runs: Sequence[Run], steps: NDArray[np.int64], costs: NDArray[np.float64], high: float) -> str:
+def set_value_limits(axes: Axes, low: float, high: float, metric: str) -> None:
+    """Limits a little beyond ``low`` and ``high``; a logarithmic scale for costs of several magnitudes."""
+    if low > 0 and high / low > 5 and not is_higher_better(metric):
+        axes.set_yscale("log")
+        axes.set_ylim(low / 1.1, high * 1.1)
+        return
+    margin = 0.05 * (high - low) or (0.05 if is_higher_better(metric) else 0.5)
+    axes.set_ylim(low - margin, high + margin)
+
+
+def _is_lost(runs: Sequence[Run], median: NDArray[np.float64], metric: str) -> bool:
+    """Whether a variant's curve is that of runs that diverged; an accuracy is finite also then."""
+    all_diverged = is_higher_better(metric) and all(run.first_nonfinite is not None for run in runs)
+    return all_diverged or not np.isfinite(median).all()
+
+
+def _outcome(
+    runs: Sequence[Run], steps: NDArray[np.int64], median: NDArray[np.float64], high: float, metric: str
+) -> str:
     """Why a curve leaves the picture, if it does: for good, because it diverged, or for some steps only."""
-    worst = int(np.argmax(np.where(np.isfinite(costs), costs, -1.0)))
-    outside = f"{costs[worst]:.2g} at step {steps[worst]}" if np.isfinite(costs[worst]) and costs[worst] > high else ""
-    diverged = np.flatnonzero(~np.isfinite(costs))
-    if not len(diverged):
+    highest = int(np.argmax(np.where(np.isfinite(median), median, -np.inf)))
+    is_outside = np.isfinite(median[highest]) and median[highest] > high
+    outside = f"{median[highest]:.2g} at step {steps[highest]}" if is_outside else ""
+    if not _is_lost(runs, median, metric):
         few = sum(run.first_nonfinite is not None for run in runs)
         told = [f"above: {outside}"] if outside else []
         told += [f"{few} of {len(runs)} seeds diverged"] if few else []
         return f" ({', '.join(told)})" if told else ""
-    first = _first_nonfinite(runs, steps, costs)
+    first = _first_nonfinite(runs, steps, median)
     return f" diverged (×): NaN or infinite from step {first} on" + (f", {outside}" if outside else "")
 
 
-def _first_nonfinite(runs: Sequence[Run], steps: NDArray[np.int64], costs: NDArray[np.float64]) -> int:
+def _first_nonfinite(runs: Sequence[Run], steps: NDArray[np.int64], median: NDArray[np.float64]) -> int:
     """The step, from the monitor, which may see it before the next evaluation does."""
     found = [run.first_nonfinite[0] for run in runs if run.first_nonfinite is not None]
-    return min([*found, int(steps[np.argmin(np.isfinite(costs))])])
+    return min([*found, *steps[~np.isfinite(median)].tolist()])
 
 
 def _draw_fits(axes: Axes, variants: Variants, shown: Mapping[str, tuple[int, NDArray[np.float32]]]) -> None:
@@ -192,7 +232,7 @@ def _draw_fits(axes: Axes, variants: Variants, shown: Mapping[str, tuple[int, ND
     bottom, top = _with_near_fits(low - 0.08 * (high - low), high + 0.08 * (high - low), shown)
     axes.set_ylim(bottom, top)
     for name, (_, points) in shown.items():
-        color, line = _style(name, variants)
+        color, line = style(name, variants)
         order = np.argsort(points[:, 0], kind="stable")
         x, prediction = points[order, 0], points[order, 2]
         if np.isfinite(prediction).all():
@@ -244,14 +284,14 @@ def _draw_results(
         3, 3, wspace=0.0, hspace=0.0, width_ratios=[0.07, 1.0, 1.0], height_ratios=[0.5, height - 1.2, 0.7]
     )
     axes, table = figure.add_subplot(cells[1, 1]), figure.add_subplot(cells[1, 2])
-    for row, values in enumerate(results.values()):
+    for row, (metric, values) in enumerate(results.items()):
         if published and "published" in values:
             axes.plot(values["published"], [row], "|", color="black", markersize=17, mew=2.2, zorder=1)
         for index, name in enumerate(variants):
-            median = quartiles(values[name])[1] if name in values else np.nan
+            median = quartiles(values[name], worst(metric))[1] if name in values else np.nan
             # One above the other, so that equal ones do not hide each other.
             y = row + 0.5 * (index + 1) / (len(variants) + 1) - 0.25
-            axes.plot([median], [y], "o", color=_style(name, variants)[0], markersize=6, zorder=2)
+            axes.plot([median], [y], "o", color=style(name, variants)[0], markersize=6, zorder=2)
     axes.set_ylim(len(results) - 0.5, -0.5)
     axes.set_yticks(range(len(results)), list(results), fontsize=10)
     axes.tick_params(axis="x", labelsize=8)
@@ -274,11 +314,11 @@ def _write_digits(
     axes.set_ylim(len(results) - 0.5, -0.5)
     size = 10.5 if len(columns) <= 4 else 42 / len(columns)
     for column, name in enumerate(columns):
-        color = _style(name, variants)[0] if name in variants else "black"
+        color = style(name, variants)[0] if name in variants else "black"
         label = name.replace("_", "_\n")
         axes.text(column + 0.5, -0.6, label, color=color, weight="bold", fontsize=size, ha="center", va="bottom")
-        for row, values in enumerate(results.values()):
-            text = digits(quartiles(values[name])[1]) if name in values else "-"
+        for row, (metric, values) in enumerate(results.items()):
+            text = digits(quartiles(values[name], worst(metric))[1]) if name in values else "-"
             differs = "-" not in (text, published := _published(values)) and text != published
             color, weight = ("#b00020", "bold") if differs else ("black", "normal")
             axes.text(column + 0.5, row, text, fontsize=size, color=color, weight=weight, ha="center", va="center")
@@ -331,7 +371,7 @@ def _draw_layers(figure: Figure, place: SubplotSpec, name: str, variants: Varian
         _draw_layer(axes, run, layer, labelled=column == 0)
         axes.set_title(f"{layer.partition('/')[2]}\n{_health(run, layer)}", fontsize=9, pad=2)
         if column == 0:
-            color = _style(name, variants)[0]
+            color = style(name, variants)[0]
             axes.text(-0.4, 1.36, name, fontsize=12, weight="bold", color=color, transform=axes.transAxes)
 
 

@@ -26,12 +26,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from bnlightning._check import check_integer
 from bnlightning._conf import CONF_DIR
-from bnlightning.compare import compare_runs
+from bnlightning.compare import Draw, compare_sweep
 
 # Under DDP Lightning starts this command again for every other rank: they find here what rank 0 made of the clock.
 _OUTPUT_DIR = "BNLIGHTNING_OUTPUT_DIR"
@@ -82,7 +82,17 @@ class _LastEvaluation(lightning.Callback):
 
 
 class CompareRuns(Callback):
-    """Hydra's callback around a sweep: checks and one directory before it, one comparison after it."""
+    """Hydra's callback around a sweep: checks and one directory before it, one comparison after it.
+
+    Args:
+        metric: The tag that :func:`~bnlightning.compare_runs` compares by.
+        draw: What draws its figure; ``None``: the default one. In YAML a function and its options, such as
+            ``{_target_: bnlightning.figures.draw_parameter, _partial_: true, parameter: learning_rate}``.
+    """
+
+    def __init__(self, metric: str = "val/loss", draw: Draw | None = None) -> None:
+        self.metric = metric
+        self.draw = draw
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """There is one layout of directories, that of a sweep, also of one run."""
@@ -92,6 +102,8 @@ class CompareRuns(Callback):
         """Refuse what any run would refuse, make the directory, name the runs' subdirectories."""
         if "LOCAL_RANK" not in os.environ:
             try:
+                # In multirun.yaml, where `python -m bnlightning.compare` reads them.
+                OmegaConf.resolve(config.hydra.callbacks)
                 _check_runs(config)
                 _make_directory(config)
             except (HydraException, OmegaConfBaseException, ValueError) as error:
@@ -104,7 +116,7 @@ class CompareRuns(Callback):
         """Compare the runs; a comparison that fails costs no result."""
         directory = Path(config.hydra.sweep.dir).resolve()
         try:
-            compare_runs(directory).print()
+            compare_sweep(directory, self.metric, self.draw).print()
         except (ValueError, OSError) as error:
             print(f"The runs in {directory} are finished, but not compared: {error}", file=sys.stderr)
 

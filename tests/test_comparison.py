@@ -1,11 +1,14 @@
 import csv
+import functools
 import math
+import re
 import warnings
 
 import lightning
 import matplotlib.image
 import numpy as np
 import pytest
+import yaml
 from helpers import quiet_trainer, read_events
 from torch.utils.tensorboard import SummaryWriter
 
@@ -20,8 +23,17 @@ from bnlightning import (
     compare_runs,
 )
 from bnlightning import _figure as figure
-from bnlightning._runs import HistogramAt, digits, find_runs, measured_in_tests, quartiles, read_run
-from bnlightning.compare import main
+from bnlightning._runs import (
+    HistogramAt,
+    digits,
+    find_runs,
+    is_higher_better,
+    measured_in_tests,
+    quartiles,
+    read_run,
+)
+from bnlightning.compare import declared_by_sweep, main
+from bnlightning.figures import draw_parameter
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +212,7 @@ def test_layers_that_one_variant_lacks_and_names_with_brackets(tmp_path, capsys)
 
 def test_every_variant_has_a_style_of_its_own():
     variants = {name: [] for name in ["none", "custom", "torch", *map(str, range(12))]}
-    styles = [figure._style(name, variants) for name in variants]
+    styles = [figure.style(name, variants) for name in variants]
     assert len(set(styles)) == len(styles)
 
 
@@ -286,6 +298,143 @@ def test_two_evaluations_are_no_curve_beside_what_the_tests_measured(evaluations
     assert ("Cost" in [axes.get_title(loc="left") for axes in drawn.axes]) == has_curve
     # Nobody looked for values that are not finite.
     assert comparison.rows[0]["first non-finite"] == "-"
+
+
+def write_run(directory, hparams=None, nonfinite_at=None, **tags):
+    """A run's event file and ``hparams.yaml``; of a tag values by step, ``__`` in its name for a slash."""
+    with SummaryWriter(str(directory)) as writer:
+        for tag, values in tags.items():
+            for step, value in values.items():
+                writer.add_scalar(tag.replace("__", "/"), value, step)
+        if nonfinite_at is not None:
+            writer.add_text("health/first_nonfinite_layer", "net.act1", nonfinite_at)
+    if hparams is not None:
+        (directory / "hparams.yaml").write_text(yaml.safe_dump(hparams))
+
+
+def test_of_accuracies_the_higher_is_the_better(tmp_path):
+    for seed, last in enumerate([0.9, 0.8, math.nan]):
+        write_run(tmp_path / f"run_seed-{seed}", val__acc={0: 0.01, 10: 0.5, 20: last})
+    comparison = compare_runs(tmp_path, metric="val/acc")
+    (row,) = comparison.rows
+    assert "final cost" not in row and row["val/acc"].startswith("0.8 [")
+    drawn = figure.draw({"run": comparison.runs}, "val/acc", "title", [])
+    axes = next(axes for axes in drawn.axes if axes.get_title(loc="left").startswith("Validation accuracy"))
+    assert axes.get_yscale() == "linear" and axes.get_lines()[0].get_ydata()[-1] == pytest.approx(0.8)
+    low, high = axes.get_ylim()
+    assert -0.1 < low < 0.01 and 0.8 < high < 1.0
+
+
+def test_an_accuracy_of_runs_that_diverged_is_marked(tmp_path):
+    write_run(tmp_path / "run", nonfinite_at=7, val__acc={0: 0.1, 10: 0.098, 20: 0.098})
+    comparison = compare_runs(tmp_path, metric="val/acc")
+    assert "diverged: after 7 training steps" in comparison.notes[0] and " - " not in comparison.notes[0]
+    axes = figure.draw({"run": comparison.runs}, "val/acc", "title", []).axes[0]
+    assert [line.get_xdata() for line in axes.get_lines() if line.get_marker() == "x"] == [[7]]
+    assert "NaN or infinite from step 7 on" in axes.get_legend().get_texts()[0].get_text()
+
+
+@pytest.mark.parametrize(
+    ("metric", "is_higher"),
+    [("val/acc", True), ("test/accuracy", True), ("acc_top5", True), ("val/loss", False), ("accumulated", False)],
+)
+def test_metrics_are_known_by_their_names(metric, is_higher):
+    assert is_higher_better(metric) == is_higher
+
+
+def test_a_published_curve_is_compared_step_by_step(tmp_path, capsys):
+    published = {10: 0.5, 20: 0.6123, 30: 0.7}
+    write_run(tmp_path / "a", published__val__acc=published, val__acc={0: 0.1, 10: 0.5, 20: 0.6125, 30: 0.65})
+    # Stopped early.
+    write_run(tmp_path / "b", published__val__acc={10: 0.5}, val__acc={0: 0.1, 10: 0.5})
+    comparison = compare_runs(tmp_path, metric="val/acc")
+    assert comparison.curve == [
+        {"step": "10", "published": "0.5000", "a": "0.5000", "b": "0.5000"},
+        {"step": "20", "published": "0.6123", "a": "0.6125", "b": "-"},
+        {"step": "30", "published": "0.7000", "a": "0.6500", "b": "-"},
+    ]
+    assert comparison.results == []
+    assert "| 20 | 0.6123 | 0.6125 (+0.0002) | - |" in (tmp_path / "comparison.md").read_text()
+    assert comparison.notes == [
+        "a: of 3 values of val/acc, 1 is exactly the published one; the largest difference is 0.0500, at step 30.",
+        "b: of 1 values of val/acc, 1 is exactly the published one.",
+    ]
+    comparison.print()
+    assert "0.6500 (-0.0500)" in capsys.readouterr().out
+    with (tmp_path / "comparison_curve.csv").open() as file:
+        assert list(csv.DictReader(file)) == comparison.curve
+    axes = figure.draw({run.variant: [run] for run in comparison.runs}, "val/acc", "title", []).axes[0]
+    (line,) = [line for line in axes.get_lines() if line.get_label() == "published"]
+    assert line.get_color() == "black" and line.get_linestyle() == "--"
+    assert line.get_xdata().tolist() == [10, 20, 30]
+    np.testing.assert_allclose(line.get_ydata(), [*published.values()], rtol=1e-6)
+    # Nothing of it is left where the next comparison has none.
+    write_run(tmp_path / "a", val__loss={0: 1.0})
+    assert compare_runs(tmp_path).curve == [] and not (tmp_path / "comparison_curve.csv").exists()
+
+
+def test_variants_with_publications_of_their_own_are_compared_with_those(tmp_path):
+    for name, value in (("a", 0.5), ("b", 0.25)):
+        write_run(tmp_path / name, published__val__acc={10: value}, val__acc={0: 0.1, 10: 0.5})
+    comparison = compare_runs(tmp_path, metric="val/acc")
+    row = {"step": "10", "published (a)": "0.5000", "a": "0.5000", "published (b)": "0.2500", "b": "0.5000"}
+    assert comparison.curve == [row]
+    assert "| 10 | 0.5000 | 0.5000 | 0.2500 | 0.5000 (+0.2500) |" in comparison.markdown
+
+
+def test_hyperparameters_are_read_back(finished, tmp_path):
+    run = read_run(finished / "custom_seed-2", finished)
+    assert run.hparam("norm") == "custom" and run.hparam("weight_std") == 0.3 and run.hparams["depth"] == 2
+    write_run(tmp_path, {"norm": "none", "norm_options": {"momentum": 0.9}}, val__loss={0: 1.0})
+    nested = read_run(tmp_path, tmp_path)
+    assert nested.hparam("norm_options.momentum") == 0.9
+    with pytest.raises(ValueError, match=r"'depth' is no hyperparameter .*: choose one of norm, norm_options.momentum"):
+        nested.hparam("depth")
+
+
+def test_a_figure_of_ones_own_replaces_the_default_one(finished):
+    called = []
+
+    def draw(variants, metric, title, notes):
+        called.append(([*variants], metric, title, len(notes)))
+        return figure.Figure(figsize=(3.0, 2.0), dpi=100)
+
+    comparison = compare_runs(finished, draw=draw)
+    assert called == [(["none", "custom"], "val/loss", finished.name, 1)]
+    assert matplotlib.image.imread(comparison.figure).shape[:2] == (200, 300)
+
+
+def sweep_configuration(parameter, target="bnlightning.figures.draw_parameter"):
+    draw = {"_target_": target, "_partial_": True, "parameter": parameter}
+    compare = {"_target_": "bnlightning.train.CompareRuns", "metric": "train/loss", "draw": draw}
+    return yaml.safe_dump({"hydra": {"callbacks": {"other": None, "mine": compare}}})
+
+
+def test_the_command_line_compares_as_the_sweep_does(tmp_path, capsys):
+    for rate in (0.1, 1.0):
+        write_run(tmp_path / str(rate), {"norm": "none", "rate": rate}, train__loss={0: 1.0, 5: rate})
+    expected = compare_runs(tmp_path, "train/loss", functools.partial(draw_parameter, parameter="rate"))
+    pixels = matplotlib.image.imread(expected.figure)
+    compare_runs(tmp_path, "train/loss")
+    assert matplotlib.image.imread(expected.figure).shape != pixels.shape
+    (tmp_path / "multirun.yaml").write_text(sweep_configuration("rate"))
+    main([str(tmp_path)])
+    np.testing.assert_array_equal(matplotlib.image.imread(expected.figure), pixels)
+    # What the figure cannot show is shown by the default one.
+    (tmp_path / "multirun.yaml").write_text(sweep_configuration("rates"))
+    main([str(tmp_path)])
+    assert matplotlib.image.imread(expected.figure).shape != pixels.shape
+    assert "since the sweep's own cannot be drawn: 'rates' is no hyperparameter" in capsys.readouterr().err
+    (tmp_path / "multirun.yaml").write_text(sweep_configuration("rate", "nobody.knows"))
+    with pytest.raises(SystemExit):
+        main([str(tmp_path)])
+    assert re.search(r"draw='nobody.knows' of .*multirun.yaml is not found here", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("text", ["", "- 1", "hydra: 1", "hydra: {callbacks: null}", "!!python/name:os.getcwd", "a: ["])
+def test_a_strange_sweep_configuration_declares_nothing(text, tmp_path):
+    (tmp_path / "multirun.yaml").write_text(text)
+    assert declared_by_sweep(tmp_path) == ("val/loss", None)
 
 
 def test_several_seeds_give_a_median_or_what_all_of_them_gave(tmp_path):

@@ -7,6 +7,7 @@ from bnlightning.callbacks.gradient_monitor import GradientMonitor as GradientMo
 from bnlightning.callbacks.initial_weights import InitialWeights as InitialWeights
 from bnlightning.callbacks.prediction_monitor import PredictionMonitor as PredictionMonitor
 from bnlightning.callbacks.progress_bar import TrainingProgressBar as TrainingProgressBar
+from bnlightning.callbacks.published_values import PublishedCurve as PublishedCurve
 from bnlightning.callbacks.published_values import PublishedValues as PublishedValues
 from bnlightning.callbacks.swap_norm import BatchNormSync as BatchNormSync
 from bnlightning.callbacks.swap_norm import SwapNorm as SwapNorm
