@@ -418,7 +418,9 @@ class _GradientMap:
             axes.set_yticks([])
             return
         x, y = _edges(self.steps), np.arange(len(self.layers) + 1) - 0.5
-        shown = np.ma.masked_array(self.logs, np.isnan(self.logs) | self.nonfinite)
+        # Zero gets the colour of what is below the scale; matplotlib would leave out an infinity.
+        below = np.where(np.isneginf(self.logs), float(scale.vmin or 0.0) - 1, self.logs)
+        shown = np.ma.masked_array(below, np.isnan(self.logs) | self.nonfinite)
         axes.pcolormesh(x, y, shown, cmap="viridis", norm=scale)
         red = np.ma.masked_array(np.ones_like(self.logs), ~self.nonfinite)
         axes.pcolormesh(x, y, red, cmap=ListedColormap([_NONFINITE]))

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import matplotlib.image
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,7 @@ from omegaconf import OmegaConf
 
 from bnlightning import CONF_DIR
 from bnlightning._runs import read_run
+from bnlightning.figures import draw_parameter
 
 EXPERIMENTS = sorted(path.stem for path in (CONF_DIR / "experiment").glob("*.yaml"))
 # By what an experiment sweeps; the others' are these two.
@@ -79,6 +81,35 @@ def test_the_command_line_narrows_and_widens_the_variants(run_module, tmp_path):
     with (tmp_path / "here" / "comparison.csv").open() as file:
         assert [(row["variant"], row["seeds"]) for row in csv.DictReader(file)] == [("none", "1, 2"), ("torch", "1, 2")]
     assert "1, 2" in result.stdout
+
+
+@pytest.mark.slow
+def test_an_experiment_chooses_metric_and_figure(run_module, tmp_path):
+    experiment = tmp_path / "conf" / "experiment" / "rates.yaml"
+    experiment.parent.mkdir(parents=True)
+    experiment.write_text(
+        """# @package _global_
+rate: learning_rate
+hydra:
+  callbacks:
+    compare:
+      metric: train/loss
+      draw: {_target_: bnlightning.figures.draw_parameter, _partial_: true, parameter: "${rate}"}
+  sweeper:
+    params:
+      model.learning_rate: 0.001,0.01
+"""
+    )
+    result = run_module("bnlightning.train", "--config-dir=conf", "+experiment=rates", "output_dir=here", *SHORT)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    runs = [read_run(tmp_path / "here" / f"custom_learning_rate-{rate}", tmp_path / "here") for rate in (0.001, 0.01)]
+    pixels = matplotlib.image.imread(tmp_path / "here" / "comparison.png")
+    expected = draw_parameter({run.variant: [run] for run in runs}, "train/loss", "here", [], parameter="learning_rate")
+    expected.savefig(tmp_path / "expected.png")
+    np.testing.assert_array_equal(pixels, matplotlib.image.imread(tmp_path / "expected.png"))
+    (tmp_path / "here" / "comparison.png").unlink()
+    assert run_module("bnlightning.compare", "here").returncode == 0
+    np.testing.assert_array_equal(pixels, matplotlib.image.imread(tmp_path / "here" / "comparison.png"))
 
 
 @pytest.mark.slow
