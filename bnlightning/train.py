@@ -3,10 +3,13 @@
 import os
 import re
 import shlex
+import shutil
 import sys
 import tempfile
 import traceback
 import warnings
+from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,26 +22,40 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.core.utils import configure_log, setup_globals
 from hydra.errors import HydraException, InstantiationException
 from hydra.experimental.callback import Callback
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from bnlightning._check import check_integer
 from bnlightning._conf import CONF_DIR
+from bnlightning._parallel import Workers, available_cores
 from bnlightning.compare import Draw, compare_sweep
 
 # Under DDP Lightning starts this command again for every other rank: they find here what rank 0 made of the clock.
 _OUTPUT_DIR = "BNLIGHTNING_OUTPUT_DIR"
+# An empty file, the last that a run writes: it is there or it is not, whenever the run was killed.
+_FINISHED = "finished"
+# What a run writes does not depend on these.
+_SAME_RESULTS = ("output_dir", "resume", "n_jobs")
 
 
-def train(config: DictConfig) -> None:
-    """Train one configuration: seed, instantiate, evaluate, fit, test."""
+def train(config: DictConfig, *, in_parallel: bool = False) -> None:
+    """Train one configuration: seed, instantiate, evaluate, fit, test.
+
+    Args:
+        config: The composed configuration.
+        in_parallel: Whether others are trained at the same time, whose progress bars would overwrite this one's.
+
+    Raises:
+        ValueError: If the trainer has several devices and others are trained at the same time.
+    """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
@@ -47,8 +64,12 @@ def train(config: DictConfig) -> None:
     evaluation = _LastEvaluation()
     callbacks = [*instantiate(config.callbacks, _convert_="all").values(), evaluation]
     trainer = instantiate(config.trainer, _convert_="all", callbacks=callbacks)
+    if in_parallel:
+        _check_one_device(trainer)
+        if trainer.progress_bar_callback is not None:
+            trainer.progress_bar_callback.disable()
     if trainer.is_global_zero:
-        print(f"Training {HydraConfig.get().sweep.subdir}")
+        print(f"Training {HydraConfig.get().sweep.subdir}", flush=True)
     evaluates = is_overridden("validation_step", model)
     # What the network does before its first step belongs to the story; a resumed run has told it already.
     if evaluates and config.ckpt_path is None:
@@ -60,6 +81,14 @@ def train(config: DictConfig) -> None:
         trainer.validate(model, data, verbose=False)
     if is_overridden("test_step", model):
         trainer.test(model, data, verbose=False)
+    if trainer.is_global_zero:
+        (Path(HydraConfig.get().runtime.output_dir) / _FINISHED).touch()
+
+
+def _check_one_device(trainer: lightning.Trainer) -> None:
+    if trainer.world_size > 1:
+        # Lightning starts the other ranks by repeating this process's command, which is not the user's.
+        raise ValueError(f"n_jobs above 1 is not possible with {trainer.world_size} devices a run: give n_jobs=1.")
 
 
 class RunLogger(TensorBoardLogger):
@@ -100,20 +129,25 @@ class CompareRuns(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Refuse what any run would refuse, make the directory, name the runs' subdirectories."""
-        if "LOCAL_RANK" not in os.environ:
-            try:
+        global _workers
+        begins = "LOCAL_RANK" not in os.environ
+        try:
+            if begins:
                 # In multirun.yaml, where `python -m bnlightning.compare` reads them.
                 OmegaConf.resolve(config.hydra.callbacks)
                 _check_runs(config)
+            _override_for_runs(config, "hydra.sweep.subdir", f"'{_subdirectory(config)}'")
+            if begins:
                 _make_directory(config)
-            except (HydraException, OmegaConfBaseException, ValueError) as error:
-                sys.exit(_message(error))
-        if not any(override.startswith("hydra.sweep.subdir=") for override in config.hydra.overrides.hydra):
-            config.hydra.overrides.hydra.append(f"hydra.sweep.subdir='{_subdirectory(config)}'")
+                _workers = _start_workers(config)
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
+            sys.exit(_message(error))
 
     @rank_zero_only
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Compare the runs; a comparison that fails costs no result."""
+        """Compare the runs when all have ended; a comparison that fails costs no result."""
+        if _workers is not None:
+            _wait(_workers)
         directory = Path(config.hydra.sweep.dir).resolve()
         try:
             compare_sweep(directory, self.metric, self.draw).print()
@@ -128,18 +162,29 @@ def _overrides(config: DictConfig) -> list[Override]:
     return list({override.key_or_group: override for override in parsed}.values())
 
 
-def _check_runs(config: DictConfig) -> None:
-    """Instantiate each configuration's model and data before anything is written; seeds make no difference."""
+def _runs(config: DictConfig, *, with_seeds: bool = True) -> list[list[str]]:
+    """The overrides of each run, in the order of Hydra's sweeper; without seeds, of those with the first seed."""
     runs: list[list[str]] = [[]]
     for override in _overrides(config):
         key = override.get_key_element()
         if override.is_sweep_override():
             values = list(override.sweep_string_iterator())
-            values = values[:1] if override.key_or_group == "seed" else values
+            values = values if with_seeds or override.key_or_group != "seed" else values[:1]
         else:
             values = [override.get_value_element_as_str()]
         runs = [[*run, f"{key}={value}"] for run in runs for value in values]
-    for run in runs:
+    return runs
+
+
+def _override_for_runs(config: DictConfig, key: str, value: str) -> None:
+    """Have Hydra compose each run's configuration with a value of its own, unless the command line gives one."""
+    if not any(override.startswith(f"{key}=") for override in config.hydra.overrides.hydra):
+        config.hydra.overrides.hydra.append(f"{key}={value}")
+
+
+def _check_runs(config: DictConfig) -> None:
+    """Instantiate each configuration's model and data before anything is written; seeds make no difference."""
+    for run in _runs(config, with_seeds=False):
         _check_run(hydra.compose(config.hydra.job.config_name, overrides=run))
 
 
@@ -147,6 +192,8 @@ def _check_run(config: DictConfig) -> None:
     check_integer("seed", config.seed, at_least=0, at_most=2**32 - 1)
     if config.num_threads is not None:
         check_integer("num_threads", config.num_threads, at_least=1)
+    if config.n_jobs is not None:
+        check_integer("n_jobs", config.n_jobs, at_least=1)
     model = instantiate(config.model, _convert_="all")
     data = instantiate(config.data, _convert_="all")
     if hasattr(model, "check_data"):
@@ -185,6 +232,86 @@ class _Made:
 
 
 _made: _Made | None = None
+# Where the runs are trained, if not here.
+_workers: Workers | None = None
+
+
+def _start_workers(config: DictConfig) -> Workers | None:
+    number = min(config.n_jobs or available_cores(), len(_runs(config)))
+    return Workers(number) if number > 1 else None
+
+
+def _wait(workers: Workers) -> None:
+    try:
+        workers.wait()
+    except BrokenProcessPool:
+        sys.exit("A run's process was killed, perhaps for want of memory: give a smaller n_jobs, and resume=true.")
+
+
+def _unfinished(config: DictConfig, directory: Path) -> list[Path]:
+    """The directories that runs asked for have left there without having finished.
+
+    Raises:
+        ValueError: If a run that has finished had another configuration than it would have now, or if the checkpoint
+            to train from is one of what did not finish.
+    """
+    loader = GlobalHydra.instance().config_loader()
+    found = []
+    for number, overrides in enumerate(_runs(config)):
+        run = loader.load_sweep_config(config, overrides)
+        with open_dict(run):
+            run.hydra.job.num = number
+        path = directory / run.hydra.sweep.subdir
+        if (path / _FINISHED).exists():
+            _check_unchanged(path, run)
+        elif _is_run(path) and directory in path.resolve().parents:
+            if run.ckpt_path is not None and path.resolve() in Path(run.ckpt_path).resolve().parents:
+                raise ValueError(
+                    f"ckpt_path={run.ckpt_path!r} is of a run that resume=true begins again: copy it first."
+                )
+            found.append(path)
+    return found
+
+
+def _is_run(path: Path) -> bool:
+    return (path / ".hydra").is_dir() or any(path.glob("events.out.tfevents.*"))
+
+
+def _check_unchanged(path: Path, config: DictConfig) -> None:
+    record = path / ".hydra" / "config.yaml"
+    before = _settings(OmegaConf.load(record)) if record.is_file() else {}
+    # Through YAML, as what it is compared with.
+    now = _settings(OmegaConf.create(OmegaConf.to_yaml(config)))
+    changes = [
+        f"{key}={before.get(key, 'absent')}, not {now.get(key, 'absent')}"
+        for key in dict.fromkeys([*before, *now])
+        if before.get(key, "absent") != now.get(key, "absent")
+    ]
+    if changes:
+        more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
+        raise ValueError(
+            f"resume=true is not possible: {str(path)!r} finished with {'; '.join(changes[:3])}{more}. "
+            "Give what it was trained with, or another output_dir."
+        )
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    """What decides a run's results, by dotted key, interpolations as they are written."""
+    contents: Any = OmegaConf.to_container(config)
+    return dict(_leaves("", {key: value for key, value in contents.items() if key not in (*_SAME_RESULTS, "hydra")}))
+
+
+def _leaves(prefix: str, contents: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in contents.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(f"{prefix}{key}.", value)
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _resolve_finished(directory: str, subdirectory: str) -> str | None:
+    """Hydra's ``output_subdir`` in a resumed sweep: it records no configuration for a run that it does not repeat."""
+    return None if (Path(directory) / subdirectory / _FINISHED).exists() else ".hydra"
 
 
 def _make_directory(config: DictConfig) -> None:
@@ -192,8 +319,14 @@ def _make_directory(config: DictConfig) -> None:
     directory = Path(config.hydra.sweep.dir).resolve()
     overrides = [*config.hydra.overrides.task, *config.hydra.overrides.hydra]
     given = any(override.startswith(("output_dir=", "hydra.sweep.dir=")) for override in overrides)
-    if given and any(directory.glob("*/events.out.tfevents.*")):
-        raise ValueError(f"output_dir={str(directory)!r} holds runs already: give another, or remove them.")
+    if config.resume and not given:
+        raise ValueError("resume=true needs to know which sweep: give its directory, output_dir=PATH.")
+    if given and not config.resume and any(directory.glob("*/events.out.tfevents.*")):
+        raise ValueError(
+            f"output_dir={str(directory)!r} holds runs already: give another, remove them, "
+            "or give resume=true, which trains only what has not finished."
+        )
+    unfinished = _unfinished(config, directory) if config.resume else []
     parents = [path for path in (directory, *directory.parents) if not path.exists()]
     try:
         if given:
@@ -206,6 +339,14 @@ def _make_directory(config: DictConfig) -> None:
     except OSError as error:
         reason = f"output_dir={str(directory)!r} cannot be written ({error.strerror}): give another, output_dir=PATH."
         raise ValueError(reason) from error
+    # From the start: what a run wrote after its last checkpoint would otherwise be there twice.
+    for path in unfinished:
+        shutil.rmtree(path)
+    if config.resume:
+        OmegaConf.register_new_resolver("bnlightning.record", _resolve_finished, replace=True)
+        _override_for_runs(
+            config, "hydra.output_subdir", "'${bnlightning.record:${hydra.sweep.dir},${hydra.sweep.subdir}}'"
+        )
     _made = _Made(directory, parents, set(directory.iterdir()))
     os.environ[_OUTPUT_DIR] = str(directory)
     with open_dict(config):
@@ -275,32 +416,73 @@ def _discard() -> None:
 
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="train")
 def _application(config: DictConfig) -> None:
+    settings = HydraConfig.get()
+    if config.resume and (Path(settings.runtime.output_dir) / _FINISHED).exists():
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"Finished already: {settings.sweep.subdir}", flush=True)
+        return
+    if _workers is not None:
+        _workers.submit(_train_in_worker, config, HydraConfig.instance().cfg, os.getcwd())
+        return
     try:
         train(config)
     except (InstantiationException, ValueError, MisconfigurationException) as error:
         sys.exit(_message(error))
 
 
-def main() -> None:
-    """The command line."""
+def _train_in_worker(config: DictConfig, hydra_config: Any, directory: str) -> None:
+    """Train in a process that Hydra has not set up."""
+    _ignore_warnings()
+    setup_globals()
+    HydraConfig.instance().cfg = hydra_config
+    settings = hydra_config.hydra
+    configure_log(settings.job_logging, settings.verbose)
+    os.environ.update(settings.job.env_set)
+    os.chdir(directory)
+    try:
+        train(config, in_parallel=True)
+    except (InstantiationException, ValueError, MisconfigurationException) as error:
+        sys.exit(f"{settings.sweep.subdir}: {_message(error)}")
+    except Exception as error:
+        sys.exit(f"{settings.sweep.subdir}: {type(error).__name__}: {_message(error)} (n_jobs=1 shows the traceback.)")
+
+
+def _ignore_warnings() -> None:
     # Lightning 2.6 with torch 2.15.
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
     # The comparison tells which runs diverged, where and when.
     warnings.filterwarnings("ignore", message="ActivationMonitor: at step .* the first NaN")
+
+
+def main() -> None:
+    """The command line."""
+    _ignore_warnings()
     # Each command has its own directory, also where one before it in this process or shell left its.
     if "LOCAL_RANK" not in os.environ:
         os.environ.pop(_OUTPUT_DIR, None)
     try:
         _application()
-    except SystemExit as stop:
-        if stop.code and _made is not None:
-            _discard()
-            if _made.directory.is_dir() and any(_made.directory.glob("*/events.out.tfevents.*")):
-                directory = shlex.quote(str(_made.directory))
-                print(f"Stopped. What was trained so far: python -m bnlightning.compare {directory}", file=sys.stderr)
-        raise
+    except (SystemExit, KeyboardInterrupt) as stop:
+        _end(stop)
     finally:
         os.environ.pop(_OUTPUT_DIR, None)
+
+
+def _end(stop: SystemExit | KeyboardInterrupt) -> None:
+    """Stop what still runs, and leave no more than was trained and a word on where it is."""
+    # Lightning's answer to SIGTERM has no exit status.
+    if isinstance(stop, KeyboardInterrupt | SIGTERMException):
+        stop = SystemExit(1)
+    failed = bool(stop.code)
+    if failed and _workers is not None:
+        _workers.stop()
+    if failed and _made is not None:
+        _discard()
+        if _made.directory.is_dir() and any(_made.directory.glob("*/events.out.tfevents.*")):
+            directory = shlex.quote(str(_made.directory))
+            print(f"Stopped. What was trained so far: python -m bnlightning.compare {directory}", file=sys.stderr)
+            print(f"To train the rest: the same command with resume=true output_dir={directory}", file=sys.stderr)
+    raise stop
 
 
 if __name__ == "__main__":

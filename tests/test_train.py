@@ -1,9 +1,13 @@
 import csv
+import fcntl
 import os
+import pty
 import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -29,6 +33,34 @@ def only_directory(parent):
     return directory
 
 
+def start(tmp_path, *arguments, **options):
+    """The command in the background."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
+    return subprocess.Popen(
+        [sys.executable, "-m", "bnlightning.train", *arguments], cwd=tmp_path, env=environment, **options
+    )
+
+
+def assert_same_results(first, second):
+    """Every number and every weight that two runs wrote, bit by bit."""
+    one, two = read_events(first), read_events(second)
+    assert one.Tags() == two.Tags() and len(one.Tags()["scalars"]) > 5
+    for tag in one.Tags()["scalars"]:
+        # As lists: what was written twice would not show in a dictionary.
+        a, b = ([(item.step, np.float32(item.value).tobytes()) for item in e.Scalars(tag)] for e in (one, two))
+        assert a == b, tag
+    for tag in one.Tags()["histograms"]:
+        a, b = ([(h.step, h.histogram_value) for h in e.Histograms(tag)] for e in (one, two))
+        assert a == b, tag
+    for tag in one.Tags()["tensors"]:
+        a, b = ([(t.step, t.tensor_proto.SerializeToString()) for t in e.Tensors(tag)] for e in (one, two))
+        assert a == b, tag
+    weights = [torch.load(p / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for p in (first, second)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weight, weights[1][key]) for key, weight in weights[0].items())
+
+
 def run_directory(tmp_path, experiment):
     """The one directory of the one command that ran."""
     assert [path.name for path in (tmp_path / "outputs").iterdir()] == [experiment]
@@ -49,7 +81,7 @@ def test_every_experiment_runs_and_leaves_one_tidy_directory(experiment, run_mod
     assert files - {events} == {"multirun.yaml", "comparison.png", "comparison.csv", "comparison.md"} | variants
     for variant in variants:
         names = {re.sub(r"tfevents.*", "tfevents", path.name) for path in (directory / variant).iterdir()}
-        assert names == {"events.out.tfevents", "checkpoints", ".hydra", "hparams.yaml"}
+        assert names == {"events.out.tfevents", "checkpoints", ".hydra", "hparams.yaml", "finished"}
         assert [path.name for path in (directory / variant / "checkpoints").iterdir()] == ["last.ckpt"]
         assert OmegaConf.load(directory / variant / ".hydra" / "config.yaml").model.norm == variant.split("_")[0]
         logged = read_events(directory / variant)
@@ -325,6 +357,182 @@ def test_an_interrupted_sweep_says_where_the_finished_runs_are(tmp_path):
 
 
 @pytest.mark.slow
+def test_parallel_runs_give_what_they_give_one_after_the_other(run_module, tmp_path):
+    sweep = ("model.norm=none,custom", "seed=1,2", *SHORT)
+    one = run_module("bnlightning.train", *sweep, "output_dir=one")
+    two = run_module("bnlightning.train", *sweep, "output_dir=two", "n_jobs=2")
+    assert one.returncode == two.returncode == 0, two.stderr
+    assert one.stderr == two.stderr == ""
+    names = [f"{norm}_seed-{seed}" for norm in ("none", "custom") for seed in (1, 2)]
+    assert one.stdout.splitlines()[:4] == [f"Training {name}" for name in names]
+    assert sorted(two.stdout.splitlines()[:4]) == sorted(one.stdout.splitlines()[:4])
+    files = []
+    for directory in (tmp_path / "one", tmp_path / "two"):
+        paths = (str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
+        files.append(sorted(re.sub(r"tfevents.*?(\.comparison)?$", r"tfevents\1", path) for path in paths))
+    assert files[0] == files[1]
+    for name in names:
+        assert_same_results(tmp_path / "one" / name, tmp_path / "two" / name)
+        recorded = OmegaConf.load(tmp_path / "two" / name / ".hydra" / "hydra.yaml").hydra.runtime.output_dir
+        assert recorded == str(tmp_path / "two" / name)
+    # Where each run was: two processes, and neither the one that waits.
+    processes = {path.name.split(".")[-2] for path in (tmp_path / "two").glob("*/events.out.tfevents.*")}
+    (comparison,) = (tmp_path / "two").glob("*.comparison")
+    assert len(processes) == 2 and comparison.name.split(".")[-3] not in processes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_jobs", [1, 2])
+def test_only_a_single_run_shows_a_progress_bar(n_jobs, tmp_path):
+    master, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 50, 120, 0, 0))
+    process = start(
+        tmp_path, "seed=1,2", "trainer.max_steps=100", f"n_jobs={n_jobs}", stdout=terminal, stderr=terminal, text=False
+    )
+    os.close(terminal)
+    output = b""
+    # On Linux the end of a terminal's output is an error.
+    with pytest.raises(OSError):
+        while True:
+            output += os.read(master, 4096)
+    os.close(master)
+    assert process.wait() == 0
+    assert output.count(b"Training custom_seed-") == 2
+    assert (b"it/s" in output) == (n_jobs == 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_jobs", [1, 2])
+def test_a_killed_sweep_is_resumed_to_what_an_unbroken_one_gives(n_jobs, run_module, tmp_path):
+    names = {f"custom_seed-{seed}" for seed in (1, 2, 3)}
+    sweep = (
+        "seed=1,2,3",
+        "trainer.max_steps=200",
+        "callbacks.activation_monitor.every_n_steps=100",
+        f"n_jobs={n_jobs}",
+    )
+    whole = run_module("bnlightning.train", *sweep, "output_dir=whole")
+    assert whole.returncode == 0, whole.stderr
+
+    def states():
+        finished = {path.parent.name for path in tmp_path.glob("part/*/finished")}
+        return finished, {path.parent.name for path in tmp_path.glob("part/*/events.out.tfevents.*")} - finished
+
+    process = start(tmp_path, *sweep, "output_dir=part")
+    while not all(states()):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    # Ends when no process is left that could write, the workers included.
+    process.communicate(timeout=60)
+    finished, begun = states()
+    assert finished and begun
+    before = {
+        path: (path.stat().st_mtime_ns, path.read_bytes())
+        for name in finished
+        for path in (tmp_path / "part" / name).rglob("*")
+        if path.is_file()
+    }
+    result = run_module("bnlightning.train", *sweep, "output_dir=part", "resume=true")
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    lines = result.stdout.splitlines()
+    assert {line for line in lines if line.startswith("Finished already: ")} == {
+        f"Finished already: {name}" for name in finished
+    }
+    assert {line for line in lines if line.startswith("Training ")} == {f"Training {name}" for name in names - finished}
+    assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in before}
+    for name in names:
+        assert len(list((tmp_path / "part" / name).glob("events.out.tfevents.*"))) == 1
+        assert_same_results(tmp_path / "whole" / name, tmp_path / "part" / name)
+    assert (tmp_path / "part" / "comparison.png").is_file()
+
+
+@pytest.mark.slow
+def test_a_sweep_is_resumed_only_as_it_was(run_module, tmp_path):
+    sweep = ("seed=1,2", "trainer.max_steps=5", "output_dir=out")
+    assert run_module("bnlightning.train", *sweep).returncode == 0
+    (tmp_path / "out" / "custom_seed-2" / "finished").unlink()
+    before = {path: path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*"))}
+    checkpoint = "ckpt_path=out/custom_seed-2/checkpoints/last.ckpt"
+    for arguments, message in (
+        ([*sweep], r"^output_dir='.*out' holds runs already: give another, .*resume=true"),
+        (
+            [*sweep, "resume=true", "model.weight_std=2.0", "trainer.max_steps=6"],
+            r"^resume=true is not possible: '.*out/custom_seed-1' finished with "
+            r"model\.weight_std=1\.0, not 2\.0; trainer\.max_steps=5, not 6\.",
+        ),
+        (["seed=1,2", "resume=true"], r"^resume=true needs to know which sweep: give its directory, output_dir=PATH"),
+        (
+            ["seed=2,3", "trainer.max_steps=6", "output_dir=out", "resume=true", checkpoint],
+            r"^ckpt_path='.*' is of a run that resume=true begins again",
+        ),
+    ):
+        result = run_module("bnlightning.train", *arguments)
+        assert result.returncode == 1 and "Traceback" not in result.stderr
+        assert re.search(message, result.stderr, re.MULTILINE), result.stderr
+        assert {path: path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*"))} == before
+    # Another number of runs is none of the configuration of each.
+    (tmp_path / "out" / "custom_seed-3").mkdir()
+    (tmp_path / "out" / "custom_seed-3" / "notes.txt").write_text("mine")
+    result = run_module("bnlightning.train", *sweep, "seed=1,2,3", "resume=true", "n_jobs=2")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("Finished already: custom_seed-1\n")
+    assert (tmp_path / "out" / "custom_seed-3" / "notes.txt").read_text() == "mine"
+    assert len(list(tmp_path.glob("out/*/finished"))) == 3
+
+
+@pytest.mark.slow
+def test_interrupted_parallel_runs_all_stop(tmp_path):
+    process = start(
+        tmp_path, "seed=1,2,3", "n_jobs=2", "trainer.max_steps=100000", "output_dir=out", start_new_session=True
+    )
+    # In the midst of training: an epoch is over.
+    while len(list(tmp_path.glob("out/*/checkpoints/last.ckpt"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    # As a terminal does.
+    os.killpg(process.pid, signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and sorted(output.splitlines()) == [
+        "Training custom_seed-1",
+        "Training custom_seed-2",
+    ]
+    assert errors.splitlines() == [
+        f"Stopped. What was trained so far: python -m bnlightning.compare {tmp_path / 'out'}",
+        f"To train the rest: the same command with resume=true output_dir={tmp_path / 'out'}",
+    ]
+    assert not list(tmp_path.glob("out/*/finished"))
+    # What they had in memory is written.
+    assert all(scalar(read_events(path.parent), "train/loss") for path in tmp_path.glob("out/*/events.out.tfevents.*"))
+
+
+@pytest.mark.slow
+def test_a_parallel_run_that_fails_is_named_in_one_message(run_module, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from bnlightning import LitRegressor\n\n\n"
+        "class Failing(LitRegressor):\n"
+        "    def on_train_start(self):\n"
+        "        if self.hparams['depth'] == 2:\n"
+        "            raise RuntimeError('no more of this')\n"
+    )
+    result = run_module(
+        "bnlightning.train", "model._target_=mine.Failing", "model.depth=2,3", "n_jobs=2", "trainer.max_steps=5",
+        "output_dir=out", PYTHONPATH=os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]),
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("custom_depth-2: RuntimeError: no more of this")
+    assert "Traceback" not in result.stderr and "custom_depth-3" not in result.stderr
+    # The other had begun, and is finished.
+    assert [path.parent.name for path in tmp_path.glob("out/*/finished")] == ["custom_depth-3"]
+    result = run_module("bnlightning.train", "seed=1,2", "n_jobs=2", "trainer.devices=2", "output_dir=devices")
+    assert result.returncode == 1
+    assert re.search(
+        r"^custom_seed-\d: n_jobs above 1 is not possible with 2 devices .*n_jobs=1\.\n$", result.stderr, re.MULTILINE
+    )
+    assert not (tmp_path / "devices").exists()
+
+
+@pytest.mark.slow
 def test_a_users_own_classes_by_yaml(run_module, tmp_path):
     (tmp_path / "mine.py").write_text(
         "import torch\nfrom bnlightning import LitRegressor\n\n\n"
@@ -390,6 +598,7 @@ def test_two_ranks_give_what_one_process_gives_and_write_the_same_files(run_modu
         (["data.batch_size=1"], r"^batch_size=1 is not possible with norm='custom'.*Choose another data\.batch_size"),
         (["data.num_points=2501"], r"^batch_size=10 is not possible with norm='custom': of 2501 points"),
         (["num_threads=0"], r"^num_threads=0 is not possible"),
+        (["n_jobs=0"], r"^n_jobs=0 is not possible: give an integer of at least 1\.$"),
         (["seed=-1"], r"^seed=-1 is not possible: give an integer from 0 to 4294967295"),
         (["ckpt_path=missing.ckpt"], r"^ckpt_path='missing.ckpt' is not a file"),
         (["trainer.devices=none"], r"devices"),
@@ -416,5 +625,15 @@ def test_help_lists_the_experiments_and_the_values_people_change(run_module):
     result = run_module("bnlightning.train", "--help")
     assert result.returncode == 0
     assert all(f"+experiment={experiment} " in result.stdout for experiment in EXPERIMENTS)
-    for key in ("model.norm", "model.activation", "model.depth", "model.width", "data.batch_size", "seed", "ckpt_path"):
+    for key in (
+        "model.norm",
+        "model.activation",
+        "model.depth",
+        "model.width",
+        "data.batch_size",
+        "seed",
+        "ckpt_path",
+        "n_jobs",
+    ):
         assert f"{key}=" in result.stdout
+    assert "resume=true output_dir=PATH" in result.stdout
