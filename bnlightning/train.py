@@ -196,6 +196,8 @@ def _check_run(config: DictConfig) -> None:
         check_integer("n_jobs", config.n_jobs, at_least=1)
     model = instantiate(config.model, _convert_="all")
     data = instantiate(config.data, _convert_="all")
+    # What is to be downloaded, once for all runs, or the message that it cannot be.
+    data.prepare_data()
     if hasattr(model, "check_data"):
         model.check_data(data)
     if config.ckpt_path is not None:
@@ -452,6 +454,8 @@ def _ignore_warnings() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
     # The comparison tells which runs diverged, where and when.
     warnings.filterwarnings("ignore", message="ActivationMonitor: at step .* the first NaN")
+    # The variant without batch normalisation has the monitors of the others.
+    warnings.filterwarnings("ignore", message="BatchNormMonitor.modules=None. finds nothing to watch")
 
 
 def main() -> None:

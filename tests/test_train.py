@@ -23,6 +23,7 @@ from bnlightning._runs import read_run
 from bnlightning.figures import draw_parameter
 
 EXPERIMENTS = sorted(path.stem for path in (CONF_DIR / "experiment").glob("*.yaml"))
+ON_MNIST = {"init_scale", "learning_rate", "mnist_conv", "mnist_elu", "mnist_he", "mnist_replay", "vanishing_gradient"}
 # By what an experiment sweeps; the others' are these two.
 VARIANTS = {"moving_average": {"custom_convention-keras", "custom_convention-pytorch"}}
 SHORT = ("trainer.max_steps=10", "callbacks.activation_monitor.every_n_steps=5")
@@ -68,7 +69,8 @@ def run_directory(tmp_path, experiment):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+# Those on MNIST are run in test_mnist.py.
+@pytest.mark.parametrize("experiment", [experiment for experiment in EXPERIMENTS if experiment not in ON_MNIST])
 def test_every_experiment_runs_and_leaves_one_tidy_directory(experiment, run_module, tmp_path):
     # Twelve steps: neither evaluated nor sampled in the ordinary course.
     result = run_module("bnlightning.train", f"+experiment={experiment}", "trainer.max_steps=12")
