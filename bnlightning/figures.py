@@ -35,6 +35,8 @@ _NORMALIZATIONS = {"none": "without batch norm", "custom": "batch norm (custom)"
 _MOST_TICKS = 12
 # Below are zeros and underflow, above the last steps before an overflow.
 _TYPICAL = (0.01, 0.99)
+# To each side of the median: more of them, as of a run that overflows, would leave one colour to all others.
+_DECADES = 6
 # As in TensorBoard's pictures of activations.
 _NONFINITE = "#e3001b"
 _NOTHING = "#d4d4d4"
@@ -468,7 +470,8 @@ def _common_scale(logs: Sequence[Array]) -> Normalize:
     finite = np.concatenate([values[np.isfinite(values)] for values in logs])
     if not len(finite):
         return Normalize(-1.0, 1.0)
-    low, high = np.quantile(finite, _TYPICAL)
+    middle = np.median(finite)
+    low, high = np.clip(np.quantile(finite, _TYPICAL), middle - _DECADES, middle + _DECADES)
     return Normalize(float(low), float(max(high, low + 1)))
 
 

@@ -217,6 +217,16 @@ def test_a_gradient_of_zero_is_no_gap(tmp_path):
     assert drawn.axes[0].get_title() == "last/first layer: inf → 1e+03"
 
 
+def test_a_run_that_explodes_leaves_colours_to_the_others(tmp_path):
+    for norm, norms in (("none", [1.0, 1e30]), ("custom", [1.0, 0.01])):
+        gradients = {"grad_norm/net.linear1.weight": norms, "grad_norm/net.output.weight": [1.0, 0.1]}
+        write_run(tmp_path / norm, {"norm": norm, "depth": 1}, **gradients)
+    drawn = draw_gradients(read_variants(tmp_path), "val/loss", "", [], columns=("depth",))
+    meshes = [next(c for c in axes.get_children() if isinstance(c, QuadMesh)) for axes in drawn.axes[:2]]
+    assert len({(mesh.norm.vmin, mesh.norm.vmax) for mesh in meshes}) == 1
+    assert meshes[0].norm.vmin < -1 and meshes[0].norm.vmax == pytest.approx(6, abs=0.1)
+
+
 @pytest.mark.parametrize(
     ("draw", "options", "message"),
     [
