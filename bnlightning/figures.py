@@ -125,9 +125,9 @@ class _Results:
 
 
 def _last_values(runs: Sequence[Run], metric: str) -> Array:
-    """The runs' results, those that diverged as the worst; a run that did not log the metric has none."""
+    """The runs' results, those that diverged as the worst; a run that did not log the metric has none, NaN if all."""
     last = [worst(metric) if run.has_diverged(metric) else run.last(metric) for run in runs]
-    return np.array([np.nan if value is None else value for value in last])
+    return np.array([value for value in last if value is not None] or [np.nan])
 
 
 def _draw_results(axes: Axes, results: _Results, high: float, label: str, look: tuple[str, Any]) -> None:

@@ -119,6 +119,16 @@ def test_without_a_monitor_the_training_loss_tells_that_a_run_diverged(tmp_path)
     assert [x for x, _ in crosses(axes)] == [1.0]
 
 
+def test_a_run_without_the_metric_has_no_part_in_the_median(tmp_path):
+    for seed, last in enumerate([0.6, 0.7]):
+        write_run(tmp_path / f"a_seed-{seed}", {"norm": "none", "rate": 1.0}, val__loss=[1.0, last])
+    for name in ("a_seed-2", "b"):
+        write_run(tmp_path / name, {"norm": "none", "rate": float(name == "b") + 1}, train__loss=[1.0])
+    (axes,) = draw_parameter(read_variants(tmp_path), "val/loss", "", [], parameter="rate").axes
+    np.testing.assert_allclose(points(axes)["without batch norm"], [[1.0, 0.65], [2.0, np.nan]], rtol=1e-6)
+    assert not crosses(axes)
+
+
 def test_a_result_beyond_the_axes_is_told(tmp_path):
     for name, rate, last in (("a", 1.0, 2.0), ("b", 2.0, 1.0), ("c", 3.0, 1e9)):
         write_run(tmp_path / name, {"norm": "none", "rate": rate}, val__loss=[3.0, last])
