@@ -115,9 +115,9 @@ def compare_runs(directory: str | Path, metric: str = "val/loss", draw: Draw | N
     Args:
         directory: With one run a subdirectory, at any depth.
         metric: The tag of the cost or of an accuracy.
-        draw: Draws the figure, called with the runs of each variant (a mapping from its name to a sequence of
-            :class:`~bnlightning.Run`), the metric, a title and the notes. One of :mod:`bnlightning.figures` with its
-            options, such as ``functools.partial(draw_parameter, parameter="learning_rate")``, or your own. The
+        draw: Draws the figure, called with the runs of each variant (a mapping from its name to a sequence of runs,
+            as in :attr:`Comparison.runs`), the metric, a title and the notes. One of :mod:`bnlightning.figures` with
+            its options, such as ``functools.partial(draw_parameter, parameter="learning_rate")``, or your own. The
             default shows curves, fits and how the values of every layer are distributed.
 
     Raises:
@@ -272,20 +272,23 @@ def _difference(row: Mapping[str, str], column: str) -> str:
     published = row.get(own, row.get("published", "-"))
     if column in ("step", "published") or "-" in (published, row[column]) or published == row[column]:
         return ""
-    # Columns of publications have none of their own.
-    if column.startswith("published (") and own not in row:
-        return ""
     places = len(published.partition(".")[2])
     return f" ({float(row[column]) - float(published):+.{places}f})"
 
 
 def _by_variant(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """The runs of each variant, the one without normalisation first, seeds rising."""
-    names = sorted({run.variant for run in runs}, key=lambda name: ("none" not in name.split("_"), name))
+    """The runs of each variant, those without normalisation first, numbers in the names and seeds rising."""
+    names = sorted({run.variant for run in runs}, key=lambda name: ("none" not in name.split("_"), _by_numbers(name)))
     return {
         name: sorted((run for run in runs if run.variant == name), key=lambda run: (run.seed or 0, run.path))
         for name in names
     }
+
+
+def _by_numbers(name: str) -> list[Any]:
+    """To sort by: text and numbers by turns, so that 10 comes after 2 and 1e-05 before 0.001."""
+    parts = re.split(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)", name)
+    return [float(part) if index % 2 else part for index, part in enumerate(parts)]
 
 
 def _row(name: str, runs: Sequence[Run], metric: str) -> dict[str, str]:

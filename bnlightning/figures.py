@@ -35,6 +35,8 @@ _NORMALIZATIONS = {"none": "without batch norm", "custom": "batch norm (custom)"
 _MOST_TICKS = 12
 # Below are zeros and underflow, above the last steps before an overflow.
 _TYPICAL = (0.01, 0.99)
+# To each side of the median: more of them, as of a run that overflows, would leave one colour to all others.
+_DECADES = 6
 # As in TensorBoard's pictures of activations.
 _NONFINITE = "#e3001b"
 _NOTHING = "#d4d4d4"
@@ -123,9 +125,9 @@ class _Results:
 
 
 def _last_values(runs: Sequence[Run], metric: str) -> Array:
-    """The runs' results, those that diverged as the worst; a run that did not log the metric has none."""
+    """The runs' results, those that diverged as the worst; a run that did not log the metric has none, NaN if all."""
     last = [worst(metric) if run.has_diverged(metric) else run.last(metric) for run in runs]
-    return np.array([np.nan if value is None else value for value in last])
+    return np.array([value for value in last if value is not None] or [np.nan])
 
 
 def _draw_results(axes: Axes, results: _Results, high: float, label: str, look: tuple[str, Any]) -> None:
@@ -468,7 +470,8 @@ def _common_scale(logs: Sequence[Array]) -> Normalize:
     finite = np.concatenate([values[np.isfinite(values)] for values in logs])
     if not len(finite):
         return Normalize(-1.0, 1.0)
-    low, high = np.quantile(finite, _TYPICAL)
+    middle = np.median(finite)
+    low, high = np.clip(np.quantile(finite, _TYPICAL), middle - _DECADES, middle + _DECADES)
     return Normalize(float(low), float(max(high, low + 1)))
 
 

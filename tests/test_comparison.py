@@ -392,6 +392,14 @@ def test_hyperparameters_are_read_back(finished, tmp_path):
         nested.hparam("depth")
 
 
+def test_variants_are_sorted_by_their_numbers(tmp_path):
+    for name in ("custom_rate-10", "custom_rate-2", "none_rate-1", "custom_rate-1e-05", "custom_rate-0.001"):
+        write_run(tmp_path / name, val__loss={0: 1.0})
+    variants = [row["variant"] for row in compare_runs(tmp_path).rows]
+    assert variants[0] == "none_rate-1"
+    assert [name.partition("-")[2] for name in variants[1:]] == ["1e-05", "0.001", "2", "10"]
+
+
 def test_a_figure_of_ones_own_replaces_the_default_one(finished):
     called = []
 

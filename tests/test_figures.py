@@ -119,6 +119,16 @@ def test_without_a_monitor_the_training_loss_tells_that_a_run_diverged(tmp_path)
     assert [x for x, _ in crosses(axes)] == [1.0]
 
 
+def test_a_run_without_the_metric_has_no_part_in_the_median(tmp_path):
+    for seed, last in enumerate([0.6, 0.7]):
+        write_run(tmp_path / f"a_seed-{seed}", {"norm": "none", "rate": 1.0}, val__loss=[1.0, last])
+    for name in ("a_seed-2", "b"):
+        write_run(tmp_path / name, {"norm": "none", "rate": float(name == "b") + 1}, train__loss=[1.0])
+    (axes,) = draw_parameter(read_variants(tmp_path), "val/loss", "", [], parameter="rate").axes
+    np.testing.assert_allclose(points(axes)["without batch norm"], [[1.0, 0.65], [2.0, np.nan]], rtol=1e-6)
+    assert not crosses(axes)
+
+
 def test_a_result_beyond_the_axes_is_told(tmp_path):
     for name, rate, last in (("a", 1.0, 2.0), ("b", 2.0, 1.0), ("c", 3.0, 1e9)):
         write_run(tmp_path / name, {"norm": "none", "rate": rate}, val__loss=[3.0, last])
@@ -215,6 +225,16 @@ def test_a_gradient_of_zero_is_no_gap(tmp_path):
     assert zero < colours.norm.vmin and small == pytest.approx(-3)
     assert colours.to_rgba(colours.get_array())[0, 0].tolist() == [*colours.cmap.get_under()]
     assert drawn.axes[0].get_title() == "last/first layer: inf → 1e+03"
+
+
+def test_a_run_that_explodes_leaves_colours_to_the_others(tmp_path):
+    for norm, norms in (("none", [1.0, 1e30]), ("custom", [1.0, 0.01])):
+        gradients = {"grad_norm/net.linear1.weight": norms, "grad_norm/net.output.weight": [1.0, 0.1]}
+        write_run(tmp_path / norm, {"norm": norm, "depth": 1}, **gradients)
+    drawn = draw_gradients(read_variants(tmp_path), "val/loss", "", [], columns=("depth",))
+    meshes = [next(c for c in axes.get_children() if isinstance(c, QuadMesh)) for axes in drawn.axes[:2]]
+    assert len({(mesh.norm.vmin, mesh.norm.vmax) for mesh in meshes}) == 1
+    assert meshes[0].norm.vmin < -1 and meshes[0].norm.vmax == pytest.approx(6, abs=0.1)
 
 
 @pytest.mark.parametrize(
