@@ -71,14 +71,10 @@ class Comparison:
     @property
     def markdown(self) -> str:
         """The tables and the notes in Markdown."""
-        lines = _markdown(self.rows)
-        if self.results:
-            lines += ["", *_markdown(_marked(self.results))]
-        if self.curve:
-            lines += ["", *_markdown(_with_differences(self.curve))]
+        parts = [_markdown(table) for table in self._tables()]
         if self.notes:
-            lines += ["", *(f"- {note}" for note in self.notes)]
-        return "\n".join(lines) + "\n"
+            parts.append([f"- {note}" for note in self.notes])
+        return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
 
     def print(self) -> None:
         """Print the tables, the path of the figure and the command that opens TensorBoard on the runs."""
@@ -86,15 +82,24 @@ class Comparison:
 
         # Where the output goes to a file, a width of 80 would fold the table.
         console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 140, soft_wrap=True)
-        console.print(_table(self.rows), soft_wrap=False)
-        if self.results:
-            console.print(_table(_marked(self.results)), soft_wrap=False)
-        if self.curve:
-            console.print(_table(_with_differences(self.curve)), soft_wrap=False)
+        for table in self._tables():
+            console.print(_table(table), soft_wrap=False)
         for note in self.notes:
             console.print(note)
         console.print(f"\nFigure: {self.figure}")
         console.print(f"Look closer: tensorboard --logdir {shlex.quote(str(self.directory))}")
+
+    def _tables(self) -> list[list[dict[str, str]]]:
+        """What is shown: no column without a value; tests beside what was published of them, or else with the rest."""
+        is_published = any("published" in result for result in self.results)
+        tests = {} if is_published else {f"test/{result[METRIC]}": result for result in self.results}
+        rows = [row | {name: _shortened(result[row["variant"]]) for name, result in tests.items()} for row in self.rows]
+        tables = [[{name: row[name] for name in row if any(each[name] != "-" for each in rows)} for row in rows]]
+        if is_published:
+            tables.append(_marked(self.results))
+        if self.curve:
+            tables.append(_with_differences(self.curve))
+        return tables
 
 
 def compare_runs(directory: str | Path, metric: str = "val/loss", draw: Draw | None = None) -> Comparison:
@@ -201,6 +206,14 @@ def _value(values: NDArray[np.float64], metric: str) -> str:
         return digits(values[0])
     low, median, high = quartiles(values, worst(metric))
     return f"{median:.4g} [{low:.4g}, {high:.4g}]"
+
+
+def _shortened(text: str) -> str:
+    """To four digits: all of them matter only beside published ones."""
+    try:
+        return f"{float(text):.4g}"
+    except ValueError:
+        return text
 
 
 def _marked(results: Sequence[dict[str, str]]) -> list[dict[str, str]]:

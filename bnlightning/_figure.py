@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.gridspec import SubplotSpec
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import blended_transform_factory
 from numpy.typing import NDArray
 
 from bnlightning._runs import (
@@ -51,7 +52,11 @@ _WORDS = {"acc": "accuracy"}
 
 def draw(variants: Variants, metric: str, title: str, notes: Sequence[str]) -> Figure:
     """Draw the runs of each variant; the first seed's where a panel can show only one."""
-    results = dict(list(measured_in_tests(variants).items())[:_MAX_RESULTS])
+    # Beside curves only what was published, too; the table has the rest.
+    measured = measured_in_tests(variants)
+    if max(len(curves(runs, metric)[0]) for runs in variants.values()) > 2:
+        measured = {name: values for name, values in measured.items() if "published" in values}
+    results = dict(list(measured.items())[:_MAX_RESULTS])
     layers = _layers(variants)
     rows = len(variants) if layers else 0
     texts = [fill(note, 165) for note in notes]
@@ -121,7 +126,10 @@ def _draw_costs(axes: Axes, variants: Variants, metric: str) -> None:
     logged = {name: curve for name, curve in logged.items() if len(curve[0])}
     published = _published_lines(variants, metric)
     medians = [quartiles(costs, worst(metric))[1] for _, costs in logged.values()]
-    low, high = value_range([*medians, *(values for _, values in published.values())], metric)
+    # What a network that has learnt nothing yet gets right would flatten all that comes later.
+    first = 1 if is_higher_better(metric) and all(len(median) > 2 for median in medians) else 0
+    later = [median[first:] for median in medians]
+    low, high = value_range([*later, *(values for _, values in published.values())], metric)
     for name, (steps, costs) in logged.items():
         color, line = style(name, variants)
         lower, median, upper = quartiles(costs, worst(metric))
@@ -372,7 +380,9 @@ def _draw_layers(figure: Figure, place: SubplotSpec, name: str, variants: Varian
         axes.set_title(f"{layer.partition('/')[2]}\n{_health(run, layer)}", fontsize=9, pad=2)
         if column == 0:
             color = style(name, variants)[0]
-            axes.text(-0.4, 1.36, name, fontsize=12, weight="bold", color=color, transform=axes.transAxes)
+            # From the left edge of the page, however wide the columns are.
+            left = blended_transform_factory(figure.transFigure, axes.transAxes)
+            axes.text(0.012, 1.36, name, fontsize=12, weight="bold", color=color, transform=left)
 
 
 def _draw_layer(axes: Axes, run: Run, tag: str, labelled: bool) -> None:

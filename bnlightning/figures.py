@@ -295,7 +295,7 @@ def _draw_common_legend(
         for label, (color, line) in looks.items()
     ]
     if any(run.has_diverged(metric) for runs in cells.values() for run in runs):
-        label = "diverged: NaN or infinity from there on"
+        label = "diverged: the loss is NaN or infinite at the end"
         handles.append(Line2D([], [], color="black", marker="x", mew=2.4, markersize=8, linestyle="none", label=label))
     height = figure.get_figheight()
     figure.legend(

@@ -322,7 +322,21 @@ def test_of_accuracies_the_higher_is_the_better(tmp_path):
     axes = next(axes for axes in drawn.axes if axes.get_title(loc="left").startswith("Validation accuracy"))
     assert axes.get_yscale() == "linear" and axes.get_lines()[0].get_ydata()[-1] == pytest.approx(0.8)
     low, high = axes.get_ylim()
-    assert -0.1 < low < 0.01 and 0.8 < high < 1.0
+    # From the first evaluation of a trained network on.
+    assert 0.45 < low < 0.5 and 0.8 < high < 1.0
+
+
+def test_tests_without_publications_stand_in_the_first_table_and_empty_columns_nowhere(tmp_path):
+    for name, value in (("a", 0.912345678), ("b", 0.5)):
+        write_run(tmp_path / name, val__acc={0: 0.1, 10: 0.5, 20: value}, test__acc={20: value})
+    comparison = compare_runs(tmp_path, metric="val/acc")
+    lines = comparison.markdown.splitlines()
+    assert lines[0] == "| variant | seeds | val/acc | seconds | test/acc |" and len(lines) == 4
+    assert lines[2].endswith(" | 0.9123 |") and lines[3].endswith(" | 0.5 |")
+    assert comparison.results == [{"test metric": "acc", "a": "0.9123457", "b": "0.5"}]
+    # Its dots would say nothing beside the curves.
+    drawn = figure.draw({run.variant: [run] for run in comparison.runs}, "val/acc", "title", [])
+    assert [axes.get_title(loc="left") for axes in drawn.axes] == ["Validation accuracy"]
 
 
 def test_an_accuracy_of_runs_that_diverged_is_marked(tmp_path):

@@ -161,7 +161,7 @@ def test_a_panel_stands_for_each_value(sweep, largest_first):
         assert line.get_xdata().tolist() == [4, 8, 12]
         np.testing.assert_allclose(line.get_ydata(), np.median([run.scalars["val/loss"][1] for run in runs], axis=0))
     texts = [text.get_text() for text in drawn.legends[0].get_texts()]
-    assert texts == ["without batch norm", "batch norm (custom)", "diverged: NaN or infinity from there on"]
+    assert texts == ["without batch norm", "batch norm (custom)", "diverged: the loss is NaN or infinite at the end"]
     diverged = drawn.axes[titles.index("learning rate = 1e+12")]
     steps = [run.first_nonfinite[0] for run in sweep["none_learning_rate-1000000000000.0"]]
     assert (min(steps), lines[0].get_color()) in crosses(diverged) and not crosses(first)
