@@ -8,8 +8,7 @@ the median of the rounds' ratios to the bare loop over the same tensors. The mon
 """
 
 import argparse
-import contextlib
-import io
+import logging
 import platform
 import statistics
 import tempfile
@@ -108,7 +107,7 @@ SLOW = "bare loop over torchvision's dataset, DataLoader"
 
 
 def seconds(train: Callable[[int], None], epochs: int) -> float:
-    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         start = time.perf_counter()
         train(epochs)
@@ -122,6 +121,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     MNISTDataModule().prepare_data()
     for train in CASES.values():
         seconds(train, 1)
