@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from helpers import read_events, scalar
-from omegaconf import OmegaConf
 
 from bnlightning import CONF_DIR
 from bnlightning._runs import find_runs, read_run
@@ -19,7 +18,7 @@ WEIGHTS = f"callbacks.initial_weights.path={REFERENCE / 'mnist_initial_weights.n
 EXPERIMENTS = sorted(
     path.stem
     for path in (CONF_DIR / "experiment").glob("*.yaml")
-    if {"override /data": "mnist"} in OmegaConf.load(path).defaults or "mnist_elu" in OmegaConf.load(path).defaults
+    if re.search(r"data: mnist$|- mnist_elu$", path.read_text(), re.M)
 )
 # Of those that sweep over more than suits a test, a few.
 FEWER = {
@@ -51,8 +50,8 @@ def accuracies(norm, init_scale):
 def test_every_experiment_runs_on_a_few_images(experiment, run_module, tiny_mnist, tmp_path):
     result = run_module(
         "bnlightning.train", f"+experiment={experiment}", f"data.data_dir={tiny_mnist}", "data.num_val=100",
-        "data.num_train=200", "data.batch_size=50", "trainer.max_epochs=2", "n_jobs=2", "output_dir=out",
-        *FEWER.get(experiment, []),
+        "data.num_train=200", "data.batch_size=50", "trainer.max_epochs=2", "trainer.log_every_n_steps=2", "n_jobs=2",
+        "output_dir=out", *FEWER.get(experiment, []),
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
@@ -63,7 +62,7 @@ def test_every_experiment_runs_on_a_few_images(experiment, run_module, tiny_mnis
         events = read_events(path)
         assert list(scalar(events, "val/acc")) == [0, 4, 8] and list(scalar(events, "test/acc")) == [8]
         checkpoints = {checkpoint.stem for checkpoint in (path / "checkpoints").iterdir()}
-        assert checkpoints == {"last", "best"}
+        assert checkpoints == ({"last", "best"} if experiment.startswith("mnist") else {"last"})
         last = torch.load(path / "checkpoints" / "last.ckpt", weights_only=True)
         assert last["global_step"] == 8
     assert "comparison" in read_events(directory).Tags()["images"]

@@ -1,9 +1,11 @@
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from helpers import write_mnist
 
 from bnlightning import CONF_DIR
 
@@ -15,10 +17,12 @@ COMMANDS = sorted(set(re.findall(r"python -m (bnlightning\.\w+) ([^`\n]*)", READ
 @pytest.mark.slow
 @pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
 def test_examples_run_as_they_stand(code, tmp_path):
+    write_mnist(tmp_path / "data", num_train=5400)
     # With Lightning's usual warnings: a reader sees them, too.
     result = subprocess.run(
         [sys.executable, "-c", f"import torch\ntorch.set_num_threads(1)\n{code}"],
         cwd=tmp_path,
+        env={**os.environ, "BNLIGHTNING_DATA_DIR": str(tmp_path / "data")},
         capture_output=True,
         text=True,
     )
