@@ -222,6 +222,11 @@ def _check_checkpoint(config: DictConfig, model: lightning.LightningModule) -> N
     step, last = checkpoint["global_step"], config.trainer.max_steps
     if 0 <= last <= step:
         raise ValueError(f"ckpt_path={path!r} is at step {step} already: give trainer.max_steps above it, not {last}.")
+    epochs, last = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"], config.trainer.max_epochs
+    if 0 <= last <= epochs:
+        raise ValueError(
+            f"ckpt_path={path!r} is of {epochs} epoch(s) already: give trainer.max_epochs above it, not {last}."
+        )
 
 
 @dataclass(frozen=True)

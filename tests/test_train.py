@@ -253,6 +253,10 @@ def test_a_checkpoint_can_be_resumed_to_the_same_numbers(run_module, tmp_path):
     for arguments, message in (
         (("model.width=7",), r"^ckpt_path='.*' does not fit the model \(.*size mismatch"),
         (("trainer.max_steps=20",), r"^ckpt_path='.*' is at step 20 already: give trainer.max_steps above it, not 20"),
+        (
+            ("trainer.max_epochs=1",),
+            r"^ckpt_path='.*' is of 1 epoch\(s\) already: give trainer.max_epochs above it, not 1",
+        ),
     ):
         result = run_module("bnlightning.train", *short, "output_dir=never", checkpoint, *arguments)
         assert result.returncode == 1 and "Traceback" not in result.stderr
