@@ -178,8 +178,14 @@ def _runs(config: DictConfig, *, with_seeds: bool = True) -> list[list[str]]:
 
 def _override_for_runs(config: DictConfig, key: str, value: str) -> None:
     """Have Hydra compose each run's configuration with a value of its own, unless the command line gives one."""
-    if not any(override.startswith(f"{key}=") for override in config.hydra.overrides.hydra):
+    if not any(override.startswith(f"{key}=") for override in _own_overrides(config)):
         config.hydra.overrides.hydra.append(f"{key}={value}")
+
+
+def _own_overrides(config: DictConfig) -> list[str]:
+    """Those of Hydra's own configuration, as they stand: what they refer to is there in a run only."""
+    overrides: Any = OmegaConf.to_container(config.hydra.overrides.hydra, resolve=False)
+    return overrides
 
 
 def _check_runs(config: DictConfig) -> None:
@@ -324,7 +330,7 @@ def _resolve_finished(directory: str, subdirectory: str) -> str | None:
 def _make_directory(config: DictConfig) -> None:
     global _made
     directory = Path(config.hydra.sweep.dir).resolve()
-    overrides = [*config.hydra.overrides.task, *config.hydra.overrides.hydra]
+    overrides = [*config.hydra.overrides.task, *_own_overrides(config)]
     given = any(override.startswith(("output_dir=", "hydra.sweep.dir=")) for override in overrides)
     if config.resume and not given:
         raise ValueError("resume=true needs to know which sweep: give its directory, output_dir=PATH.")
