@@ -65,6 +65,10 @@ def _run_on_lightning_rank(
     os.environ |= {"NODE_RANK": "0", "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
     torch.save(function(rank, *arguments), directory / f"{rank}.pt")
+    # Its threads, left running, may abort the process at its end.
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def _run_on_rank(
