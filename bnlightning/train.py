@@ -1,5 +1,6 @@
 """The application: ``python -m bnlightning.train +experiment=tanh``."""
 
+import atexit
 import os
 import re
 import shlex
@@ -27,6 +28,8 @@ from hydra.errors import HydraException, InstantiationException
 from hydra.experimental.callback import Callback
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -35,13 +38,20 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bnlightning._check import check_integer
 from bnlightning._conf import CONF_DIR
+from bnlightning._lockstep import Failure, Ranks
 from bnlightning._parallel import Workers, available_cores
 from bnlightning.compare import Draw, compare_sweep
 
-# Under DDP Lightning starts this command again for every other rank: they find here what rank 0 made of the clock.
+# What rank 0 made of the clock, for the configuration of each run.
 _OUTPUT_DIR = "BNLIGHTNING_OUTPUT_DIR"
 # An empty file, the last that a run writes: it is there or it is not, whenever the run was killed.
 _FINISHED = "finished"
+# What is wrong with what the user gave, said in one message.
+_REFUSALS = (InstantiationException, ValueError, MisconfigurationException)
+# What a rank says when another one has gone without a word.
+_LOST = (
+    "another rank's process or its connection has gone: it may have been killed, for want of memory or by the cluster"
+)
 # What a run writes does not depend on these.
 _SAME_RESULTS = ("output_dir", "resume", "n_jobs")
 
@@ -54,7 +64,8 @@ def train(config: DictConfig, *, in_parallel: bool = False) -> None:
         in_parallel: Whether others are trained at the same time, whose progress bars would overwrite this one's.
 
     Raises:
-        ValueError: If the trainer has several devices and others are trained at the same time.
+        ValueError: If the trainer has several devices and others are trained at the same time, or if it has not as many
+            processes as there are.
     """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
@@ -64,10 +75,9 @@ def train(config: DictConfig, *, in_parallel: bool = False) -> None:
     evaluation = _LastEvaluation()
     callbacks = [*instantiate(config.callbacks, _convert_="all").values(), evaluation]
     trainer = instantiate(config.trainer, _convert_="all", callbacks=callbacks)
-    if in_parallel:
-        _check_one_device(trainer)
-        if trainer.progress_bar_callback is not None:
-            trainer.progress_bar_callback.disable()
+    _join(trainer, in_parallel)
+    if in_parallel and trainer.progress_bar_callback is not None:
+        trainer.progress_bar_callback.disable()
     if trainer.is_global_zero:
         print(f"Training {HydraConfig.get().sweep.subdir}", flush=True)
     evaluates = is_overridden("validation_step", model)
@@ -85,10 +95,50 @@ def train(config: DictConfig, *, in_parallel: bool = False) -> None:
         (Path(HydraConfig.get().runtime.output_dir) / _FINISHED).touch()
 
 
-def _check_one_device(trainer: lightning.Trainer) -> None:
-    if trainer.world_size > 1:
+def _join(trainer: lightning.Trainer, in_parallel: bool) -> None:
+    """Know of the other processes before the Trainer starts them."""
+    global _ranks
+    number, strategy = trainer.world_size, trainer.strategy
+    if _ranks is not None and number != _ranks.world_size:
+        raise ValueError(
+            f"trainer.devices={trainer.num_devices} with trainer.num_nodes={trainer.num_nodes} is not possible in "
+            f"{_ranks.world_size} processes: give as many devices as processes, with trainer=ddp or trainer=ddp_cpu, "
+            "and runs of other numbers a command of their own."
+        )
+    if _ranks is not None or number == 1 or not isinstance(strategy, ParallelStrategy):
+        return
+    # Others than Lightning's launcher have started them all.
+    if strategy.cluster_environment is None or strategy.cluster_environment.creates_processes_externally:
+        return
+    if in_parallel:
         # Lightning starts the other ranks by repeating this process's command, which is not the user's.
-        raise ValueError(f"n_jobs above 1 is not possible with {trainer.world_size} devices a run: give n_jobs=1.")
+        raise ValueError(f"n_jobs above 1 is not possible with {number} devices a run: give n_jobs=1.")
+    if trainer.num_nodes > 1:
+        raise ValueError(
+            f"trainer.num_nodes={trainer.num_nodes} is not possible with one command: start it on every machine by "
+            "torchrun or srun."
+        )
+    _ranks = Ranks.to_be_started(number)
+    _ranks.begin(HydraConfig.get().job.num)
+    _ranks.tell("output_dir", os.environ[_OUTPUT_DIR])
+    _ranks.tell("first_job", str(HydraConfig.get().job.num))
+
+
+class CheckpointFiles(TorchCheckpointIO):
+    """Lightning's checkpoints, each of which is there whole or not at all, wherever temporary files are kept."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write beside the file, then rename; somewhere else than in a file system, as Lightning does."""
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        beside = f"{path}.part"
+        try:
+            super().save_checkpoint(checkpoint, beside, storage_options)
+            os.replace(beside, path)
+        finally:
+            with suppress(OSError):
+                os.unlink(beside)
 
 
 class RunLogger(TensorBoardLogger):
@@ -130,7 +180,7 @@ class CompareRuns(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Refuse what any run would refuse, make the directory, name the runs' subdirectories."""
         global _workers
-        begins = "LOCAL_RANK" not in os.environ
+        begins = _ranks is None or _ranks.rank == 0
         try:
             if begins:
                 # In multirun.yaml, where `python -m bnlightning.compare` reads them.
@@ -141,11 +191,19 @@ class CompareRuns(Callback):
                 _make_directory(config)
                 _workers = _start_workers(config)
         except (HydraException, OmegaConfBaseException, ValueError) as error:
+            if _ranks is not None:
+                _ranks.tell("output_dir", "")
             sys.exit(_message(error))
+        if not begins:
+            _leave_files_to_rank_0(config)
+        elif _ranks is not None:
+            _ranks.tell("first_job", "0")
+            _ranks.tell("output_dir", os.environ[_OUTPUT_DIR])
 
-    @rank_zero_only
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Compare the runs when all have ended; a comparison that fails costs no result."""
+        if _ranks is not None and _ranks.rank > 0:
+            return
         if _workers is not None:
             _wait(_workers)
         directory = Path(config.hydra.sweep.dir).resolve()
@@ -153,6 +211,22 @@ class CompareRuns(Callback):
             compare_sweep(directory, self.metric, self.draw).print()
         except (ValueError, OSError) as error:
             print(f"The runs in {directory} are finished, but not compared: {error}", file=sys.stderr)
+
+
+def _leave_files_to_rank_0(config: DictConfig) -> None:
+    """Train in the directory that it has made, and have Hydra write nothing there."""
+    global _first_job
+    assert _ranks is not None
+    directory = _ranks.ask("output_dir")
+    if not directory:
+        # Rank 0 has said why.
+        sys.exit(1)
+    os.environ[_OUTPUT_DIR] = directory
+    _first_job = int(_ranks.ask("first_job"))
+    _override_for_runs(config, "hydra.output_subdir", "null")
+    with open_dict(config):
+        config.hydra.sweep.dir = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, config.hydra.sweep.dir, ignore_errors=True)
 
 
 def _overrides(config: DictConfig) -> list[Override]:
@@ -247,10 +321,15 @@ class _Made:
 _made: _Made | None = None
 # Where the runs are trained, if not here.
 _workers: Workers | None = None
+# The processes of which each trains every run, from one on.
+_ranks: Ranks | None = None
+_first_job = 0
 
 
 def _start_workers(config: DictConfig) -> Workers | None:
-    number = min(config.n_jobs or available_cores(), len(_runs(config)))
+    one_process = _ranks is None and config.trainer.devices == config.trainer.num_nodes == 1
+    at_most = config.n_jobs or (available_cores() if one_process else 1)
+    number = min(at_most, len(_runs(config)))
     return Workers(number) if number > 1 else None
 
 
@@ -427,20 +506,67 @@ def _discard() -> None:
             path.rmdir()
 
 
+def _reason(error: Exception) -> str:
+    said = f"{type(error).__name__}: {_message(error)}"
+    return _LOST if re.search("by peer|remote process", said) else said
+
+
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="train")
 def _application(config: DictConfig) -> None:
+    # Also where one of Hydra's launchers has brought this.
+    _ignore_warnings()
     settings = HydraConfig.get()
+    if settings.job.num < _first_job:
+        return
     if config.resume and (Path(settings.runtime.output_dir) / _FINISHED).exists():
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if _ranks is None or _ranks.rank == 0:
             print(f"Finished already: {settings.sweep.subdir}", flush=True)
         return
     if _workers is not None:
         _workers.submit(_train_in_worker, config, HydraConfig.instance().cfg, os.getcwd())
         return
+    if _ranks is not None:
+        _ranks.begin(settings.job.num)
+    error: Exception | None = None
     try:
-        train(config)
-    except (InstantiationException, ValueError, MisconfigurationException) as error:
+        train(config, in_parallel=not settings.launcher._target_.endswith(".BasicLauncher"))
+    except Exception as own:
+        error = own
+    if _ranks is not None:
+        error = _agree(_ranks, settings, error)
+    if isinstance(error, _REFUSALS):
         sys.exit(_message(error))
+    if error is not None:
+        raise error
+
+
+def _agree(ranks: Ranks, settings: Any, error: Exception | None) -> Exception | None:
+    """This rank's error or, on rank 0, another one's: what one rank fails in, all leave, for the next run."""
+    try:
+        if error is not None:
+            own = Failure(ranks.rank, _reason(error), isinstance(error, _REFUSALS))
+            # At once, since what ends the other processes may end this one; what was refused, rank 0 says in the end.
+            if ranks.fail(own) == own and not own.refused:
+                print(f"{settings.sweep.subdir}: {own}", file=sys.stderr, flush=True)
+                if own.reason == _LOST:
+                    _say_what_remains()
+                elif ranks.rank > 0:
+                    traceback.print_exception(error)
+        first = ranks.end(settings.job.num)
+    except TimeoutError as missing:
+        print(f"{settings.sweep.subdir}: {missing}", file=sys.stderr, flush=True)
+        _say_what_remains()
+        os._exit(1)
+    if first is None:
+        return None
+    if ranks.rank > 0:
+        # Rank 0 has the exit status of all: Lightning kills it if another's is not 0.
+        if first.refused:
+            sys.exit(0)
+        return None
+    if first.rank == 0:
+        return error
+    return (ValueError if first.refused else RuntimeError)(str(first))
 
 
 def _train_in_worker(config: DictConfig, hydra_config: Any, directory: str) -> None:
@@ -454,7 +580,7 @@ def _train_in_worker(config: DictConfig, hydra_config: Any, directory: str) -> N
     os.chdir(directory)
     try:
         train(config, in_parallel=True)
-    except (InstantiationException, ValueError, MisconfigurationException) as error:
+    except _REFUSALS as error:
         sys.exit(f"{settings.sweep.subdir}: {_message(error)}")
     except Exception as error:
         sys.exit(f"{settings.sweep.subdir}: {type(error).__name__}: {_message(error)} (n_jobs=1 shows the traceback.)")
@@ -471,33 +597,42 @@ def _ignore_warnings() -> None:
 
 def main() -> None:
     """The command line."""
+    global _ranks
     _ignore_warnings()
     # Each command has its own directory, also where one before it in this process or shell left its.
-    if "LOCAL_RANK" not in os.environ:
-        os.environ.pop(_OUTPUT_DIR, None)
+    os.environ.pop(_OUTPUT_DIR, None)
+    _ranks = Ranks.started_by_others()
     try:
         _application()
     except (SystemExit, KeyboardInterrupt) as stop:
         _end(stop)
     finally:
         os.environ.pop(_OUTPUT_DIR, None)
+        if _ranks is not None:
+            _ranks.close()
 
 
 def _end(stop: SystemExit | KeyboardInterrupt) -> None:
     """Stop what still runs, and leave no more than was trained and a word on where it is."""
-    # Lightning's answer to SIGTERM has no exit status.
+    # Lightning's answer to SIGTERM has no exit status; rank 0's is that of all.
     if isinstance(stop, KeyboardInterrupt | SIGTERMException):
-        stop = SystemExit(1)
+        stop = SystemExit(1 if _ranks is None or _ranks.rank == 0 else 0)
     failed = bool(stop.code)
     if failed and _workers is not None:
         _workers.stop()
     if failed and _made is not None:
         _discard()
-        if _made.directory.is_dir() and any(_made.directory.glob("*/events.out.tfevents.*")):
-            directory = shlex.quote(str(_made.directory))
-            print(f"Stopped. What was trained so far: python -m bnlightning.compare {directory}", file=sys.stderr)
-            print(f"To train the rest: the same command with resume=true output_dir={directory}", file=sys.stderr)
+        _say_what_remains()
     raise stop
+
+
+def _say_what_remains() -> None:
+    if _made is not None and any(_made.directory.glob("*/events.out.tfevents.*")):
+        directory = shlex.quote(str(_made.directory))
+        print(f"Stopped. What was trained so far: python -m bnlightning.compare {directory}", file=sys.stderr)
+        print(
+            f"To train the rest: the same command with resume=true output_dir={directory}", file=sys.stderr, flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -567,7 +567,7 @@ def test_two_ranks_give_what_one_process_gives_and_write_the_same_files(run_modu
     )
     one = run_module("bnlightning.train", *short, "output_dir=one")
     two = run_module(
-        "bnlightning.train", *short, "trainer.devices=2", "+trainer.strategy=ddp", "data.batch_size=5", "output_dir=two"
+        "bnlightning.train", *short, "trainer.devices=2", "trainer=ddp_cpu", "data.batch_size=5", "output_dir=two"
     )
     assert one.returncode == two.returncode == 0, two.stderr
     files = []

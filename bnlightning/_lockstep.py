@@ -1,0 +1,222 @@
+"""The processes of one command, which do its jobs one after another, all of them the same one at any time.
+
+They meet in a store of torch's: it is there before the first process group, and still there when a group has broken,
+which is when they have to agree.
+"""
+
+import dataclasses
+import gc
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from contextlib import suppress
+from datetime import timedelta
+from typing import NoReturn
+
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from torch import distributed
+from torch.distributed import PrefixStore, Store, TCPStore
+
+# Where the processes that Lightning's launcher starts find the store.
+_VARIABLE = "BNLIGHTNING_STORE"
+# How long a process that is reached by nobody's failure may go on.
+_SECONDS_TO_END = 30.0
+_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """Why a job has not been done.
+
+    Args:
+        rank: Who failed, or was the first to.
+        reason: What it said.
+        refused: Whether the job was refused, for what the user gave.
+    """
+
+    rank: int
+    reason: str
+    refused: bool = False
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} has failed ({self.reason})"
+
+
+class Ranks:
+    """This process among those of the command.
+
+    Args:
+        host: Where the store is.
+        port: Likewise; 0 for a free one, on the rank that serves it.
+        rank: This process's, global.
+        world_size: How many there are.
+        serves: Whether the store is in this process.
+        prefix: Of the keys, where the store is also somebody else's.
+    """
+
+    def __init__(
+        self, host: str, port: int, rank: int, world_size: int, *, serves: bool = False, prefix: str = "bnlightning"
+    ) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        store = TCPStore(host, port, is_master=serves, timeout=_TIMEOUT, wait_for_workers=False)
+        self.address = f"{host}:{store.port}"
+        self._store: Store = PrefixStore(prefix, store)
+        # A connection of its own: one that waits keeps the others of its store waiting.
+        second = TCPStore(host, store.port, is_master=False, timeout=_TIMEOUT, wait_for_workers=False)
+        self._watched: Store = PrefixStore(prefix, second)
+        self._job: int | None = None
+        self._closing = threading.Event()
+        self._watch = threading.Thread(target=self._end_with_the_others, daemon=True)
+        self._watch.start()
+
+    @classmethod
+    def started_by_others(cls) -> "Ranks | None":
+        """This process among those that torchrun, srun or Lightning's launcher has started; ``None`` if it is alone."""
+        if _VARIABLE in os.environ:
+            host, _, port = os.environ[_VARIABLE].rpartition(":")
+            return cls(host, int(port), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"]))
+        if TorchElasticEnvironment.detect():
+            environment = os.environ
+            rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+            if world_size == 1:
+                return None
+            # The agent's store, which outlives its processes; what an earlier start of them left there is not theirs.
+            prefix = f"bnlightning/{environment['TORCHELASTIC_RUN_ID']}/{environment['TORCHELASTIC_RESTART_COUNT']}"
+            return cls(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), rank, world_size, prefix=prefix)
+        if SLURMEnvironment.detect() and int(os.environ["SLURM_NTASKS"]) > 1:
+            slurm = SLURMEnvironment(auto_requeue=False)
+            rank = slurm.global_rank()
+            # Beside the port of the process group.
+            return cls(slurm.main_address, slurm.main_port + 1, rank, slurm.world_size(), serves=rank == 0)
+        return None
+
+    @classmethod
+    def to_be_started(cls, world_size: int) -> "Ranks":
+        """Rank 0 of those that Lightning's launcher will start on this machine, which find it by the environment."""
+        ranks = cls("127.0.0.1", 0, 0, world_size, serves=True)
+        os.environ[_VARIABLE] = ranks.address
+        # Theirs when they find that this process has gone, a page of C++ each.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        return ranks
+
+    def tell(self, key: str, value: str) -> None:
+        """Give all ranks a value."""
+        self._store.set(key, value)
+
+    def ask(self, key: str) -> str:
+        """Wait for what another rank tells."""
+        return self._store.get(key).decode()
+
+    def begin(self, job: int) -> None:
+        """This rank begins a job."""
+        self._job = job
+
+    def fail(self, failure: Failure) -> Failure:
+        """Tell that this rank has failed in its job, and return the failure of the first to do so.
+
+        This rank leaves the process group, which makes those fail that wait for it in a collective.
+        """
+        key = f"{self._job}/failure"
+        try:
+            self._store.compare_set(key, "", json.dumps(dataclasses.asdict(failure)))
+            first = Failure(**json.loads(self._store.get(key)))
+        except RuntimeError:
+            self._exit(f"{failure}, and the process of rank 0 has gone")
+        _leave_group()
+        return first
+
+    def end(self, job: int) -> Failure | None:
+        """Wait until every rank has ended the job, and agree on how.
+
+        If one has failed, all leave the process group, so that the next job begins with a new one.
+
+        Args:
+            job: The job's number.
+
+        Returns:
+            The failure of the first rank to fail; ``None`` if none did.
+
+        Raises:
+            TimeoutError: If a rank failed and another does not end the job.
+        """
+        if self._store.add(f"{job}/ended", 1) == self.world_size:
+            self._store.set(f"{job}/all", "ended")
+        pause, since = 0.01, None
+        while not self._store.check([f"{job}/all"]):
+            time.sleep(pause)
+            pause = min(2 * pause, 0.5)
+            first = self._failure(self._store, job)
+            if first is None:
+                continue
+            since = since or time.monotonic()
+            if time.monotonic() - since > _SECONDS_TO_END:
+                raise TimeoutError(f"{first}, and others do not end")
+        self._job = None
+        first = self._failure(self._store, job)
+        if first is not None:
+            _leave_group()
+            self._meet_anew(job)
+        return first
+
+    def _failure(self, store: Store, job: int) -> Failure | None:
+        key = f"{job}/failure"
+        return Failure(**json.loads(store.get(key))) if store.check([key]) else None
+
+    def close(self) -> None:
+        """The end of the command: nobody takes the store away while another needs it."""
+        os.environ.pop(_VARIABLE, None)
+        self._closing.set()
+        self._watch.join()
+        with suppress(Exception):
+            if self._store.add("closed", 1) == self.world_size:
+                self._store.set("closed/all", "")
+            self._store.wait(["closed/all"], timedelta(seconds=5))
+
+    def _meet_anew(self, job: int) -> None:
+        # The old port may still be held by what the failed job left, and the agent's store by the old group's keys.
+        if self.rank == 0:
+            with socket.socket() as free:
+                free.bind(("", 0))
+                self.tell(f"{job}/port", str(free.getsockname()[1]))
+        os.environ["MASTER_PORT"] = self.ask(f"{job}/port")
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+
+    def _end_with_the_others(self) -> None:
+        """End this process if it goes on with a job that another rank has failed in: a collective may never return."""
+        since: dict[int, float] = {}
+        while not self._closing.wait(1):
+            job = self._job
+            if job is None:
+                continue
+            try:
+                failure = self._failure(self._watched, job)
+            except Exception:
+                # The store was in a process that has gone.
+                self._give_up("the process of rank 0 has gone", 10)
+                continue
+            if failure is None:
+                continue
+            since.setdefault(job, time.monotonic())
+            if time.monotonic() - since[job] > _SECONDS_TO_END:
+                self._give_up(str(failure), 5)
+
+    def _give_up(self, reason: str, seconds: float) -> None:
+        if not self._closing.wait(seconds):
+            self._exit(reason)
+
+    def _exit(self, reason: str) -> NoReturn:
+        print(f"Rank {self.rank} ends: {reason}.", file=sys.stderr, flush=True)
+        # No other way leads out of a collective that never returns.
+        os._exit(1)
+
+
+def _leave_group() -> None:
+    if distributed.is_initialized():
+        with suppress(Exception):
+            distributed.destroy_process_group()
+    # What is left of the failed job holds its connections.
+    gc.collect()
