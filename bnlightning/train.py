@@ -1,20 +1,22 @@
 """The application: ``python -m bnlightning.train +experiment=tanh``."""
 
 import atexit
+import errno
 import os
 import re
 import shlex
 import shutil
 import sys
 import tempfile
+import threading
 import traceback
 import warnings
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import hydra
 import lightning
@@ -79,7 +81,8 @@ def train(config: DictConfig, *, in_parallel: bool = False) -> None:
     if in_parallel and trainer.progress_bar_callback is not None:
         trainer.progress_bar_callback.disable()
     if trainer.is_global_zero:
-        print(f"Training {HydraConfig.get().sweep.subdir}", flush=True)
+        threads = torch.get_num_threads()
+        print(f"Training {HydraConfig.get().sweep.subdir} on {threads} thread{'s' * (threads > 1)}", flush=True)
     evaluates = is_overridden("validation_step", model)
     # What the network does before its first step belongs to the story; a resumed run has told it already.
     if evaluates and config.ckpt_path is None:
@@ -149,8 +152,10 @@ class RunLogger(TensorBoardLogger):
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """Write what is still in memory."""
-        self.experiment.flush()
-        self.save()
+        # What failed may be that nothing can be written; Lightning has more to put in order then.
+        with suppress(OSError) if status == "failed" else nullcontext():
+            self.experiment.flush()
+            self.save()
 
 
 class _LastEvaluation(lightning.Callback):
@@ -483,6 +488,8 @@ def _message(error: Exception) -> str:
         traceback.print_exception(error)
     cause = error.__cause__
     if isinstance(error, InstantiationException) and isinstance(cause, ValueError | MisconfigurationException):
+        if "No supported gpu backend" in str(cause):
+            return "trainer.accelerator='gpu' is not possible: no GPU is found. Give trainer=cpu or trainer=ddp_cpu."
         return str(cause)
     if isinstance(cause, OmegaConfBaseException):
         return f"{error}\n{cause}"
@@ -531,13 +538,30 @@ def _application(config: DictConfig) -> None:
     try:
         train(config, in_parallel=not settings.launcher._target_.endswith(".BasicLauncher"))
     except Exception as own:
-        error = own
+        error = _told_of_full_disk(own)
     if _ranks is not None:
         error = _agree(_ranks, settings, error)
     if isinstance(error, _REFUSALS):
         sys.exit(_message(error))
     if error is not None:
         raise error
+
+
+def _is_full_disk(error: BaseException | None) -> TypeGuard[OSError]:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _excepthook(arguments: threading.ExceptHookArgs) -> None:
+    # TensorBoard's thread cannot write, either; the next to write is the main thread, which tells it.
+    if not _is_full_disk(arguments.exc_value):
+        threading.__excepthook__(arguments)
+
+
+def _told_of_full_disk(error: Exception) -> Exception:
+    if not _is_full_disk(error):
+        return error
+    path = HydraConfig.get().runtime.output_dir
+    return ValueError(f"{path} cannot be written ({error.strerror}): make room there, or give another output_dir=PATH.")
 
 
 def _agree(ranks: Ranks, settings: Any, error: Exception | None) -> Exception | None:
@@ -599,6 +623,7 @@ def main() -> None:
     """The command line."""
     global _ranks
     _ignore_warnings()
+    threading.excepthook = _excepthook
     # Each command has its own directory, also where one before it in this process or shell left its.
     os.environ.pop(_OUTPUT_DIR, None)
     _ranks = Ranks.started_by_others()

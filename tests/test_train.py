@@ -350,8 +350,8 @@ def test_an_interrupted_sweep_says_where_the_finished_runs_are(tmp_path):
         command, cwd=tmp_path, env={**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    assert process.stdout.readline() == "Training custom\n"
-    assert process.stdout.readline() == "Training none\n"
+    assert process.stdout.readline() == "Training custom on 1 thread\n"
+    assert process.stdout.readline() == "Training none on 1 thread\n"
     # The line comes just before the run begins to write.
     while not list(tmp_path.glob("out/none/events.out.tfevents.*")):
         time.sleep(0.05)
@@ -370,7 +370,7 @@ def test_parallel_runs_give_what_they_give_one_after_the_other(run_module, tmp_p
     assert one.returncode == two.returncode == 0, two.stderr
     assert one.stderr == two.stderr == ""
     names = [f"{norm}_seed-{seed}" for norm in ("none", "custom") for seed in (1, 2)]
-    assert one.stdout.splitlines()[:4] == [f"Training {name}" for name in names]
+    assert one.stdout.splitlines()[:4] == [f"Training {name} on 1 thread" for name in names]
     assert sorted(two.stdout.splitlines()[:4]) == sorted(one.stdout.splitlines()[:4])
     files = []
     for directory in (tmp_path / "one", tmp_path / "two"):
@@ -445,7 +445,9 @@ def test_a_killed_sweep_is_resumed_to_what_an_unbroken_one_gives(n_jobs, run_mod
     assert {line for line in lines if line.startswith("Finished already: ")} == {
         f"Finished already: {name}" for name in finished
     }
-    assert {line for line in lines if line.startswith("Training ")} == {f"Training {name}" for name in names - finished}
+    assert {line for line in lines if line.startswith("Training ")} == {
+        f"Training {name} on 1 thread" for name in names - finished
+    }
     assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in before}
     for name in names:
         assert len(list((tmp_path / "part" / name).glob("events.out.tfevents.*"))) == 1
@@ -500,8 +502,8 @@ def test_interrupted_parallel_runs_all_stop(tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 1 and sorted(output.splitlines()) == [
-        "Training custom_seed-1",
-        "Training custom_seed-2",
+        "Training custom_seed-1 on 1 thread",
+        "Training custom_seed-2 on 1 thread",
     ]
     assert errors.splitlines() == [
         f"Stopped. What was trained so far: python -m bnlightning.compare {tmp_path / 'out'}",
@@ -608,6 +610,11 @@ def test_two_ranks_give_what_one_process_gives_and_write_the_same_files(run_modu
         (["seed=-1"], r"^seed=-1 is not possible: give an integer from 0 to 4294967295"),
         (["ckpt_path=missing.ckpt"], r"^ckpt_path='missing.ckpt' is not a file"),
         (["trainer.devices=none"], r"devices"),
+        pytest.param(
+            ["trainer=gpu"],
+            r"^trainer\.accelerator='gpu' is not possible: no GPU is found\. Give trainer=cpu",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
         (["hydra.mode=RUN"], r"^hydra\.mode=RUN is not possible"),
         (
             ["output_dir=a_file/below"],

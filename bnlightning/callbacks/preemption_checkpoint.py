@@ -41,7 +41,7 @@ class PreemptionCheckpoint(Checkpoint):
         if not isinstance(path, str | os.PathLike) or not os.fspath(path):
             raise ValueError(f"path={path!r} is not possible: give the path of a file.")
         self.path = Path(path)
-        self._requested = False
+        self._requested = self._stops = False
         self._step = 0
         self._steps_left = self._steps_asked = 1
         self._asked_at = 0.0
@@ -49,7 +49,7 @@ class PreemptionCheckpoint(Checkpoint):
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         # Not earlier: Lightning's handler, which would come in front of this one, is there from here on. It is
         # Lightning, too, that puts back at the end of the fit what was there before.
-        self._requested = False
+        self._requested = self._stops = False
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._request)
         self._step = trainer.global_step
@@ -72,6 +72,14 @@ class PreemptionCheckpoint(Checkpoint):
         if self._steps_left > 0 or not self._ask(trainer.strategy.root_device):
             return
         trainer.save_checkpoint(self.path)
+        self._stops = True
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        # What the step before has logged is written by now, and its evaluation, if it was due.
+        if not self._stops:
+            return
         if trainer.is_global_zero:
             print(f"Stopped by SIGTERM after step {self._step}: {self.path}", file=sys.stderr, flush=True)
         raise SIGTERMException
