@@ -2,10 +2,11 @@ import numpy as np
 import pytest
 import torch
 from helpers import run_on_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnlightning.callbacks._histogram import finite_histogram
 from bnlightning.callbacks._statistics import RecentUnits, health, statistics
-from bnlightning.callbacks._window import ActivationWindow, LayerKey
+from bnlightning.callbacks._window import ActivationWindow, LayerKey, _moments, _Row, _table
 
 CPU = torch.device("cpu")
 LIMITS = (-0.99, 0.99)
@@ -258,6 +259,38 @@ def test_health_of_several_layers():
         "act_saturated": 0.5,
     }
     assert health([]) == {}
+
+
+class Operations(TorchDispatchMode):
+    """How many there are, each of which would be launched on a GPU."""
+
+    number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.number += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("on_device", [True, False])
+def test_the_numbers_of_all_layers_are_packed_by_few_operations(on_device):
+    def packed(number):
+        rng = np.random.default_rng(0)
+        rows = [_Row(LayerKey("act", str(index)), CPU, False) for index in range(number)]
+        expected = []
+        # The last layer has not run on this rank.
+        for row in rows[:-1]:
+            finite, shift, total, squares = rng.integers(1, 100), *rng.normal(size=3)
+            values = [float(each) for each in (finite, shift, total, squares)]
+            row.finite, row.shift, row.total, row.squares = map(torch.tensor, values) if on_device else values
+            expected.append((total + finite * shift, squares + 2 * shift * total + finite * shift**2))
+        with Operations() as operations:
+            moments = _moments(rows, torch.float64, CPU)
+            counts = _table([[row.finite, row.samples, row.numel] for row in rows], torch.int64, CPU)
+        np.testing.assert_allclose(moments.numpy(), [*expected, (0.0, 0.0)], rtol=1e-5)
+        assert counts.tolist() == [[int(row.finite), 0, 0] for row in rows]
+        return operations.number
+
+    assert packed(300) == packed(3)
 
 
 RELU, TANH, ONLY = LayerKey("act", "relu", True, 6), LayerKey("act", "tanh", True, 4, LIMITS), LayerKey("act", "only")
