@@ -253,15 +253,19 @@ class History:
 
     def _enrol(self, layers: Mapping[str, Any]) -> list[str]:
         """Number the new layers and put each behind the one it followed; returns them."""
-        new = [layer for layer in layers if layer not in self._numbers]
-        place = 0
-        for layer in layers if new else ():
+        behind: dict[str | None, list[str]] = {}
+        known = None
+        for layer in layers:
             if layer in self._numbers:
-                place = self._layers.index(layer) + 1
-                continue
-            self._layers.insert(place, layer)
-            self._numbers[layer] = len(self._numbers)
-            place += 1
+                known = layer
+            else:
+                behind.setdefault(known, []).append(layer)
+        new = [layer for group in behind.values() for layer in group]
+        self._numbers |= {layer: len(self._numbers) + index for index, layer in enumerate(new)}
+        if new:
+            # In one pass: to look for the place of each would take one for every layer.
+            followed = [[layer, *behind.get(layer, ())] for layer in self._layers]
+            self._layers = [*behind.get(None, ()), *(layer for group in followed for layer in group)]
         return new
 
     def _choose(self, candidates: Set[str]) -> None:

@@ -36,6 +36,8 @@ _ROWS = 33
 _MAX_PANELS = 16
 _PANELS_A_COLUMN = 8
 _MAX_LABELS = 60
+# Several screens high; and older versions of matplotlib draw no more than 65535 pixels.
+_MAX_ROWS = 4096
 _MAX_NAME = 34
 # The colours of a distribution are log(1 + count) of a layer with so many values.
 _VALUES = 1000
@@ -80,6 +82,13 @@ class Look:
         if self.log:
             ends, clipped = np.log(ends), np.log(clipped)
         return np.asarray((clipped - ends[0]) / (ends[1] - ends[0]), dtype=np.float64)
+
+    def worst(self, colors: NDArray[np.float64], group: int) -> NDArray[np.float64]:
+        """Of every ``group`` neighbouring rows the colour that is furthest from the pale one; NaN without any."""
+        rows = np.pad(colors, ((0, -len(colors) % group), (0, 0)), constant_values=np.nan)
+        rows = rows.reshape(-1, group, colors.shape[1])
+        distances = np.nan_to_num(np.abs(rows - (0.5 if self.colors is _TWO_SIDED else 0.0)), nan=-1.0)
+        return np.take_along_axis(rows, distances.argmax(axis=1)[:, None], axis=1)[:, 0]
 
 
 _FRACTION = {0.0: "0", 0.5: "0.5", 1.0: "1"}
@@ -307,7 +316,8 @@ def _last_words(history: History) -> dict[str, str]:
 def draw_surfaces(history: History, statistics: Sequence[str]) -> "Figure":
     """A heat map for each statistic: training steps to the right, layers downwards in forward order.
 
-    Statistics without any value are left out, and so are layers without a value of one of them.
+    Statistics without any value are left out, and so are layers without a value of one of them. Of thousands of layers
+    neighbours share a row, which shows the worst of them.
 
     Args:
         history: What was sampled.
@@ -318,6 +328,11 @@ def draw_surfaces(history: History, statistics: Sequence[str]) -> "Figure":
     for statistic in shown:
         known |= _is_known(history.values(statistic))
     layers = [layer for layer, is_known in zip(history.layers, known, strict=True) if is_known]
+    shown_of = _number(layers, history)
+    group = max(-(-len(layers) // _MAX_ROWS), 1)
+    if group > 1:
+        shown_of += f", the worst of every {group} a row,"
+        layers = layers[::group]
     row_height = np.clip(400 / max(len(layers), 1), 12, 24) if len(layers) <= _MAX_LABELS else 1
     # Beyond the labels a row may be a single pixel, but not less.
     height = max(round(len(layers) * row_height), 36 if len(layers) <= _MAX_LABELS else 720)
@@ -325,7 +340,7 @@ def draw_surfaces(history: History, statistics: Sequence[str]) -> "Figure":
     _write_head(
         page,
         "The state of every layer at every sampled training step",
-        f"{_number(layers, history)} in forward order, the first at the top. "
+        f"{shown_of} in forward order, the first at the top. "
         "Pale is healthy; but half of a ReLU's values are zeros. Dead units are dormant, too.",
     )
     if not shown:
@@ -337,7 +352,8 @@ def draw_surfaces(history: History, statistics: Sequence[str]) -> "Figure":
     for column, statistic in enumerate(shown):
         box = (left + column * pitch, _SHORT_HEAD + _SCALES, pitch - _GAP, height)
         axes = _add_axes(figure, box)
-        _draw_surface(page, axes, box, history, statistic, surface_image(history, statistic)[known])
+        image = _look(history, statistic).worst(surface_image(history, statistic)[known], group)
+        _draw_surface(page, axes, box, history, statistic, image)
         _name_rows(axes, names if column == 0 else [])
     return figure
 

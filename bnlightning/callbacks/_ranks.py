@@ -24,7 +24,8 @@ def world_size() -> int:
 def all_keys(own: Sequence[Key], device: torch.device) -> list[Key]:
     """The keys that any rank has, on every rank in the same order: rank 0's first, in its order, then rank 1's others.
 
-    One small collective where all ranks have the same (which is nearly always), otherwise the keys are gathered, too.
+    One small collective where all ranks have the same (which is nearly always). Otherwise rank 0's are broadcast, too,
+    and of the others' only those gathered that it has not: all keys of thousands of ranks would take gigabytes on each.
     Every rank must call it.
 
     Args:
@@ -38,9 +39,12 @@ def all_keys(own: Sequence[Key], device: torch.device) -> list[Key]:
     torch.distributed.all_reduce(bounds, op=torch.distributed.ReduceOp.MAX)
     if bounds[0] == -bounds[1]:
         return list(own)
+    of_first = [list(own)]
+    torch.distributed.broadcast_object_list(of_first, src=0)
+    known = set(of_first[0])
     gathered: list[list[Key]] = [[] for _ in range(world_size())]
-    torch.distributed.all_gather_object(gathered, list(own))
-    return list(dict.fromkeys(key for keys in gathered for key in keys))
+    torch.distributed.all_gather_object(gathered, [key for key in own if key not in known])
+    return list(dict.fromkeys(key for keys in (*of_first, *gathered) for key in keys))
 
 
 def first_of_ranks(own: Found | None, device: torch.device) -> Found | None:

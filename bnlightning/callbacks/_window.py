@@ -145,7 +145,7 @@ class ActivationWindow:
             rows = [self._rows.get(key) or _Row(key, device, self.effective_rank) for key in keys]
             bins = torch.stack([row.bins for row in rows])
             counts = _table([[row.finite, row.samples, row.numel] for row in rows], torch.int64, device)
-            moments = _table([row.moments() for row in rows], real_dtype(device), device)
+            moments = _moments(rows, real_dtype(device), device)
             # The minimum with its sign turned, so that both are maxima.
             extrema = _table([[-row.minimum, row.maximum] for row in rows], real_dtype(device), device)
             units = torch.cat([row.units.flatten() for row in rows])
@@ -199,13 +199,6 @@ class _Row:
         self._update_moments(values)
         if self.key.units:
             self._update_units(values)
-
-    def moments(self) -> tuple[Number, Number]:
-        """The sum of the finite values, and of their squares."""
-        shift = 0.0 if self.shift is None else self.shift
-        # From about the shift, which each rank has chosen for itself, to about zero; in float64 nothing is lost.
-        total = self.total + self.finite * shift
-        return total, self.squares + 2 * shift * self.total + self.finite * shift**2
 
     def _update_moments(self, values: "_Values") -> None:
         if self.shift is None:
@@ -335,10 +328,25 @@ def _larger(one: Number, other: Number) -> Number:
 
 
 def _table(numbers: Sequence[Sequence[Number]], dtype: torch.dtype, device: torch.device) -> Tensor:
-    if any(isinstance(number, Tensor) for row in numbers for number in row):
-        flat = [torch.as_tensor(number, dtype=dtype, device=device) for row in numbers for number in row]
-        return torch.stack(flat).view(len(numbers), -1)
-    return torch.tensor(numbers, dtype=dtype, device=device)
+    """Of shape ``(rows, columns)``, in a few operations for each column, however many rows."""
+    return torch.stack([_column(column, dtype, device) for column in zip(*numbers, strict=True)], dim=1)
+
+
+def _column(numbers: Sequence[Number], dtype: torch.dtype, device: torch.device) -> Tensor:
+    like = next((number for number in numbers if isinstance(number, Tensor)), None)
+    if like is None:
+        # Not one by one: for each of them a GPU would be waited for.
+        return torch.tensor(numbers, dtype=dtype, device=device)
+    tensors = [number if isinstance(number, Tensor) else like.new_tensor(number) for number in numbers]
+    return torch.stack(tensors).to(device, dtype)
+
+
+def _moments(rows: Sequence[_Row], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The sum of the finite values of each row, and of their squares, shape ``(rows, 2)``."""
+    numbers = [[row.finite, 0.0 if row.shift is None else row.shift, row.total, row.squares] for row in rows]
+    finite, shift, total, squares = _table(numbers, dtype, device).unbind(1)
+    # From about the shift, which each rank has chosen for itself, to about zero; in float64 nothing is lost.
+    return torch.stack([total + finite * shift, squares + 2 * shift * total + finite * shift**2], dim=1)
 
 
 def _split(

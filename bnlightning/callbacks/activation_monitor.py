@@ -34,7 +34,7 @@ class ActivationMonitor(Callback):
     Training is bit for bit the same with and without it. It samples: all forward passes of one optimizer step out of
     ``every_n_steps``; evaluations within a fit that begin at least so many steps after the last one sampled, or with
     the final weights; every ``trainer.validate`` and ``trainer.test``. What is sampled is exact over the samples of all
-    micro-batches and ranks; a publication takes six small collectives, however many modules there are.
+    micro-batches and ranks; a publication takes five collectives, however many modules there are.
 
     Logged, for every watched module by its path in the LightningModule, in training where Lightning's ``self.log``
     would put it (the number of steps taken before the forward pass); with the prefix ``val_`` (or ``test_``) for an

@@ -308,6 +308,31 @@ def test_labels_of_many_layers(number):
     assert height >= number
 
 
+@pytest.mark.parametrize(("number", "rows", "group"), [(4096, 4096, 1), (4097, 2049, 2), (70_000, 3889, 18)])
+def test_of_thousands_of_layers_the_worst_of_neighbours_is_shown(number, rows, group):
+    layers = [f"layer{index}" for index in range(number)]
+    ill = {"act_dead": number - 2, "act_nonfinite": number // 2, "act_std": 7}
+    values = {
+        "act_dead": {layer: 0.25 for layer in layers} | {layers[ill["act_dead"]]: 1.0},
+        "act_nonfinite": {layer: 0.0 for layer in layers} | {layers[ill["act_nonfinite"]]: 0.01},
+        # Healthy is in the middle of this scale: both ends are ill.
+        "act_std": {layer: 1.0 for layer in layers} | {layers[ill["act_std"]]: 1e-3},
+    }
+    history = History()
+    for step in range(2):
+        history.add(step, {}, values)
+    figure = draw_surfaces(history, list(values))
+
+    dead, nonfinite, std = arrays(figure)
+    for image, statistic, healthy, worst in ((dead, "act_dead", 0.25, 1.0), (std, "act_std", 0.5, 0.0)):
+        expected = np.full((rows, 2), healthy)
+        expected[ill[statistic] // group] = worst
+        np.testing.assert_allclose(image, expected, atol=1e-6)
+    assert np.flatnonzero((nonfinite == NONFINITE).all(axis=1)).tolist() == [ill["act_nonfinite"] // group]
+    assert any(f"the worst of every {group} a row" in text for text in texts(figure)) == (group > 1)
+    assert figure.get_figheight() * figure.dpi < 5000
+
+
 def test_columns_stand_at_their_steps():
     history = History()
     for step in (0, 10, 20, 25):
