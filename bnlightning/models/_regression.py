@@ -5,12 +5,16 @@ from contextlib import nullcontext
 from torch import Tensor
 from torch.nn import functional as F
 
-from bnlightning.models._evaluation import EvaluatedModule
+from bnlightning.models._evaluation import EvaluatedModule, MeanLoss
 from bnlightning.nn import batch_statistics
 
 
 class RegressionSteps(EvaluatedModule):
     """The steps of a regression."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.val_loss = MeanLoss()
 
     def forward(self, x: Tensor) -> Tensor:
         """The network's y for ``x``."""
@@ -19,7 +23,7 @@ class RegressionSteps(EvaluatedModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """The mean squared error of one batch."""
         x, y = batch
-        loss = F.mse_loss(self(x), y)
+        loss = self.over_ranks(F.mse_loss(self(x), y), len(x))
         self.log("train/loss", loss, batch_size=len(x), sync_dist=True)
         return loss
 
@@ -29,5 +33,6 @@ class RegressionSteps(EvaluatedModule):
         with batch_statistics(self.net) if self.hparams.get("eval_statistics") == "batch" else nullcontext():
             prediction = self(x)
         loss = F.mse_loss(prediction, y)
-        self.log_validation("loss", loss, len(x))
+        self.val_loss.update(loss, len(x))
+        self.log_validation("loss", self.val_loss, len(x))
         return {"loss": loss, "prediction": prediction}

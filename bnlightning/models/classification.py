@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
 from bnlightning._check import check_choice, check_integer, check_number
-from bnlightning.models._evaluation import EvaluatedModule
+from bnlightning.models._evaluation import EvaluatedModule, MeanLoss
 from bnlightning.nn import MLP, ConvNet, get_act_layer, get_norm_layer, init_normal_, init_variance_scaling_
 
 PLACEMENTS = ("none", "conv", "linear", "both", "conv_after", "linear_after", "both_after")
@@ -21,7 +21,7 @@ class ClassificationSteps(EvaluatedModule):
     """The steps of a classification by ``net``; a subclass's constructor calls :meth:`init_weights` after making it.
 
     Logs:
-        ``train/loss``: mean cross entropy of the batch, before the step that it leads to; mean over ranks.
+        ``train/loss``: mean cross entropy of the batch, over the samples of all ranks, before the step it leads to.
         ``val/loss``, ``test/loss``: mean cross entropy over all samples evaluated, on all ranks.
         ``val/acc``, ``test/acc``: share of the samples, on all ranks, whose largest output is that of their class. The
         x-axis of an evaluation is the number of optimizer steps taken before it.
@@ -30,6 +30,7 @@ class ClassificationSteps(EvaluatedModule):
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         check_integer("num_classes", num_classes, at_least=2)
+        self.val_loss, self.test_loss = MeanLoss(), MeanLoss()
         self.val_acc = MulticlassAccuracy(num_classes, average="micro")
         self.test_acc = MulticlassAccuracy(num_classes, average="micro")
 
@@ -45,25 +46,30 @@ class ClassificationSteps(EvaluatedModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """The mean cross entropy of one batch."""
         x, y = batch
-        loss = F.cross_entropy(self(x), y)
+        loss = self.over_ranks(F.cross_entropy(self(x), y), len(x))
         self.log("train/loss", loss, batch_size=len(x), sync_dist=True)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Cross entropy and accuracy of one evaluated batch."""
         x, y = batch
-        logits = self(x)
-        self.log_validation("loss", F.cross_entropy(logits, y), len(x))
-        self.val_acc(logits, y)
+        self._evaluate(x, y, self.val_loss, self.val_acc)
+        self.log_validation("loss", self.val_loss, len(x))
         self.log_validation("acc", self.val_acc, len(x))
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Cross entropy and accuracy of one batch of the test."""
         x, y = batch
-        logits = self(x)
-        self.log("test/loss", F.cross_entropy(logits, y), batch_size=len(x), sync_dist=True)
-        self.test_acc(logits, y)
+        self._evaluate(x, y, self.test_loss, self.test_acc)
+        self.log("test/loss", self.test_loss, batch_size=len(x))
         self.log("test/acc", self.test_acc, batch_size=len(x))
+
+    def _evaluate(self, x: Tensor, y: Tensor, loss: MeanLoss, accuracy: MulticlassAccuracy) -> None:
+        logits = self(x)
+        loss.update(F.cross_entropy(logits, y), len(x))
+        # It does not take a batch without samples.
+        if len(x):
+            accuracy.update(logits, y)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Plain stochastic gradient descent."""
@@ -92,7 +98,8 @@ class LitClassifier(ClassificationSteps):
         Batches ``(x, y)``: images ``(N, ...)`` of ``in_features`` values each, in the network's dtype; their classes
         ``(N,)``, int64.
 
-    Batch normalisation takes the statistics of each rank's own part of a batch.
+    Batch normalisation takes the statistics of each rank's own part of a batch, or in training, with
+    ``norm_options={"sync": True}`` and ``norm="custom"``, of the whole.
 
     Logs:
         As :class:`ClassificationSteps` says: ``train/loss``, ``val/loss``, ``val/acc``, ``test/loss``, ``test/acc``.

@@ -35,7 +35,8 @@ class LitMovingAverage(RegressionSteps):
     Shape:
         Batches ``(x, y)`` of ``(N, 1)`` each, the network's dtype.
 
-    Batch normalisation takes the statistics of each rank's own part of a batch.
+    Batch normalisation takes the statistics of each rank's own part of a batch, or in training, with
+    ``norm_options={"sync": True}`` and ``norm="custom"``, of the whole.
 
     Logs:
         ``train/loss`` and ``val/loss``: as :class:`~bnlightning.LitRegressor`. In a test, which should be one batch:

@@ -31,10 +31,11 @@ class LitRegressor(RegressionSteps):
     Shape:
         Batches ``(x, y)`` of ``(N, 1)`` each, the network's dtype.
 
-    Batch normalisation takes the statistics of each rank's own part of a batch.
+    Batch normalisation takes the statistics of each rank's own part of a batch, or in training, with
+    ``norm_options={"sync": True}`` and ``norm="custom"``, of the whole.
 
     Logs:
-        ``train/loss``: mean squared error of the batch, before the step that it leads to; mean over ranks.
+        ``train/loss``: mean squared error of the batch, over the points of all ranks, before the step it leads to.
         ``val/loss``: mean squared error over all points evaluated, on all ranks. Its x-axis is the number of optimizer
         steps taken before the evaluation.
 
