@@ -86,14 +86,14 @@ def counting(pretend: bool = False) -> Iterator[list[int]]:
 
         def call(tensor: Any, *args: Any, **options: Any) -> Any:
             # What is gathered comes first, what this rank has second.
-            own = args[0] if name == "all_gather_into_tensor" else tensor
+            own = args[0] if name == GATHER else tensor
             sent.append(own.numel() * own.element_size())
             return None if pretend else real(tensor, *args, **options)
 
         return call
 
     with ExitStack() as stack:
-        for name in ("all_reduce", "all_gather_into_tensor"):
+        for name in ("all_reduce", GATHER):
             stack.enter_context(patch.object(dist, name, counted(name)))
         if pretend:
             stack.enter_context(patch.object(_ranks, "world_size", lambda: 2))
@@ -101,6 +101,8 @@ def counting(pretend: bool = False) -> Iterator[list[int]]:
         yield sent
 
 
+# By its newer name, where there is that.
+GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 PARTS = {"reduce": "packing", "numbers": "numbers", "queue": "queue", "file": "file's thread"}
 
 

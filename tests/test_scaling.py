@@ -80,8 +80,9 @@ def count_collectives(sent):
 
         return call
 
-    for name in ("all_reduce", "all_gather_into_tensor"):
-        place = int(name == "all_gather_into_tensor")
+    gather = "all_gather_single" if hasattr(torch.distributed, "all_gather_single") else "all_gather_into_tensor"
+    for name in ("all_reduce", gather):
+        place = int(name == gather)
         size = lambda tensors, place=place: tensors[place].numel() * tensors[place].element_size()  # noqa: E731
         setattr(torch.distributed, name, counted(getattr(torch.distributed, name), size))
     for name in ("all_gather_object", "broadcast_object_list"):

@@ -23,7 +23,7 @@ class EvaluatedModule(lightning.LightningModule):
                 with ``sync`` there are as many on other ranks.
         """
         norm = self.hparams["norm"]
-        if norm != "none" and not self._is_synchronised() and getattr(data, "smallest_batch", 2) < 2:
+        if norm != "none" and getattr(data, "smallest_batch", 2) < 2 and not self._is_synchronised(data):
             raise ValueError(
                 f"batch_size={data.batch_size!r} is not possible with norm={norm!r}: it leaves a batch of one on some "
                 "rank, whose variance is 0. Choose another data.batch_size or another number of samples, or "
@@ -65,9 +65,12 @@ class EvaluatedModule(lightning.LightningModule):
             for logger in self.loggers:
                 logger.log_metrics(metrics, step=self.global_step)
 
-    def _is_synchronised(self) -> bool:
+    def _is_synchronised(self, data: Any) -> bool:
+        """Whether a batch is normalised together with those of other ranks."""
         options = self.hparams.get("norm_options") or {}
-        return self.hparams["norm"] == "custom" and bool(options.get("sync")) and self.trainer.world_size > 1
+        trainer = getattr(data, "trainer", None)
+        several = trainer is not None and trainer.world_size > 1
+        return several and self.hparams["norm"] == "custom" and bool(options.get("sync"))
 
     def _is_fitting(self) -> bool:
         return self.trainer.state.fn == "fit"

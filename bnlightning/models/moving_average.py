@@ -9,10 +9,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 from bnlightning._check import check_number
 from bnlightning.models._regression import RegressionSteps
 from bnlightning.nn import BatchNorm1d, get_norm_layer
+from bnlightning.nn.moments import world_size
 
 _MAX_POINTS = 8
 
@@ -87,6 +89,8 @@ class LitMovingAverage(RegressionSteps):
         if isinstance(norm, nn.BatchNorm1d) and norm.running_var is not None:
             # As a function and not as the module, which monitors would see twice.
             hidden = F.linear(batch[0], self._hidden_weight).detach()
+            if (self.hparams["norm_options"] or {}).get("sync"):
+                hidden = _of_all_ranks(hidden)
             self._update = norm.running_var.clone(), _weight_of_next_batch(norm), hidden
         return super().training_step(batch, batch_idx)
 
@@ -98,16 +102,16 @@ class LitMovingAverage(RegressionSteps):
         labels = {"linear1": "hidden", "norm1": "norm", "act1": "act"}
         for name, label in labels.items():
             output = self.net.get_submodule(name)(output)
-            for point, value in zip(x[:_MAX_POINTS], output[:_MAX_POINTS], strict=True):
+            points, outputs = _of_all_ranks(x), _of_all_ranks(output)
+            for point, value in zip(points[:_MAX_POINTS], outputs[:_MAX_POINTS], strict=True):
                 values[f"{label}_output_x{point.item():g}"] = value
         norm = self.net.norm1
         if isinstance(norm, nn.BatchNorm1d):
             statistics = {"running_mean": norm.running_mean, "running_var": norm.running_var}
             values |= statistics | {"scale": norm.weight, "shift": norm.bias}
-        # Each weighs 1: a weight of more would be a rounding more.
-        self.log_dict(
-            {f"test/{name}": value.squeeze() for name, value in values.items() if value is not None}, batch_size=1
-        )
+        logged = {f"test/{name}": value.squeeze() for name, value in values.items() if value is not None}
+        # Each weighs 1: a weight of more would be a rounding more. All ranks have the same.
+        self.log_dict(logged, batch_size=1, sync_dist=True)
 
     @rank_zero_only
     def on_test_end(self) -> None:
@@ -145,6 +149,10 @@ class LitMovingAverage(RegressionSteps):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam."""
         return torch.optim.Adam(self.parameters(), lr=self.hparams["learning_rate"], eps=self.hparams["adam_eps"])
+
+
+def _of_all_ranks(rows: Tensor) -> Tensor:
+    return torch.cat(gather_all_tensors(rows)) if world_size() > 1 else rows
 
 
 def _weight_of_next_batch(norm: nn.BatchNorm1d) -> float:

@@ -53,7 +53,9 @@ def merge_over_ranks(
     """
     own = torch.cat([mean.double(), var.double(), torch.as_tensor(n, device=mean.device).double().view(1)])
     gathered = own.new_empty(world_size(process_group) * len(own))
-    dist.all_gather_into_tensor(gathered, own, group=process_group)
+    # The newer name, of which torch 2.14 warns where the older one is called.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(gathered, own, group=process_group)
     means, variances, counts = gathered.view(-1, len(own)).split([len(mean), len(mean), 1], dim=1)
     total = counts.sum()
     shares = counts / total.clamp(min=1)
