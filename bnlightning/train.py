@@ -568,7 +568,8 @@ def _agree(ranks: Ranks, settings: Any, error: Exception | None) -> Exception | 
     """This rank's error or, on rank 0, another one's: what one rank fails in, all leave, for the next run."""
     try:
         if error is not None:
-            own = Failure(ranks.rank, _reason(error), isinstance(error, _REFUSALS))
+            refused = isinstance(error, _REFUSALS)
+            own = Failure(ranks.rank, _message(error) if refused else _reason(error), refused)
             # At once, since what ends the other processes may end this one; what was refused, rank 0 says in the end.
             if ranks.fail(own) == own and not own.refused:
                 print(f"{settings.sweep.subdir}: {own}", file=sys.stderr, flush=True)
@@ -590,7 +591,7 @@ def _agree(ranks: Ranks, settings: Any, error: Exception | None) -> Exception | 
         return None
     if first.rank == 0:
         return error
-    return (ValueError if first.refused else RuntimeError)(str(first))
+    return ValueError(first.reason) if first.refused else RuntimeError(str(first))
 
 
 def _train_in_worker(config: DictConfig, hydra_config: Any, directory: str) -> None:
