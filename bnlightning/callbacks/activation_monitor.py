@@ -366,7 +366,7 @@ class ActivationMonitor(Callback):
         publication = _publication(opened.step, phase, layers, numbers, state.ranges)
         summary = health((numbers[key], key.units) for key in layers if key.is_activation)
         publication.scalars |= {f"{phase}health/{name}": value for name, value in summary.items()}
-        self._tell_what_is_watched(trainer, publication)
+        self._tell_what_is_watched(trainer, publication, [key.label for key in layers if key.family == "act"])
         publication.write(trainer)
         if phase == _TRAINING and trainer.is_global_zero:
             _remember(state.history, opened.step, layers, numbers)
@@ -423,10 +423,14 @@ class ActivationMonitor(Callback):
         if self.stop_on_nonfinite:
             trainer.should_stop = True
 
-    def _tell_what_is_watched(self, trainer: lightning.Trainer, publication: Publication) -> None:
+    def _tell_what_is_watched(
+        self, trainer: lightning.Trainer, publication: Publication, labels: Sequence[str]
+    ) -> None:
         state = self._state
         assert state is not None
         observer = state.observer
+        # Rank 0, which tells, may be one on which nothing ran.
+        seen = list(dict.fromkeys([*observer.seen, *labels]))
         if observer.left_out and "max_layers" not in state.told:
             state.told.add("max_layers")
             rank_zero_warn(
@@ -436,7 +440,7 @@ class ActivationMonitor(Callback):
         if "watched" in state.told:
             return
         state.told.add("watched")
-        if not observer.seen and not observer.watched:
+        if not seen and not observer.watched:
             rank_zero_warn(
                 f"ActivationMonitor(modules={self.modules!r}) finds nothing to watch in "
                 f"{type(trainer.lightning_module).__name__}. By default it watches activations and normalisations that "
@@ -444,7 +448,7 @@ class ActivationMonitor(Callback):
                 "show tensors by bnlightning.tap(x, 'name')."
             )
             return
-        text = _report(observer)
+        text = _report(observer, seen)
         rank_zero_info(f"ActivationMonitor: {text}")
         publication.texts["health/watched"] = text
 
@@ -550,12 +554,10 @@ def _grad_scale(trainer: lightning.Trainer) -> float:
     return 1.0 / (world_size() * (scaler.get_scale() if scaler is not None else 1.0))
 
 
-def _report(observer: Observer) -> str:
-    seen = {label.partition("#")[0].partition(":")[0] for label in observer.seen}
-    sentences = [
-        f"{len(observer.seen)} layer{'s are' if len(observer.seen) != 1 else ' is'} watched: {_listed(observer.seen)}."
-    ]
-    unseen = [path for path in observer.watched if path not in seen and path not in observer.without_tensor]
+def _report(observer: Observer, seen: Sequence[str]) -> str:
+    paths = {label.partition("#")[0].partition(":")[0] for label in seen}
+    sentences = [f"{len(seen)} layer{'s are' if len(seen) != 1 else ' is'} watched: {_listed(seen)}."]
+    unseen = [path for path in observer.watched if path not in paths and path not in observer.without_tensor]
     if unseen:
         sentences.append(f"Not called so far: {_listed(unseen)}.")
     if observer.without_tensor:

@@ -71,7 +71,8 @@ class PredictionMonitor(Callback):
         points, self._points = self._points, None
         if points is None:
             return
-        local = torch.cat(points)[: self.max_points]
+        # A rank may have had no batch at all; all of them gather.
+        local = torch.cat([*points, torch.zeros(0, 3, device=pl_module.device)])[: self.max_points]
         everything = _gather(local).cpu()
         if not trainer.is_global_zero:
             return

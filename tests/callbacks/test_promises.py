@@ -9,11 +9,12 @@ import pytest
 import torch
 from helpers import quiet_trainer, read_events, run_on_lightning_ranks, scalar
 from lightning.pytorch.strategies import DDPStrategy
+from tensorboard.util.tensor_util import make_ndarray
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from bnlightning import ActivationMonitor, tap
+from bnlightning import ActivationMonitor, BatchNorm1d, BatchNormMonitor, GradientMonitor, PredictionMonitor, tap
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")]
 
@@ -183,6 +184,76 @@ def test_two_ranks_write_what_one_process_writes(name, ranks, tmp_path):
             assert mine.histogram_value.num == theirs.histogram_value.num, (tag, mine.step)
             assert math.isclose(mine.histogram_value.max, theirs.histogram_value.max, rel_tol=tolerance, abs_tol=1e-6)
             assert np.isclose(mine.histogram_value.sum, theirs.histogram_value.sum, rtol=tolerance, atol=tolerance)
+
+
+class Streamed(IterableDataset):
+    """Without a length, as a stream has none; nothing on some ranks."""
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __iter__(self):
+        return iter(self.samples)
+
+
+class Predicting(Halves):
+    """With a batch normalisation over all ranks, and the values that :class:`PredictionMonitor` keeps."""
+
+    def __init__(self):
+        super().__init__()
+        self.second.insert(0, BatchNorm1d(8, sync=True))
+
+    def validation_step(self, batch):
+        return {"prediction": self(batch[0])}
+
+
+def _validate_where_one_has_all(rank, directory, has_all):
+    x = torch.randn(12, 6, generator=torch.Generator().manual_seed(1))
+    streamed = Streamed([(row, row[:1]) for row in x] if rank == has_all else [])
+    # With DDP's broadcasts of buffers, evaluations of unequal numbers of batches wait for ever without any monitor.
+    strategy = DDPStrategy(timeout=timedelta(seconds=30), broadcast_buffers=False) if has_all is not None else "auto"
+    trainer = quiet_trainer(
+        directory / str(has_all),
+        max_epochs=2,
+        devices=1 if has_all is None else 2,
+        strategy=strategy,
+        use_distributed_sampler=False,
+        callbacks=[*monitors(), GradientMonitor(2), BatchNormMonitor(2), PredictionMonitor(2)],
+    )
+    module, evaluation = Predicting(), DataLoader(streamed, batch_size=4)
+    # Before the first step, so that what is told first is told of this.
+    trainer.validate(module, evaluation, verbose=False)
+    trainer.fit(module, DataLoader(TensorDataset(x), batch_size=6), evaluation)
+    return module.state_dict()
+
+
+def _validate_where_either_has_all(rank, directory):
+    return [_validate_where_one_has_all(rank, directory, has_all) for has_all in (0, 1)]
+
+
+@pytest.mark.slow
+def test_a_rank_without_any_batch_in_an_evaluation_is_not_waited_for(tmp_path):
+    ranks = run_on_lightning_ranks(_validate_where_either_has_all, 2, tmp_path, tmp_path)
+    state = _validate_where_one_has_all(None, tmp_path, None)
+    one = read_events(tmp_path / "None")
+    for has_all in (0, 1):
+        for rank in ranks:
+            torch.testing.assert_close(rank[has_all], state, rtol=1e-4, atol=1e-5)
+        two = read_events(tmp_path / str(has_all))
+        tags = [tag for tag in two.Tags()["scalars"] if "bn_rank_spread" not in tag]
+        assert tags == one.Tags()["scalars"] and two.Tags()["histograms"] == one.Tags()["histograms"]
+        for tag in (tag for tag in tags if tag.startswith("val_")):
+            assert scalar(two, tag) == pytest.approx(scalar(one, tag), rel=1e-3, abs=1e-4), (tag, has_all)
+        for tag in ("health/watched/text_summary", "val_prediction"):
+            first, second = (tensor_of(each, tag) for each in (one, two))
+            assert first.dtype == second.dtype and (
+                np.allclose(first, second, rtol=1e-3, atol=1e-4) if tag == "val_prediction" else first == second
+            )
+
+
+def tensor_of(events, tag):
+    """The first."""
+    return make_ndarray(events.Tensors(tag)[0].tensor_proto)
 
 
 @pytest.mark.parametrize(
