@@ -4,8 +4,12 @@ import lightning
 import pytest
 import torch
 from helpers import quiet_trainer, read_events, run_on_lightning_ranks, scalar
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnlightning import (
+    CONF_DIR,
     ActivationMonitor,
     BatchNormMonitor,
     GradientMonitor,
@@ -148,3 +152,12 @@ def test_a_sample_a_rank_is_enough_where_they_are_taken_together(ranks):
             assert found[0] == 2
             for norm, message in zip(("custom", "torch"), found[1:], strict=True):
                 assert message.startswith(f"batch_size=10 is not possible with norm='{norm}': it leaves a batch of one")
+
+
+@pytest.mark.parametrize("model", ["regressor", "classifier", "conv_classifier", "moving_average"])
+def test_the_configuration_synchronises_by_one_key(model):
+    with initialize_config_dir(str(CONF_DIR), version_base=None):
+        config = compose("train", overrides=[f"model={model}", "model.norm_options.sync=true"])
+    module = instantiate(config.model, _convert_="all")
+    layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
+    assert layers and all(layer.sync for layer in layers)

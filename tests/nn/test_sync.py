@@ -184,3 +184,18 @@ def test_alone_it_is_the_layer_without_it():
     plain, synced = train(BatchNorm1d(3), x), train(BatchNorm1d(3, sync=True), x)
     torch.testing.assert_close(plain, synced, rtol=0, atol=0)
     assert "sync=True" in repr(BatchNorm1d(3, sync=True))
+
+
+def torchs_on_rank(rank, x, device):
+    layer = nn.SyncBatchNorm(3, device=device)
+    try:
+        return layer(x.split([5, 4])[rank].to(device)).cpu().detach(), layer.cpu().state_dict()
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.slow
+def test_torchs_own_refuses_the_cpu(tmp_path):
+    # Why there is ours. If torch learns it, hold ours against it here, too.
+    for message in run_on_ranks(torchs_on_rank, 2, tmp_path, values(9, 3), "cpu"):
+        assert message.startswith("SyncBatchNorm expected input tensor to be on")
