@@ -21,6 +21,7 @@ import torch
 from _rounds import Cells, print_table, quartiles, run, turns
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 from torchvision import transforms
@@ -33,9 +34,9 @@ BASE = "bare loop over tensors"
 EVERY = 50
 
 
-def make_model() -> LitClassifier:
+def make_model(kind: type[LitClassifier] = LitClassifier) -> LitClassifier:
     torch.manual_seed(0)
-    return LitClassifier(norm_options={"eps": 1e-3, "momentum": 0.1, "convention": "keras"})
+    return kind(norm_options={"eps": 1e-3, "momentum": 0.1, "convention": "keras"})
 
 
 def bare(epochs: int) -> None:
@@ -77,26 +78,41 @@ def evaluate(model: LitClassifier, batches) -> float:
         return sum((model(x).argmax(dim=1) == y).sum().item() for x, y in batches)
 
 
-def through_lightning(make_callbacks: Callable[[], list[Callback]]) -> Callable[[int], None]:
+class Silent(LitClassifier):
+    """What Lightning itself takes: the same training, of which nothing is logged."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(self(x), y)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        x, y = batch
+        self.val_acc(self(x), y)
+
+
+def through_lightning(
+    make_callbacks: Callable[[], list[Callback]], kind: type[LitClassifier] = LitClassifier, logs: bool = True
+) -> Callable[[int], None]:
     def train(epochs: int) -> None:
         with tempfile.TemporaryDirectory() as directory:
             trainer = lightning.Trainer(
                 accelerator="cpu",
                 max_epochs=epochs,
-                logger=TensorBoardLogger(directory),
+                logger=TensorBoardLogger(directory) if logs else False,
                 callbacks=make_callbacks(),
                 enable_checkpointing=False,
                 enable_progress_bar=False,
                 enable_model_summary=False,
                 num_sanity_val_steps=0,
             )
-            trainer.fit(make_model(), MNISTDataModule())
+            trainer.fit(make_model(kind), MNISTDataModule())
 
     return train
 
 
 CASES: dict[str, Callable[[int], None]] = {
     BASE: bare,
+    "Lightning without any logging": through_lightning(list, Silent, logs=False),
     "Lightning": through_lightning(list),
     f"Lightning, ActivationMonitor every {EVERY} steps": through_lightning(lambda: [ActivationMonitor(EVERY)]),
     f"Lightning, all monitors every {EVERY} steps": through_lightning(

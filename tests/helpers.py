@@ -41,9 +41,11 @@ def scalar(events: event_accumulator.EventAccumulator, tag: str) -> dict[int, fl
     return {item.step: item.value for item in events.Scalars(tag)}
 
 
-def run_on_ranks(function: Callable[..., Any], world_size: int, directory: Path, *arguments: Any) -> list[Any]:
-    """What ``function(rank, *arguments)`` returns on each of several ranks: processes of their own, joined by gloo."""
-    mp.spawn(_run_on_rank, (world_size, directory, function, arguments), nprocs=world_size)
+def run_on_ranks(
+    function: Callable[..., Any], world_size: int, directory: Path, *arguments: Any, backend: str = "gloo"
+) -> list[Any]:
+    """What ``function(rank, *arguments)`` returns on each of several ranks: joined processes of their own."""
+    mp.spawn(_run_on_rank, (world_size, directory, backend, function, arguments), nprocs=world_size)
     return [torch.load(directory / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 
@@ -72,11 +74,16 @@ def _run_on_lightning_rank(
 
 
 def _run_on_rank(
-    rank: int, world_size: int, directory: Path, function: Callable[..., Any], arguments: tuple[Any, ...]
+    rank: int,
+    world_size: int,
+    directory: Path,
+    backend: str,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
     store = f"file://{directory / 'store'}"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
+    torch.distributed.init_process_group(backend, init_method=store, rank=rank, world_size=world_size)
     torch.save(function(rank, *arguments), directory / f"{rank}.pt")
     # The store must not go with the first to finish.
     torch.distributed.barrier()

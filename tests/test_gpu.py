@@ -1,8 +1,16 @@
 import pytest
 import torch
-from helpers import quiet_trainer, read_events, scalar
+from helpers import quiet_trainer, read_events, run_on_lightning_ranks, run_on_ranks, scalar
 
-from bnlightning import ActivationMonitor, BatchNorm1d, BatchNorm2d, LitRegressor, SyntheticRegressionDataModule
+from bnlightning import (
+    ActivationMonitor,
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNormMonitor,
+    GradientMonitor,
+    LitRegressor,
+    SyntheticRegressionDataModule,
+)
 from bnlightning.callbacks._finite_check import make_check
 from bnlightning.callbacks._histogram import count_values
 from bnlightning.callbacks._observer import Observer
@@ -105,3 +113,58 @@ def test_histograms_count_on_the_gpu_what_they_count_on_the_cpu(deterministic):
         assert torch.equal(count_values(x.cuda()).cpu(), count_values(x))
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("convention", ["pytorch", "keras"])
+def test_compiled_layer_gives_on_the_gpu_what_it_gives_uncompiled(convention):
+    eager, compiled = (BatchNorm2d(8, convention=convention).cuda() for _ in range(2))
+    x = torch.randn(4, 8, 6, 6, device="cuda")
+    fast = torch.compile(compiled, fullgraph=True)
+    for _ in range(2):
+        torch.testing.assert_close(fast(x), eager(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(compiled.state_dict(), eager.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+def publish(rank, directory, strategy):
+    torch.manual_seed(0)
+    model = LitRegressor(norm_options={"sync": True, "convention": "keras"}, activation="relu")
+    monitors = [ActivationMonitor(every_n_steps=1), GradientMonitor(every_n_steps=1), BatchNormMonitor(every_n_steps=1)]
+    trainer = quiet_trainer(directory, accelerator="gpu", strategy=strategy, max_steps=2, callbacks=monitors)
+    trainer.fit(model, SyntheticRegressionDataModule())
+
+
+@pytest.mark.slow
+def test_one_rank_on_nccl_publishes_what_a_process_without_a_group_publishes(tmp_path):
+    events = []
+    for strategy in ("auto", "ddp"):
+        (tmp_path / strategy).mkdir()
+        run_on_lightning_ranks(publish, 1, tmp_path / strategy, tmp_path / strategy, strategy)
+        events.append(read_events(tmp_path / strategy))
+    one, ddp = events
+    assert one.Tags() == ddp.Tags() and one.Tags()["histograms"]
+    for tag in one.Tags()["scalars"]:
+        assert scalar(ddp, tag) == pytest.approx(scalar(one, tag), rel=1e-3, abs=1e-3), tag
+
+
+def layer_on_rank(rank, ours):
+    torch.cuda.set_device(rank)
+    layer = BatchNorm2d(6, sync=True) if ours else torch.nn.SyncBatchNorm(6)
+    layer.cuda()
+    # Uneven parts of one batch.
+    whole = torch.randn(5, 6, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 + 3
+    x = whole[:2] if rank == 0 else whole[2:]
+    x = x.cuda().requires_grad_()
+    output = layer(x)
+    output.sin().sum().backward()
+    return [value.cpu() for value in (output.detach(), x.grad, layer.running_mean, layer.running_var)]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices on this machine")
+def test_synchronised_over_gpus_ours_gives_what_torchs_gives(tmp_path):
+    results = {}
+    for ours in (True, False):
+        (tmp_path / str(ours)).mkdir()
+        results[ours] = run_on_ranks(layer_on_rank, 2, tmp_path / str(ours), ours, backend="nccl")
+    for own, theirs in zip(results[True], results[False], strict=True):
+        torch.testing.assert_close(own, theirs, rtol=1e-4, atol=1e-4)

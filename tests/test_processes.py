@@ -4,6 +4,7 @@ import os
 import random
 import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -299,6 +300,19 @@ def test_processes_that_the_trainer_does_not_know_of_are_refused(tmp_path):
         assert status == 1
         assert len(re.findall(message, errors, re.M)) == 1, errors
         assert list(tmp_path.iterdir()) == []
+
+
+def test_the_documented_commands_are_such(tmp_path):
+    text = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text()
+    commands = re.findall(r"-m bnlightning\.train ([^`\n]*)", text)
+    (launcher,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "conf" / "hydra" / "launcher").mkdir(parents=True)
+    (tmp_path / "conf" / "hydra" / "launcher" / "cluster.yaml").write_text(launcher)
+    assert len(commands) >= 7 and sum("hydra/launcher=cluster" in command for command in commands) == 1
+    for command in commands:
+        status, output, errors = finish(start(tmp_path, *TRAIN, *shlex.split(command), "--cfg", "job"))
+        assert (status, errors) == (0, "") and "devices:" in output, command
+    assert [path.name for path in tmp_path.iterdir()] == ["conf"]
 
 
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
