@@ -98,13 +98,19 @@ NODES = (
 )
 
 
-@pytest.mark.parametrize("launcher", ["lightning", "torchrun", "two nodes"])
+@pytest.mark.parametrize("launcher", ["lightning", "torchrun", "two nodes", "srun"])
 def test_a_sweep_of_several_processes_leaves_what_one_process_leaves(launcher, one_process, tmp_path):
     sweep = [*TRAIN, *SWEEP, "trainer=ddp_cpu", "output_dir=out"]
     if launcher == "lightning":
         started = [start(tmp_path, *sweep, "trainer.devices=2")]
     elif launcher == "torchrun":
         started = [start(tmp_path, *TORCHRUN, "2", *sweep)]
+    elif launcher == "srun":
+        # What srun sets, of two tasks on one machine.
+        job = {"SLURM_JOB_ID": str(random.randint(1, 10**6)), "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2"}
+        job |= {"SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_NODELIST": "127.0.0.1"}
+        tasks = [job | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2)]
+        started = [start(tmp_path, *sweep, environment=task) for task in tasks]
     else:
         nodes = [option.format(port=random.randint(20000, 30000)) for option in NODES]
         sweep += ["trainer.devices=1", "trainer.num_nodes=2"]

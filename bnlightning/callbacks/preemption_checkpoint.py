@@ -30,6 +30,9 @@ class PreemptionCheckpoint(Checkpoint):
     rank got the signal, all of them save after the same optimizer step and raise Lightning's ``SIGTERMException``,
     which ends the program. A signal in the midst of an evaluation counts after the next step.
 
+    As with Lightning's ``OnExceptionCheckpoint``, a Trainer that has this callback makes no ``ModelCheckpoint`` by
+    itself: give one, too, if the training is to leave checkpoints without a signal.
+
     Args:
         path: The checkpoint's file. Relative to the working directory.
 
