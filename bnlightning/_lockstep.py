@@ -171,6 +171,9 @@ class Ranks:
         os.environ.pop(_VARIABLE, None)
         self._closing.set()
         self._watch.join()
+        # Amid a job there was a signal, and the others may have been killed already.
+        if self._job is not None:
+            return
         with suppress(Exception):
             if self._store.add("closed", 1) == self.world_size:
                 self._store.set("closed/all", "")

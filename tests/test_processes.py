@@ -237,6 +237,18 @@ def test_sigterm_leaves_a_checkpoint_that_resumes_to_the_same_numbers(processes,
     torch.testing.assert_close(*(weights(tmp_path / name / "custom") for name in ("whole", "rest")), rtol=0, atol=0)
 
 
+def test_ctrl_c_ends_all_processes_with_a_word_on_what_there_is(tmp_path):
+    process = start(tmp_path, *TRAIN, "trainer=ddp_cpu", "trainer.max_steps=100000", "output_dir=out")
+    while not list(tmp_path.glob("out/custom/checkpoints/last.ckpt")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    # As a terminal does.
+    os.killpg(process.pid, signal.SIGINT)
+    status, _, errors = finish(process, 60)
+    assert status == 1 and "Traceback" not in errors
+    assert f"To train the rest: the same command with resume=true output_dir={tmp_path / 'out'}" in errors
+
+
 def test_a_run_killed_at_any_moment_resumes_to_the_same_numbers(tiny_mnist, tmp_path):
     options = (
         "+experiment=mnist_elu", "model.norm=custom", f"data.data_dir={tiny_mnist}", "data.num_val=100",
