@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 # How long a process that was told to stop may take to write what it has in memory.
 _SECONDS_TO_STOP = 10.0
@@ -83,9 +84,16 @@ _stopping = False
 
 
 def _call(function: Callable[..., None], *arguments: Any) -> None:
+    global _stopping
     # A process has been handed its next call while it was still busy with one.
-    if not _stopping:
+    if _stopping:
+        return
+    try:
         function(*arguments)
+    except SIGTERMException:
+        # Lightning's, where a callback has answered the signal in the place of the handler below.
+        _stopping = True
+        raise
 
 
 def _initialize() -> None:
