@@ -22,7 +22,7 @@ from torch.distributed import PrefixStore, Store, TCPStore
 
 # Where the processes that Lightning's launcher starts find the store.
 _VARIABLE = "BNLIGHTNING_STORE"
-# How long a process that is reached by nobody's failure may go on.
+# How long a process may go on with a job after another has failed in it.
 _SECONDS_TO_END = 30.0
 _TIMEOUT = timedelta(minutes=30)
 
