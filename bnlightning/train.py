@@ -16,7 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import hydra
 import lightning
@@ -547,21 +547,27 @@ def _application(config: DictConfig) -> None:
         raise error
 
 
-def _is_full_disk(error: BaseException | None) -> TypeGuard[OSError]:
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+def _full_disk(error: BaseException | None) -> OSError | None:
+    """The error that says so; Lightning's logger wraps what the writing of a scalar raises."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return error
+        error = error.__cause__
+    return None
 
 
 def _excepthook(arguments: threading.ExceptHookArgs) -> None:
     # TensorBoard's thread cannot write, either; the next to write is the main thread, which tells it.
-    if not _is_full_disk(arguments.exc_value):
+    if _full_disk(arguments.exc_value) is None:
         threading.__excepthook__(arguments)
 
 
 def _told_of_full_disk(error: Exception) -> Exception:
-    if not _is_full_disk(error):
+    full = _full_disk(error)
+    if full is None:
         return error
     path = HydraConfig.get().runtime.output_dir
-    return ValueError(f"{path} cannot be written ({error.strerror}): make room there, or give another output_dir=PATH.")
+    return ValueError(f"{path} cannot be written ({full.strerror}): make room there, or give another output_dir=PATH.")
 
 
 def _agree(ranks: Ranks, settings: Any, error: Exception | None) -> Exception | None:

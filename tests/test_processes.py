@@ -310,6 +310,33 @@ def test_a_full_disk_is_told_and_what_was_written_is_readable(trainer, tmp_path)
     assert not list(tmp_path.rglob("*.part"))
 
 
+@pytest.mark.parametrize("method", ["add_scalar", "flush"])
+def test_a_full_disk_is_told_wherever_it_is_met(method, tmp_path):
+    # The writer raises what its thread has met, at whichever call comes next.
+    (tmp_path / "full.py").write_text(
+        f"""import errno
+
+from bnlightning.train import RunLogger
+
+
+class Full(RunLogger):
+    @property
+    def experiment(self):
+        writer = super().experiment
+        writer.{method} = self.refuse
+        return writer
+
+    def refuse(self, *arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+"""
+    )
+    process = start(tmp_path, *TRAIN, "trainer.logger._target_=full.Full", "trainer.max_steps=20", "output_dir=out")
+    status, _, errors = finish(process, 120)
+    assert status == 1
+    assert re.search(r"^.*out/custom cannot be written \(No space left on device\): make room there", errors, re.M)
+    assert "Traceback" not in errors
+
+
 def test_processes_that_the_trainer_does_not_know_of_are_refused(tmp_path):
     for argument, message in (
         ("trainer.devices=1", r"^trainer\.devices=1 with trainer\.num_nodes=1 is not possible in 2 processes: give as"),
