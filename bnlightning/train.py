@@ -11,20 +11,15 @@ import tempfile
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import hydra
 import lightning
 import torch
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.core.utils import configure_log, setup_globals
 from hydra.errors import HydraException, InstantiationException
 from hydra.experimental.callback import Callback
@@ -38,24 +33,21 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from bnlightning._check import check_integer
 from bnlightning._conf import CONF_DIR
 from bnlightning._lockstep import Failure, Ranks
 from bnlightning._parallel import Workers, available_cores
+from bnlightning._sweep import check_runs, override_for_runs, runs, subdirectory
+from bnlightning._sweep_directory import SweepDirectory, is_finished, make_directory, mark_finished
 from bnlightning.compare import Draw, compare_sweep
 
 # What rank 0 made of the clock, for the configuration of each run.
 _OUTPUT_DIR = "BNLIGHTNING_OUTPUT_DIR"
-# An empty file, the last that a run writes: it is there or it is not, whenever the run was killed.
-_FINISHED = "finished"
 # What is wrong with what the user gave, said in one message.
 _REFUSALS = (InstantiationException, ValueError, MisconfigurationException)
 # What a rank says when another one has gone without a word.
 _LOST = (
     "another rank's process or its connection has gone: it may have been killed, for want of memory or by the cluster"
 )
-# What a run writes does not depend on these.
-_SAME_RESULTS = ("output_dir", "resume", "n_jobs")
 
 
 def train(config: DictConfig, *, in_parallel: bool = False) -> None:
@@ -95,7 +87,7 @@ def train(config: DictConfig, *, in_parallel: bool = False) -> None:
     if is_overridden("test_step", model):
         trainer.test(model, data, verbose=False)
     if trainer.is_global_zero:
-        (Path(HydraConfig.get().runtime.output_dir) / _FINISHED).touch()
+        mark_finished(Path(HydraConfig.get().runtime.output_dir))
 
 
 def _join(trainer: lightning.Trainer, in_parallel: bool) -> None:
@@ -184,16 +176,19 @@ class CompareRuns(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Refuse what any run would refuse, make the directory, name the runs' subdirectories."""
-        global _workers
+        global _directory, _workers
         begins = _ranks is None or _ranks.rank == 0
         try:
             if begins:
                 # In multirun.yaml, where `python -m bnlightning.compare` reads them.
                 OmegaConf.resolve(config.hydra.callbacks)
-                _check_runs(config)
-            _override_for_runs(config, "hydra.sweep.subdir", f"'{_subdirectory(config)}'")
+                check_runs(config)
+            override_for_runs(config, "hydra.sweep.subdir", f"'{subdirectory(config)}'")
             if begins:
-                _make_directory(config)
+                _directory = make_directory(config)
+                os.environ[_OUTPUT_DIR] = str(_directory.path)
+                with open_dict(config):
+                    config.hydra.sweep.dir = str(_directory.path)
                 _workers = _start_workers(config)
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             if _ranks is not None:
@@ -228,102 +223,13 @@ def _leave_files_to_rank_0(config: DictConfig) -> None:
         sys.exit(1)
     os.environ[_OUTPUT_DIR] = directory
     _first_job = int(_ranks.ask("first_job"))
-    _override_for_runs(config, "hydra.output_subdir", "null")
+    override_for_runs(config, "hydra.output_subdir", "null")
     with open_dict(config):
         config.hydra.sweep.dir = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, config.hydra.sweep.dir, ignore_errors=True)
 
 
-def _overrides(config: DictConfig) -> list[Override]:
-    """What the experiment's file and the command line set, the later of two for one key."""
-    declared = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
-    parsed = OverridesParser.create().parse_overrides([*declared, *config.hydra.overrides.task])
-    return list({override.key_or_group: override for override in parsed}.values())
-
-
-def _runs(config: DictConfig, *, with_seeds: bool = True) -> list[list[str]]:
-    """The overrides of each run, in the order of Hydra's sweeper; without seeds, of those with the first seed."""
-    runs: list[list[str]] = [[]]
-    for override in _overrides(config):
-        key = override.get_key_element()
-        if override.is_sweep_override():
-            values = list(override.sweep_string_iterator())
-            values = values if with_seeds or override.key_or_group != "seed" else values[:1]
-        else:
-            values = [override.get_value_element_as_str()]
-        runs = [[*run, f"{key}={value}"] for run in runs for value in values]
-    return runs
-
-
-def _override_for_runs(config: DictConfig, key: str, value: str) -> None:
-    """Have Hydra compose each run's configuration with a value of its own, unless the command line gives one."""
-    if not any(override.startswith(f"{key}=") for override in _own_overrides(config)):
-        config.hydra.overrides.hydra.append(f"{key}={value}")
-
-
-def _own_overrides(config: DictConfig) -> list[str]:
-    """Those of Hydra's own configuration, as they stand: what they refer to is there in a run only."""
-    overrides: Any = OmegaConf.to_container(config.hydra.overrides.hydra, resolve=False)
-    return overrides
-
-
-def _check_runs(config: DictConfig) -> None:
-    """Instantiate each configuration's model and data before anything is written; seeds make no difference."""
-    for run in _runs(config, with_seeds=False):
-        _check_run(hydra.compose(config.hydra.job.config_name, overrides=run))
-
-
-def _check_run(config: DictConfig) -> None:
-    check_integer("seed", config.seed, at_least=0, at_most=2**32 - 1)
-    if config.num_threads is not None:
-        check_integer("num_threads", config.num_threads, at_least=1)
-    if config.n_jobs is not None:
-        check_integer("n_jobs", config.n_jobs, at_least=1)
-    model = instantiate(config.model, _convert_="all")
-    data = instantiate(config.data, _convert_="all")
-    # What is to be downloaded, once for all runs, or the message that it cannot be.
-    data.prepare_data()
-    if hasattr(model, "check_data"):
-        model.check_data(data)
-    if config.ckpt_path is not None:
-        _check_checkpoint(config, model)
-
-
-def _check_checkpoint(config: DictConfig, model: lightning.LightningModule) -> None:
-    path = config.ckpt_path
-    if not Path(path).is_file():
-        raise ValueError(
-            f"ckpt_path={path!r} is not a file: give a checkpoint, such as checkpoints/last.ckpt of a run."
-        )
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=False)
-        model.load_state_dict(checkpoint["state_dict"])
-    except Exception as error:
-        reason = str(error).strip().splitlines()
-        raise ValueError(
-            f"ckpt_path={path!r} does not fit the model ({' '.join(reason[:2])}): give a checkpoint of this model, "
-            f"or the checkpoint's own arguments (norm={config.model.get('norm')!r} now)."
-        ) from error
-    step, last = checkpoint["global_step"], config.trainer.max_steps
-    if 0 <= last <= step:
-        raise ValueError(f"ckpt_path={path!r} is at step {step} already: give trainer.max_steps above it, not {last}.")
-    epochs, last = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"], config.trainer.max_epochs
-    if 0 <= last <= epochs:
-        raise ValueError(
-            f"ckpt_path={path!r} is of {epochs} epoch(s) already: give trainer.max_epochs above it, not {last}."
-        )
-
-
-@dataclass(frozen=True)
-class _Made:
-    """What this command made, so that no more than that is removed if it comes to nothing."""
-
-    directory: Path
-    parents: list[Path]
-    before: set[Path]
-
-
-_made: _Made | None = None
+_directory: SweepDirectory | None = None
 # Where the runs are trained, if not here.
 _workers: Workers | None = None
 # The processes of which each trains every run, from one on.
@@ -334,7 +240,7 @@ _first_job = 0
 def _start_workers(config: DictConfig) -> Workers | None:
     one_process = _ranks is None and config.trainer.devices == config.trainer.num_nodes == 1
     at_most = config.n_jobs or (available_cores() if one_process else 1)
-    number = min(at_most, len(_runs(config)))
+    number = min(at_most, len(runs(config)))
     return Workers(number) if number > 1 else None
 
 
@@ -343,143 +249,6 @@ def _wait(workers: Workers) -> None:
         workers.wait()
     except BrokenProcessPool:
         sys.exit("A run's process was killed, perhaps for want of memory: give a smaller n_jobs, and resume=true.")
-
-
-def _unfinished(config: DictConfig, directory: Path) -> list[Path]:
-    """The directories that runs asked for have left there without having finished.
-
-    Raises:
-        ValueError: If a run that has finished had another configuration than it would have now, or if the checkpoint
-            to train from is one of what did not finish.
-    """
-    loader = GlobalHydra.instance().config_loader()
-    found = []
-    for number, overrides in enumerate(_runs(config)):
-        run = loader.load_sweep_config(config, overrides)
-        with open_dict(run):
-            run.hydra.job.num = number
-        path = directory / run.hydra.sweep.subdir
-        if (path / _FINISHED).exists():
-            _check_unchanged(path, run)
-        elif _is_run(path) and directory in path.resolve().parents:
-            if run.ckpt_path is not None and path.resolve() in Path(run.ckpt_path).resolve().parents:
-                raise ValueError(
-                    f"ckpt_path={run.ckpt_path!r} is of a run that resume=true begins again: copy it first."
-                )
-            found.append(path)
-    return found
-
-
-def _is_run(path: Path) -> bool:
-    return (path / ".hydra").is_dir() or any(path.glob("events.out.tfevents.*"))
-
-
-def _check_unchanged(path: Path, config: DictConfig) -> None:
-    record = path / ".hydra" / "config.yaml"
-    before = _settings(OmegaConf.load(record)) if record.is_file() else {}
-    # Through YAML, as what it is compared with.
-    now = _settings(OmegaConf.create(OmegaConf.to_yaml(config)))
-    changes = [
-        f"{key}={before.get(key, 'absent')}, not {now.get(key, 'absent')}"
-        for key in dict.fromkeys([*before, *now])
-        if before.get(key, "absent") != now.get(key, "absent")
-    ]
-    if changes:
-        more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
-        raise ValueError(
-            f"resume=true is not possible: {str(path)!r} finished with {'; '.join(changes[:3])}{more}. "
-            "Give what it was trained with, or another output_dir."
-        )
-
-
-def _settings(config: Any) -> dict[str, Any]:
-    """What decides a run's results, by dotted key, interpolations as they are written."""
-    contents: Any = OmegaConf.to_container(config)
-    return dict(_leaves("", {key: value for key, value in contents.items() if key not in (*_SAME_RESULTS, "hydra")}))
-
-
-def _leaves(prefix: str, contents: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    for key, value in contents.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(f"{prefix}{key}.", value)
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _resolve_finished(directory: str, subdirectory: str) -> str | None:
-    """Hydra's ``output_subdir`` in a resumed sweep: it records no configuration for a run that it does not repeat."""
-    return None if (Path(directory) / subdirectory / _FINISHED).exists() else ".hydra"
-
-
-def _make_directory(config: DictConfig) -> None:
-    global _made
-    directory = Path(config.hydra.sweep.dir).resolve()
-    overrides = [*config.hydra.overrides.task, *_own_overrides(config)]
-    given = any(override.startswith(("output_dir=", "hydra.sweep.dir=")) for override in overrides)
-    if config.resume and not given:
-        raise ValueError("resume=true needs to know which sweep: give its directory, output_dir=PATH.")
-    if given and not config.resume and any(directory.glob("*/events.out.tfevents.*")):
-        raise ValueError(
-            f"output_dir={str(directory)!r} holds runs already: give another, remove them, "
-            "or give resume=true, which trains only what has not finished."
-        )
-    unfinished = _unfinished(config, directory) if config.resume else []
-    parents = [path for path in (directory, *directory.parents) if not path.exists()]
-    try:
-        if given:
-            directory.mkdir(parents=True, exist_ok=True)
-        else:
-            directory = _make_exclusively(directory)
-            parents = [directory, *parents[1:]]
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        reason = f"output_dir={str(directory)!r} cannot be written ({error.strerror}): give another, output_dir=PATH."
-        raise ValueError(reason) from error
-    # From the start: what a run wrote after its last checkpoint would otherwise be there twice.
-    for path in unfinished:
-        shutil.rmtree(path)
-    if config.resume:
-        OmegaConf.register_new_resolver("bnlightning.record", _resolve_finished, replace=True)
-        _override_for_runs(
-            config, "hydra.output_subdir", "'${bnlightning.record:${hydra.sweep.dir},${hydra.sweep.subdir}}'"
-        )
-    _made = _Made(directory, parents, set(directory.iterdir()))
-    os.environ[_OUTPUT_DIR] = str(directory)
-    with open_dict(config):
-        config.hydra.sweep.dir = str(directory)
-
-
-def _make_exclusively(directory: Path) -> Path:
-    """A directory of this name, or with a number behind it if another command made one in the same second."""
-    number = 1
-    candidate = directory
-    while True:
-        try:
-            candidate.mkdir(parents=True)
-            return candidate
-        except FileExistsError:
-            number += 1
-            candidate = directory.with_name(f"{directory.name}_{number}")
-
-
-def _subdirectory(config: DictConfig) -> str:
-    """A run's directory, in terms of its own configuration: the normalisation and whatever else is swept."""
-    swept = [o for o in _overrides(config) if o.is_sweep_override() and o.key_or_group != "model.norm"]
-    last = [override.key_or_group.split(".")[-1] for override in swept]
-    parts = ["${oc.select:model.norm,run}"]
-    for override, short in zip(swept, last, strict=True):
-        key = override.key_or_group
-        label = short if last.count(short) == 1 else key
-        values = list(override.sweep_string_iterator())
-        if GlobalHydra.instance().config_loader().get_group_options(key):
-            parts.append(f"{label}-${{hydra.runtime.choices.{key}}}")
-        elif all(re.fullmatch(r"[\w.+-]{1,60}", value) for value in values):
-            parts.append(f"{label}-${{{key}}}")
-        elif "job-${hydra.job.num}" not in parts:
-            # Values that make no name, such as lists and paths.
-            parts.append("job-${hydra.job.num}")
-    return "_".join(parts)
 
 
 def _message(error: Exception) -> str:
@@ -496,23 +265,6 @@ def _message(error: Exception) -> str:
     return str(error)
 
 
-def _discard() -> None:
-    """Remove what Hydra wrote for runs of which none has begun to write: its files, then directories left empty."""
-    if _made is None or any(_made.directory.rglob("events.out.tfevents.*")):
-        return
-    with suppress(OSError):
-        for path in set(_made.directory.iterdir()) - _made.before:
-            if path.name == "multirun.yaml":
-                path.unlink()
-                continue
-            for name in ("config.yaml", "hydra.yaml", "overrides.yaml"):
-                (path / ".hydra" / name).unlink(missing_ok=True)
-            (path / ".hydra").rmdir()
-            path.rmdir()
-        for path in _made.parents:
-            path.rmdir()
-
-
 def _reason(error: Exception) -> str:
     said = f"{type(error).__name__}: {_message(error)}"
     return _LOST if re.search("by peer|remote process", said) else said
@@ -525,7 +277,7 @@ def _application(config: DictConfig) -> None:
     settings = HydraConfig.get()
     if settings.job.num < _first_job:
         return
-    if config.resume and (Path(settings.runtime.output_dir) / _FINISHED).exists():
+    if config.resume and is_finished(Path(settings.runtime.output_dir)):
         if _ranks is None or _ranks.rank == 0:
             print(f"Finished already: {settings.sweep.subdir}", flush=True)
         return
@@ -652,15 +404,15 @@ def _end(stop: SystemExit | KeyboardInterrupt) -> None:
     failed = bool(stop.code)
     if failed and _workers is not None:
         _workers.stop()
-    if failed and _made is not None:
-        _discard()
+    if failed and _directory is not None:
+        _directory.discard()
         _say_what_remains()
     raise stop
 
 
 def _say_what_remains() -> None:
-    if _made is not None and any(_made.directory.glob("*/events.out.tfevents.*")):
-        directory = shlex.quote(str(_made.directory))
+    if _directory is not None and _directory.holds_runs:
+        directory = shlex.quote(str(_directory.path))
         print(f"Stopped. What was trained so far: python -m bnlightning.compare {directory}", file=sys.stderr)
         print(
             f"To train the rest: the same command with resume=true output_dir={directory}", file=sys.stderr, flush=True
