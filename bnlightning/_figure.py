@@ -1,5 +1,6 @@
 """The figure of a comparison: costs, fits, and how the values of every layer are distributed over the steps."""
 
+import re
 from collections.abc import Mapping, Sequence
 from textwrap import fill
 from typing import Any
@@ -37,7 +38,7 @@ _STYLES = {
     "custom": ("#08306b", "solid"),
     "torch": ("#41ab5d", (0, (1, 1))),
 }
-_OTHER_COLORS = ("#6a51a3", "#525252", "#a63603", "#0868ac", "#238b45", "#ce1256")
+_OTHER_COLORS = ("#6a51a3", "#525252", "#a63603", "#0868ac", "#238b45", "#ce1256", "#b8860b", "#17becf")
 _OTHER_LINES = ("solid", (0, (5, 2)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (3, 1, 1, 1, 1, 1)))
 _MEANINGS = {
     "none": "without normalisation",
@@ -62,7 +63,7 @@ def draw(variants: Variants, metric: str, title: str, notes: Sequence[str]) -> F
     texts = [fill(note, 165) for note in notes]
     lines = sum(text.count("\n") + 1 for text in texts)
     tests = [1.2 + 0.27 * len(results)] if results else []
-    legend = 0.55 + 0.24 * (len(variants) + 1)
+    legend = 0.55 + 0.24 * (len(variants) + 1 + bool(_shared_beginning(variants)))
     fitted = {name: runs[0].predictions[-1] for name, runs in variants.items() if runs[0].predictions}
     # Two evaluations are no curve, where there are other results to show.
     evaluations = max(len(curves(runs, metric)[0]) for runs in variants.values())
@@ -96,6 +97,14 @@ def in_words(metric: str) -> str:
     """A metric as one says it: of ``val/acc`` the validation accuracy."""
     group, _, name = metric.rpartition("/")
     return f"{_SETS.get(group, group)} {_WORDS.get(name, name.replace('_', ' '))}".strip()
+
+
+def _shared_beginning(variants: Variants) -> str:
+    """What all names begin with up to the value that tells them apart: ``custom_depth-`` of two depths."""
+    first = next(iter(variants))
+    # The minus sign of an exponent stands behind one letter.
+    beginnings = [first[: match.end()] for match in re.finditer(r"[^\W\d]{2}-", first) if len(variants) > 1]
+    return max((text for text in beginnings if all(name.startswith(text) for name in variants)), key=len, default="")
 
 
 def style(name: str, variants: Variants) -> tuple[str, Any]:
@@ -137,7 +146,8 @@ def _draw_costs(axes: Axes, variants: Variants, metric: str) -> None:
         # A curve of one point would be no line.
         marker = "o" if np.isfinite(median).sum() == 1 else None
         shown = np.where(np.isfinite(median), median, np.nan)
-        axes.plot(steps, shown, color=color, linestyle=line, linewidth=2.2, marker=marker, label=f"{name}{outcome}")
+        label = f"{name.removeprefix(_shared_beginning(variants))}{outcome}"
+        axes.plot(steps, shown, color=color, linestyle=line, linewidth=2.2, marker=marker, label=label)
         if len(costs) > 1:
             bottom = np.where(np.isfinite(lower), lower, low)
             partly = np.isfinite(lower) | np.isfinite(upper)
@@ -160,14 +170,16 @@ def _draw_costs(axes: Axes, variants: Variants, metric: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
     axes.set_ylabel(metric)
     axes.grid(alpha=0.25)
-    _draw_legend(axes)
+    _draw_legend(axes, variants)
 
 
-def _draw_legend(axes: Axes) -> None:
+def _draw_legend(axes: Axes, variants: Variants) -> None:
     """Below the axes, where it hides nothing."""
     axes.legend(
-        loc="upper left", bbox_to_anchor=(-0.02, -0.16), fontsize=11, handlelength=3.5, frameon=False, borderaxespad=0.0
-    )
+        loc="upper left", bbox_to_anchor=(-0.02, -0.16), fontsize=11, handlelength=3.5, frameon=False,
+        borderaxespad=0.0, title=_shared_beginning(variants).removesuffix("-") or None, title_fontsize=11,
+        alignment="left",
+    )  # fmt: skip
 
 
 def _published_lines(variants: Variants, metric: str) -> dict[str, tuple[NDArray[np.int64], NDArray[np.float64]]]:
@@ -243,18 +255,19 @@ def _draw_fits(axes: Axes, variants: Variants, shown: Mapping[str, tuple[int, ND
         color, line = style(name, variants)
         order = np.argsort(points[:, 0], kind="stable")
         x, prediction = points[order, 0], points[order, 2]
+        short = name.removeprefix(_shared_beginning(variants))
         if np.isfinite(prediction).all():
             outside = " (off the axis)" if (prediction < bottom).all() or (prediction > top).all() else ""
-            axes.plot(x, prediction, color=color, linestyle=line, linewidth=2.4, label=name + outside)
+            axes.plot(x, prediction, color=color, linestyle=line, linewidth=2.4, label=short + outside)
         else:
-            axes.plot([], [], "x", color=color, mew=3, markersize=9, label=f"{name}: prediction is NaN")
+            axes.plot([], [], "x", color=color, mew=3, markersize=9, label=f"{short}: prediction is NaN")
     step = max(step for step, _ in shown.values())
     axes.set_title(
         f"Data and fit after {step} step{'s' if step != 1 else ''}{_which_seed(variants)}", fontsize=11, loc="left"
     )
     axes.set_xlabel("x")
     axes.set_ylabel("y")
-    _draw_legend(axes)
+    _draw_legend(axes, variants)
 
 
 def _with_near_fits(

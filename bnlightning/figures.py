@@ -144,8 +144,8 @@ def _draw_results(axes: Axes, results: _Results, high: float, label: str, look: 
     for value, result in zip(x[shown > high], shown[shown > high], strict=True):
         axes.plot([value], [0.975], "^", color=color, markersize=9, transform=axes.get_xaxis_transform())
         axes.annotate(
-            f"{result:.1g}", (value, 0.975), xycoords=axes.get_xaxis_transform(), xytext=(8, 0), color=color,
-            textcoords="offset points", fontsize=9, va="center",
+            f"{result:.1g}", (value, 0.975), xycoords=axes.get_xaxis_transform(), xytext=(0, -8), color=color,
+            textcoords="offset points", fontsize=9, ha="center", va="top",
         )  # fmt: skip
 
 

@@ -120,6 +120,30 @@ def test_the_figure_shows_the_runs_numbers(finished):
     assert any("a note" in text.get_text() for text in drawn.texts)
 
 
+@pytest.mark.parametrize(
+    ("names", "title", "labels"),
+    [
+        (["custom_rate-1e-3", "custom_rate-1e-4"], "custom_rate", ["1e-3", "1e-4"]),
+        (["custom_a-x_rate-1", "custom_a-x_rate-2"], "custom_a-x_rate", ["1", "2"]),
+        (["custom_rate-1", "none_rate-1"], "", ["custom_rate-1", "none_rate-1"]),
+        (["custom_rate-1"], "", ["custom_rate-1"]),
+    ],
+)
+def test_the_legend_names_what_tells_variants_apart(names, title, labels, finished):
+    runs = [read_run(finished / "custom_seed-1", finished)]
+    costs, fits = figure.draw(dict.fromkeys(names, runs), "val/loss", "title", []).axes[:2]
+    for legend, also in ((costs.get_legend(), []), (fits.get_legend(), ["data"])):
+        assert legend.get_title().get_text() == title
+        assert [text.get_text() for text in legend.get_texts()] == [*also, *labels]
+
+
+def test_many_variants_are_drawn_differently():
+    variants = {f"custom_rate-{rate}": [] for rate in range(8)}
+    colors = {figure.style(name, variants)[0] for name in variants}
+    own = {figure.style(name, variants)[0] for name in ("none", "custom", "torch")}
+    assert len(colors | own) == 11
+
+
 def test_a_variant_that_diverged_is_marked_where_it_did(finished):
     diverged = [read_run(finished / "none_seed-2", finished)]
     costs = figure.draw({"none": diverged}, "val/loss", "title", []).axes[0]

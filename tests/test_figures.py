@@ -135,7 +135,11 @@ def test_a_result_beyond_the_axes_is_told(tmp_path):
     (axes,) = draw_parameter(read_variants(tmp_path), "val/loss", "", [], parameter="rate").axes
     assert axes.get_ylim()[1] < 100
     assert [line.get_xdata()[0] for line in axes.get_lines() if line.get_marker() == "^"] == [3.0]
-    assert "1e+09" in [text.get_text() for text in axes.texts]
+    (told,) = [text for text in axes.texts if text.get_text() == "1e+09"]
+    # Also beside the last value, where the legend begins.
+    axes.figure.draw_without_rendering()
+    box, inside = told.get_window_extent(), axes.get_window_extent()
+    assert inside.x0 < box.x0 and box.x1 < inside.x1 and inside.y0 < box.y0 and box.y1 < inside.y1
 
 
 def test_zero_has_a_place_on_the_axis(tmp_path):
