@@ -1,5 +1,6 @@
 import os
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,3 +114,11 @@ def write_mnist(
         header = [0x800 + array.ndim, *array.shape]
         (raw / name).write_bytes(b"".join(number.to_bytes(4, "big") for number in header) + array.tobytes())
     return arrays
+
+
+def wait_for_files(process, directory, pattern, number=1):
+    """The files below a directory that a running process makes, as soon as there are so many."""
+    while len(found := sorted(directory.glob(pattern))) < number:
+        assert process.poll() is None
+        time.sleep(0.05)
+    return found

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import read_events, scalar, write_mnist
+from helpers import read_events, scalar, wait_for_files, write_mnist
 
 from bnlightning import CONF_DIR
 from bnlightning._runs import find_runs
@@ -195,13 +195,11 @@ def test_when_a_process_is_killed_all_are_gone_within_a_minute(rank, tmp_path):
     process = start(
         tmp_path, *TRAIN, *FAILING_SWEEP, "output_dir=out", environment={"RANK_TO_FAIL": str(rank), "KILL": "1"}
     )
-    while not (directory := next(tmp_path.glob("out/custom_depth-2/events*"), None)):
-        assert process.poll() is None
-        time.sleep(0.1)
+    (written,) = wait_for_files(process, tmp_path, "out/custom_depth-2/events*")
     status, output, errors = finish(process, 60)
     assert status != 0 and output == "Training custom_depth-2 on 1 thread\n"
     assert "another rank's process or its connection has gone" in errors
-    assert 0 in scalar(read_events(directory.parent), "val/loss")
+    assert 0 in scalar(read_events(written.parent), "val/loss")
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -213,9 +211,7 @@ def test_sigterm_leaves_a_checkpoint_that_resumes_to_the_same_numbers(processes,
         return start(tmp_path, *TRAIN, *options, f"trainer.max_steps={steps}", *more)
 
     process = command(100000, "output_dir=part")
-    while not list(tmp_path.glob("part/custom/checkpoints/last.ckpt")):
-        assert process.poll() is None
-        time.sleep(0.05)
+    wait_for_files(process, tmp_path, "part/custom/checkpoints/last.ckpt")
     os.kill(process.pid, signal.SIGTERM)
     status, _, errors = finish(process, 60)
     assert status == 1 and "Traceback" not in errors
@@ -239,9 +235,7 @@ def test_sigterm_leaves_a_checkpoint_that_resumes_to_the_same_numbers(processes,
 
 def test_ctrl_c_ends_all_processes_with_a_word_on_what_there_is(tmp_path):
     process = start(tmp_path, *TRAIN, "trainer=ddp_cpu", "trainer.max_steps=100000", "output_dir=out")
-    while not list(tmp_path.glob("out/custom/checkpoints/last.ckpt")):
-        assert process.poll() is None
-        time.sleep(0.05)
+    wait_for_files(process, tmp_path, "out/custom/checkpoints/last.ckpt")
     # As a terminal does.
     os.killpg(process.pid, signal.SIGINT)
     status, _, errors = finish(process, 60)

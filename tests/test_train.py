@@ -15,7 +15,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from helpers import read_events, scalar
+from helpers import read_events, scalar, wait_for_files
 from omegaconf import OmegaConf
 
 from bnlightning import CONF_DIR
@@ -338,23 +338,11 @@ def test_two_commands_in_the_same_second_stay_apart(tmp_path):
 
 @pytest.mark.slow
 def test_an_interrupted_sweep_says_where_the_finished_runs_are(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "bnlightning.train",
-        "+experiment=tanh",
-        "trainer.max_steps=1500",
-        "output_dir=out",
-    ]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, env={**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    process = start(tmp_path, "+experiment=tanh", "trainer.max_steps=1500", "output_dir=out")
     assert process.stdout.readline() == "Training custom on 1 thread\n"
     assert process.stdout.readline() == "Training none on 1 thread\n"
     # The line comes just before the run begins to write.
-    while not list(tmp_path.glob("out/none/events.out.tfevents.*")):
-        time.sleep(0.05)
+    wait_for_files(process, tmp_path, "out/none/events.out.tfevents.*")
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0 and "Traceback" not in errors
@@ -495,9 +483,7 @@ def test_interrupted_parallel_runs_all_stop(tmp_path):
         tmp_path, "seed=1,2,3", "n_jobs=2", "trainer.max_steps=100000", "output_dir=out", start_new_session=True
     )
     # In the midst of training: an epoch is over.
-    while len(list(tmp_path.glob("out/*/checkpoints/last.ckpt"))) < 2:
-        assert process.poll() is None
-        time.sleep(0.05)
+    wait_for_files(process, tmp_path, "out/*/checkpoints/last.ckpt", 2)
     # As a terminal does.
     os.killpg(process.pid, signal.SIGINT)
     output, errors = process.communicate(timeout=60)
