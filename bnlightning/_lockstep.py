@@ -75,7 +75,11 @@ class Ranks:
 
     @classmethod
     def started_by_others(cls) -> "Ranks | None":
-        """This process among those that torchrun, srun or Lightning's launcher has started; ``None`` if it is alone."""
+        """This process among those that torchrun, srun or Lightning's launcher has started; ``None`` if it is alone.
+
+        Raises:
+            ValueError: If torchrun's agent has no store that its processes can use.
+        """
         if _VARIABLE in os.environ:
             host, _, port = os.environ[_VARIABLE].rpartition(":")
             return cls(host, int(port), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"]))
@@ -84,14 +88,21 @@ class Ranks:
             rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
             if world_size == 1:
                 return None
+            if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+                raise ValueError(
+                    "torchrun without a store of its agent's is not possible: give it --rdzv-backend=static or c10d, "
+                    "and do not set TORCH_DISABLE_SHARE_RDZV_TCP_STORE."
+                )
             # The agent's store, which outlives its processes; what an earlier start of them left there is not theirs.
             prefix = f"bnlightning/{environment['TORCHELASTIC_RUN_ID']}/{environment['TORCHELASTIC_RESTART_COUNT']}"
             return cls(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), rank, world_size, prefix=prefix)
         if SLURMEnvironment.detect() and int(os.environ["SLURM_NTASKS"]) > 1:
             slurm = SLURMEnvironment(auto_requeue=False)
             rank = slurm.global_rank()
-            # Beside the port of the process group.
-            return cls(slurm.main_address, slurm.main_port + 1, rank, slurm.world_size(), serves=rank == 0)
+            # Lightning's port of the process group is between 15000 and 24999, by the job's number; above are those
+            # that no system gives to others.
+            own_port = 25000 + slurm.main_port % 7500
+            return cls(slurm.main_address, own_port, rank, slurm.world_size(), serves=rank == 0)
         return None
 
     @classmethod

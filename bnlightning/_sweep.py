@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import hydra
@@ -50,7 +51,15 @@ def own_overrides(config: DictConfig) -> list[str]:
 
 
 def check_runs(config: DictConfig) -> None:
-    """Instantiate each configuration's model and data before anything is written; seeds make no difference."""
+    """Instantiate each configuration's model and data before anything is written; seeds make no difference.
+
+    Raises:
+        ValueError: If something is not possible.
+    """
+    for override in _overrides(config):
+        values = list(override.sweep_string_iterator()) if override.is_sweep_override() else []
+        if len(set(values)) < len(values):
+            raise ValueError(f"{override.input_line} would train the same run twice: give each value once.")
     for run in runs(config, with_seeds=False):
         _check_run(hydra.compose(config.hydra.job.config_name, overrides=run))
 
@@ -61,6 +70,11 @@ def _check_run(config: DictConfig) -> None:
         check_integer("num_threads", config.num_threads, at_least=1)
     if config.n_jobs is not None:
         check_integer("n_jobs", config.n_jobs, at_least=1)
+    if not isinstance(config.resume, bool):
+        raise ValueError(f"resume={config.resume!r} is not possible: give true or false.")
+    for name in ("max_steps", "max_epochs"):
+        if config.trainer.get(name) is not None:
+            check_integer(f"trainer.{name}", config.trainer[name], at_least=-1)
     model = instantiate(config.model, _convert_="all")
     data = instantiate(config.data, _convert_="all")
     # What is to be downloaded, once for all runs, or the message that it cannot be.
@@ -79,14 +93,19 @@ def _check_checkpoint(config: DictConfig, model: lightning.LightningModule) -> N
         )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=False)
-        model.load_state_dict(checkpoint["state_dict"])
+        weights, step = checkpoint["state_dict"], checkpoint["global_step"]
     except Exception as error:
-        reason = str(error).strip().splitlines()
         raise ValueError(
-            f"ckpt_path={path!r} does not fit the model ({' '.join(reason[:2])}): give a checkpoint of this model, "
-            f"or the checkpoint's own arguments (norm={config.model.get('norm')!r} now)."
+            f"ckpt_path={path!r} is no checkpoint of Lightning's, or a damaged one ({_short(error)}): give another."
         ) from error
-    step, last = checkpoint["global_step"], config.trainer.max_steps
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(
+            f"ckpt_path={path!r} does not fit the model with norm={config.model.get('norm')!r}: give a checkpoint of "
+            f"this model, or the checkpoint's own arguments, such as model.norm=custom ({_short(error)})."
+        ) from error
+    last = config.trainer.max_steps
     if 0 <= last <= step:
         raise ValueError(f"ckpt_path={path!r} is at step {step} already: give trainer.max_steps above it, not {last}.")
     epochs, last = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"], config.trainer.max_epochs
@@ -94,6 +113,10 @@ def _check_checkpoint(config: DictConfig, model: lightning.LightningModule) -> N
         raise ValueError(
             f"ckpt_path={path!r} is of {epochs} epoch(s) already: give trainer.max_epochs above it, not {last}."
         )
+
+
+def _short(error: Exception) -> str:
+    return shorten(str(error), 200, placeholder=" ...") or type(error).__name__
 
 
 def subdirectory(config: DictConfig) -> str:

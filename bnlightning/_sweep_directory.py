@@ -151,6 +151,8 @@ def make_directory(config: DictConfig) -> SweepDirectory:
             "or give resume=true, which trains only what has not finished."
         )
     unfinished = _unfinished(config, directory) if config.resume else []
+    if config.resume and not any(directory.glob(f"*/{_EVENTS}")):
+        print(f"Nothing to resume in {directory}: all runs are trained.", flush=True)
     directory, made = _made(directory, given)
     # From the start: what a run wrote after its last checkpoint would otherwise be there twice.
     for path in unfinished:

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -14,6 +15,7 @@ import warnings
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import hydra
@@ -42,6 +44,8 @@ from bnlightning.compare import Draw, compare_sweep
 
 # What rank 0 made of the clock, for the configuration of each run.
 _OUTPUT_DIR = "BNLIGHTNING_OUTPUT_DIR"
+# torch's own choice, or a worker's.
+_NUM_THREADS = torch.get_num_threads()
 # What is wrong with what the user gave, said in one message.
 _REFUSALS = (InstantiationException, ValueError, MisconfigurationException)
 # What a rank says when another one has gone without a word.
@@ -58,16 +62,16 @@ def train(config: DictConfig, *, in_parallel: bool = False) -> None:
         in_parallel: Whether others are trained at the same time, whose progress bars would overwrite this one's.
 
     Raises:
-        ValueError: If the trainer has several devices and others are trained at the same time, or if it has not as many
-            processes as there are.
+        ValueError: If something of the configuration is not possible, such as several devices while others are trained
+            at the same time, or another number of processes than there are.
+        RuntimeError: In the place of a ``ValueError`` once a batch has been taken: no fault of the configuration.
     """
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
+    torch.set_num_threads(config.num_threads or _NUM_THREADS)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     model = instantiate(config.model, _convert_="all")
     data = instantiate(config.data, _convert_="all")
-    evaluation = _LastEvaluation()
-    callbacks = [*instantiate(config.callbacks, _convert_="all").values(), evaluation]
+    progress = _Progress()
+    callbacks = [*instantiate(config.callbacks, _convert_="all").values(), progress]
     trainer = instantiate(config.trainer, _convert_="all", callbacks=callbacks)
     _join(trainer, in_parallel)
     if in_parallel and trainer.progress_bar_callback is not None:
@@ -75,19 +79,32 @@ def train(config: DictConfig, *, in_parallel: bool = False) -> None:
     if trainer.is_global_zero:
         threads = torch.get_num_threads()
         print(f"Training {HydraConfig.get().sweep.subdir} on {threads} thread{'s' * (threads > 1)}", flush=True)
+    try:
+        _evaluate_and_fit(trainer, model, data, config.ckpt_path, progress)
+    except ValueError as error:
+        if progress.has_begun:
+            raise RuntimeError(f"{type(error).__name__} amid the run: {error}") from error
+        raise
+
+
+def _evaluate_and_fit(
+    trainer: lightning.Trainer,
+    model: lightning.LightningModule,
+    data: lightning.LightningDataModule,
+    ckpt_path: str | None,
+    progress: "_Progress",
+) -> None:
     evaluates = is_overridden("validation_step", model)
     # What the network does before its first step belongs to the story; a resumed run has told it already.
-    if evaluates and config.ckpt_path is None:
+    if evaluates and ckpt_path is None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Evaluation with running statistics that no batch has updated")
             trainer.validate(model, data, verbose=False)
-    trainer.fit(model, data, ckpt_path=config.ckpt_path)
-    if evaluates and evaluation.step != trainer.global_step:
+    trainer.fit(model, data, ckpt_path=ckpt_path)
+    if evaluates and progress.evaluated_at != trainer.global_step:
         trainer.validate(model, data, verbose=False)
     if is_overridden("test_step", model):
         trainer.test(model, data, verbose=False)
-    if trainer.is_global_zero:
-        mark_finished(Path(HydraConfig.get().runtime.output_dir))
 
 
 def _join(trainer: lightning.Trainer, in_parallel: bool) -> None:
@@ -102,9 +119,15 @@ def _join(trainer: lightning.Trainer, in_parallel: bool) -> None:
         )
     if _ranks is not None or number == 1 or not isinstance(strategy, ParallelStrategy):
         return
-    # Others than Lightning's launcher have started them all.
-    if strategy.cluster_environment is None or strategy.cluster_environment.creates_processes_externally:
+    environment = strategy.cluster_environment
+    if environment is None:
         return
+    if environment.creates_processes_externally:
+        raise ValueError(
+            f"{number} processes that something else has started are not possible (LOCAL_RANK="
+            f"{os.environ.get('LOCAL_RANK')}, {type(environment).__name__}): start them by torchrun, by srun or, "
+            "without these variables, by this command alone."
+        )
     if in_parallel:
         # Lightning starts the other ranks by repeating this process's command, which is not the user's.
         raise ValueError(f"n_jobs above 1 is not possible with {number} devices a run: give n_jobs=1.")
@@ -150,11 +173,29 @@ class RunLogger(TensorBoardLogger):
             self.save()
 
 
-class _LastEvaluation(lightning.Callback):
-    step: int | None = None
+class _Progress(lightning.Callback):
+    """How far a run has come."""
+
+    has_begun = False
+    evaluated_at: int | None = None
+
+    def on_validation_batch_start(self, *_: Any) -> None:
+        self._begin()
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self._begin()
+
+    def on_test_batch_start(self, *_: Any) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
+        self.has_begun = True
+        # An exception that a signal's handler raises is lost where the interpreter collects garbage.
+        if _interrupted:
+            raise KeyboardInterrupt
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self.step = trainer.global_step
+        self.evaluated_at = trainer.global_step
 
 
 class CompareRuns(Callback):
@@ -235,6 +276,7 @@ _workers: Workers | None = None
 # The processes of which each trains every run, from one on.
 _ranks: Ranks | None = None
 _first_job = 0
+_interrupted = False
 
 
 def _start_workers(config: DictConfig) -> Workers | None:
@@ -277,13 +319,26 @@ def _application(config: DictConfig) -> None:
     settings = HydraConfig.get()
     if settings.job.num < _first_job:
         return
-    if config.resume and is_finished(Path(settings.runtime.output_dir)):
+    # The directory of rank 0, where this one is another.
+    run = Path(os.environ.get(_OUTPUT_DIR, settings.sweep.dir)) / settings.sweep.subdir
+    if config.resume and is_finished(run):
         if _ranks is None or _ranks.rank == 0:
             print(f"Finished already: {settings.sweep.subdir}", flush=True)
         return
     if _workers is not None:
         _workers.submit(_train_in_worker, config, HydraConfig.instance().cfg, os.getcwd())
         return
+    error = _train_in_step(config, settings)
+    if isinstance(error, _REFUSALS):
+        sys.exit(_message(error))
+    if error is not None:
+        raise error
+    if _ranks is None or _ranks.rank == 0:
+        mark_finished(run)
+
+
+def _train_in_step(config: DictConfig, settings: Any) -> Exception | None:
+    """Train with the other ranks, if there are any; what this one or, on rank 0, another one failed in."""
     if _ranks is not None:
         _ranks.begin(settings.job.num)
     error: Exception | None = None
@@ -291,12 +346,8 @@ def _application(config: DictConfig) -> None:
         train(config, in_parallel=not settings.launcher._target_.endswith(".BasicLauncher"))
     except Exception as own:
         error = _told_of_full_disk(own)
-    if _ranks is not None:
-        error = _agree(_ranks, settings, error)
-    if isinstance(error, _REFUSALS):
-        sys.exit(_message(error))
-    if error is not None:
-        raise error
+    # Lightning's launcher may have started the others only now.
+    return error if _ranks is None else _agree(_ranks, settings, error)
 
 
 def _full_disk(error: BaseException | None) -> OSError | None:
@@ -328,13 +379,15 @@ def _agree(ranks: Ranks, settings: Any, error: Exception | None) -> Exception | 
         if error is not None:
             refused = isinstance(error, _REFUSALS)
             own = Failure(ranks.rank, _message(error) if refused else _reason(error), refused)
+            told = "".join(traceback.format_exception(error))
+            _forget_frames(error)
             # At once, since what ends the other processes may end this one; what was refused, rank 0 says in the end.
             if ranks.fail(own) == own and not own.refused:
                 print(f"{settings.sweep.subdir}: {own}", file=sys.stderr, flush=True)
                 if own.reason == _LOST:
                     _say_what_remains()
-                elif ranks.rank > 0:
-                    traceback.print_exception(error)
+                else:
+                    print(told, file=sys.stderr, flush=True)
         first = ranks.end(settings.job.num)
     except TimeoutError as missing:
         print(f"{settings.sweep.subdir}: {missing}", file=sys.stderr, flush=True)
@@ -352,6 +405,13 @@ def _agree(ranks: Ranks, settings: Any, error: Exception | None) -> Exception | 
     return ValueError(first.reason) if first.refused else RuntimeError(str(first))
 
 
+def _forget_frames(error: BaseException | None) -> None:
+    """Let go of what a failed run holds: its process group, for which others wait, is not left before."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+
+
 def _train_in_worker(config: DictConfig, hydra_config: Any, directory: str) -> None:
     """Train in a process that Hydra has not set up."""
     _ignore_warnings()
@@ -363,6 +423,7 @@ def _train_in_worker(config: DictConfig, hydra_config: Any, directory: str) -> N
     os.chdir(directory)
     try:
         train(config, in_parallel=True)
+        mark_finished(Path(settings.runtime.output_dir))
     except _REFUSALS as error:
         sys.exit(f"{settings.sweep.subdir}: {_message(error)}")
     except Exception as error:
@@ -380,20 +441,53 @@ def _ignore_warnings() -> None:
 
 def main() -> None:
     """The command line."""
-    global _ranks
+    global _interrupted, _ranks
+    _interrupted = False
     _ignore_warnings()
     threading.excepthook = _excepthook
     # Each command has its own directory, also where one before it in this process or shell left its.
     os.environ.pop(_OUTPUT_DIR, None)
-    _ranks = Ranks.started_by_others()
+    try:
+        _ranks = Ranks.started_by_others()
+    except ValueError as error:
+        sys.exit(str(error))
+    before = _answer_signals()
     try:
         _application()
     except (SystemExit, KeyboardInterrupt) as stop:
         _end(stop)
+    except Exception:
+        # As it is with Hydra's HYDRA_FULL_ERROR.
+        _clear_up()
+        raise
     finally:
         os.environ.pop(_OUTPUT_DIR, None)
         if _ranks is not None:
             _ranks.close()
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _answer_signals() -> dict[int, Any]:
+    """Have signals end this command, and return what answered them before; nothing where they are to be ignored."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    before: dict[int, Any] = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    if before[signal.SIGINT] is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
+    # One that waits for others in torch would not hear it.
+    if _ranks is None and before[signal.SIGTERM] is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _interrupt)
+    return before
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    """Ctrl-C, and SIGTERM outside of what a callback answers: by an exception, so that nothing is left behind."""
+    global _interrupted
+    _interrupted = True
+    if signum == signal.SIGTERM:
+        signal.signal(signum, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _end(stop: SystemExit | KeyboardInterrupt) -> None:
@@ -401,13 +495,17 @@ def _end(stop: SystemExit | KeyboardInterrupt) -> None:
     # Lightning's answer to SIGTERM has no exit status; rank 0's is that of all.
     if isinstance(stop, KeyboardInterrupt | SIGTERMException):
         stop = SystemExit(1 if _ranks is None or _ranks.rank == 0 else 0)
-    failed = bool(stop.code)
-    if failed and _workers is not None:
+    if stop.code:
+        _clear_up()
+    raise stop
+
+
+def _clear_up() -> None:
+    if _workers is not None:
         _workers.stop()
-    if failed and _directory is not None:
+    if _directory is not None:
         _directory.discard()
         _say_what_remains()
-    raise stop
 
 
 def _say_what_remains() -> None:

@@ -14,29 +14,62 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import read_events, scalar, wait_for_files, write_mnist
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from bnlightning import CONF_DIR
+from bnlightning._lockstep import Ranks
 from bnlightning._runs import find_runs
 
 pytestmark = pytest.mark.slow
 
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node")
 TRAIN = ("-m", "bnlightning.train")
-# Fails on one rank in the first of two runs, by an exception or by being killed.
+# Fails in the first of two runs on one rank, at one place: by an exception or by a signal to itself.
 FAILING = """
-import os, signal
+import os, signal, time
 from bnlightning import LitRegressor
 
 
 class Failing(LitRegressor):
+    def fail_at(self, place):
+        here = (place, self.trainer.global_rank) == (os.environ["PLACE"], int(os.environ["RANK_TO_FAIL"]))
+        if self.hparams["depth"] != 2 or not here:
+            return
+        if "SIGNAL" not in os.environ:
+            raise {"RuntimeError": RuntimeError, "ValueError": ValueError}[os.environ["ERROR"]]("no more of this")
+        try:
+            os.kill(os.getpid(), int(os.environ["SIGNAL"]))
+            time.sleep(0.1)
+        except KeyboardInterrupt:
+            pass  # As where the interpreter collects garbage.
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == 5:
+            self.fail_at("training step")
+        if self.global_step == self.trainer.max_steps - 1:
+            self.fail_at("last step")
+        return super().training_step(batch, batch_idx)
+
     def on_train_batch_end(self, outputs, batch, batch_idx):
-        rank = self.trainer.global_rank
-        if self.hparams["depth"] == 2 and batch_idx == 5 and rank == int(os.environ["RANK_TO_FAIL"]):
-            if "KILL" in os.environ:
-                os.kill(os.getpid(), signal.SIGKILL)
-            raise RuntimeError("no more of this")
+        if self.global_step == 5:
+            self.fail_at("batch end")
+
+    def validation_step(self, batch, batch_idx):
+        if self.trainer.state.fn == "validate" and self.global_step == 0:
+            self.fail_at("first evaluation")
+        return super().validation_step(batch, batch_idx)
+
+    def on_validation_end(self):
+        super().on_validation_end()
+        if self.trainer.state.fn == "validate" and self.global_step > 0:
+            self.fail_at("end of the last evaluation")
 """
-FAILING_SWEEP = ("model._target_=mine.Failing", "model.depth=2,3", "trainer=ddp_cpu", "trainer.max_steps=10")
+FAILING_SWEEP = ("model._target_=mine.Failing", "model.depth=2,3", "trainer.max_steps=12")
+
+
+def failing(place, rank, error="RuntimeError", **more):
+    """The environment in which it does."""
+    return {"PLACE": place, "RANK_TO_FAIL": str(rank), "ERROR": error} | more
 
 
 def start(tmp_path, *arguments, **options):
@@ -166,16 +199,27 @@ def test_every_experiment_runs_in_two_processes(on_mnist, tmp_path):
     assert others and (tmp_path / "out" / "comparison.png").is_file()
 
 
-@pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
-@pytest.mark.parametrize("rank", [0, 1])
-def test_after_a_failure_on_one_rank_the_others_go_on_with_it(rank, launcher, tmp_path):
+@pytest.mark.parametrize(
+    ("launcher", "rank", "place", "error"),
+    [
+        # In a training step the others wait for it in a collective.
+        ("lightning", 0, "training step", "ValueError"),
+        ("torchrun", 1, "training step", "RuntimeError"),
+        ("torchrun", 0, "batch end", "RuntimeError"),
+        # Rank 0 has done all that there was to do.
+        ("lightning", 1, "end of the last evaluation", "ValueError"),
+    ],
+)
+def test_after_a_failure_on_one_rank_the_others_go_on_with_it(launcher, rank, place, error, tmp_path):
     (tmp_path / "mine.py").write_text(FAILING)
     command = TRAIN if launcher == "lightning" else (*TORCHRUN, "2", *TRAIN)
-    sweep = (*FAILING_SWEEP, "output_dir=out")
-    status, output, errors = finish(start(tmp_path, *command, *sweep, environment={"RANK_TO_FAIL": str(rank)}))
+    sweep = (*FAILING_SWEEP, "trainer=ddp_cpu", "output_dir=out")
+    status, output, errors = finish(start(tmp_path, *command, *sweep, environment=failing(place, rank, error)))
     assert status == 1
-    assert f"custom_depth-2: rank {rank} has failed (RuntimeError: no more of this)\n" in errors
-    assert errors.count("has failed") <= 2 and 'raise RuntimeError("no more of this")' in errors
+    reason = "no more of this" if error == "RuntimeError" else "ValueError amid the run: no more of this"
+    assert f"custom_depth-2: rank {rank} has failed (RuntimeError: {reason})\n" in errors
+    # With the place in the user's own code.
+    assert errors.count("has failed") <= 2 and f'self.fail_at("{place}")' in errors
     assert "To train the rest: the same command with resume=true" in errors
     lines = output.splitlines()
     assert lines == ["Training custom_depth-2 on 1 thread", "Training custom_depth-3 on 1 thread"]
@@ -183,18 +227,50 @@ def test_after_a_failure_on_one_rank_the_others_go_on_with_it(rank, launcher, tm
     # What came after it is what it would have been without.
     alone = tuple(argument for argument in sweep[:-1] if "depth" not in argument)
     status, _, errors = finish(
-        start(tmp_path, *TRAIN, *alone, "model.depth=3", "output_dir=alone", environment={"RANK_TO_FAIL": "-1"})
+        start(tmp_path, *TRAIN, *alone, "model.depth=3", "output_dir=alone", environment=failing(place, -1))
     )
     assert (status, errors) == (0, "")
     assert_same_training(tmp_path / "out" / "custom_depth-3", tmp_path / "alone" / "custom")
+    status, output, errors = finish(start(tmp_path, *command, *sweep, "resume=true", environment=failing(place, -1)))
+    assert (status, errors) == (0, "")
+    assert output.splitlines()[:2] == ["Training custom_depth-2 on 1 thread", "Finished already: custom_depth-3"]
+    assert len(list(tmp_path.glob("out/*/finished"))) == 2
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("place", ["first evaluation", "last step"])
+def test_sigterm_is_answered_wherever_training_is(place, processes, tmp_path):
+    (tmp_path / "mine.py").write_text(FAILING)
+    trainer = "trainer=cpu" if processes == 1 else "trainer=ddp_cpu"
+    environment = failing(place, processes - 1, SIGNAL=str(int(signal.SIGTERM)))
+    status, output, errors = finish(
+        start(tmp_path, *TRAIN, *FAILING_SWEEP, trainer, "output_dir=out", environment=environment), 120
+    )
+    assert status == 1 and "Traceback" not in errors, errors
+    where = "in an evaluation" if place == "first evaluation" else r"after step 12: .*last\.ckpt"
+    assert len(re.findall(rf"^Stopped by SIGTERM {where}$", errors, re.M)) == 1, errors
+    # Neither is it forgotten by the next run, nor the run that it ended taken for a finished one.
+    assert output == "Training custom_depth-2 on 1 thread\n"
+    assert not list(tmp_path.glob("out/*/finished"))
+
+
+def test_ctrl_c_is_heard_where_the_interpreter_swallows_it(tmp_path):
+    (tmp_path / "mine.py").write_text(FAILING)
+    environment = failing("training step", 0, SIGNAL=str(int(signal.SIGINT)))
+    status, output, errors = finish(
+        start(tmp_path, *TRAIN, *FAILING_SWEEP, "output_dir=out", environment=environment), 120
+    )
+    assert status == 1 and "Traceback" not in errors
+    assert output == "Training custom_depth-2 on 1 thread\n" and "To train the rest: the same command" in errors
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_when_a_process_is_killed_all_are_gone_within_a_minute(rank, tmp_path):
     (tmp_path / "mine.py").write_text(FAILING)
     process = start(
-        tmp_path, *TRAIN, *FAILING_SWEEP, "output_dir=out", environment={"RANK_TO_FAIL": str(rank), "KILL": "1"}
-    )
+        tmp_path, *TRAIN, *FAILING_SWEEP, "trainer=ddp_cpu", "output_dir=out",
+        environment=failing("training step", rank, SIGNAL=str(int(signal.SIGKILL))),
+    )  # fmt: skip
     (written,) = wait_for_files(process, tmp_path, "out/custom_depth-2/events*")
     status, output, errors = finish(process, 60)
     assert status != 0 and output == "Training custom_depth-2 on 1 thread\n"
@@ -340,6 +416,59 @@ def test_processes_that_the_trainer_does_not_know_of_are_refused(tmp_path):
         assert status == 1
         assert len(re.findall(message, errors, re.M)) == 1, errors
         assert list(tmp_path.iterdir()) == []
+
+
+def test_processes_that_do_not_find_each_other_are_refused(tmp_path):
+    others = {"LOCAL_RANK": "0", "NODE_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    status, _, errors = finish(
+        start(tmp_path, *TRAIN, "trainer=ddp_cpu", environment=others | {"MASTER_PORT": "29777"}), 60
+    )
+    assert status == 1 and "Traceback" not in errors
+    assert re.search(r"^2 processes that something else has started are not possible \(LOCAL_RANK=0", errors, re.M)
+    # The agent's own port is not to be had then.
+    environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    status, _, errors = finish(start(tmp_path, *TORCHRUN, "2", "--standalone", *TRAIN, environment=environment), 60)
+    assert status == 1 and "torchrun without a store of its agent's is not possible" in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_jobs_of_slurm_on_one_machine_have_ports_of_their_own(monkeypatch):
+    job = {"SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    for key, value in (job | {"SLURM_NODELIST": "127.0.0.1", "SLURM_NTASKS_PER_NODE": "2"}).items():
+        monkeypatch.setenv(key, value)
+    theirs, ours = set(), set()
+    for number in ("20007", "20008", "29999"):
+        monkeypatch.setenv("SLURM_JOB_ID", number)
+        for variable in ("MASTER_ADDR", "MASTER_PORT"):
+            # So that it is put back, too.
+            monkeypatch.setenv(variable, "")
+            monkeypatch.delenv(variable)
+        theirs.add(SLURMEnvironment(auto_requeue=False).main_port)
+        ranks = Ranks.started_by_others()
+        ours.add(int(ranks.address.rpartition(":")[2]))
+        # As after a signal: nobody else comes.
+        ranks.begin(0)
+        ranks.close()
+    assert len(theirs) == len(ours) == 3 and not theirs & ours
+
+
+def test_a_second_command_in_one_process_is_refused(tmp_path):
+    # Lightning's launcher starts the other ranks by the script that called it, from its beginning.
+    (tmp_path / "twice.py").write_text(
+        """import sys
+
+from bnlightning.train import main
+
+for number in (1, 2):
+    sys.argv[1:] = ["trainer=ddp_cpu", "trainer.max_steps=5", "callbacks=bare", f"output_dir=out{number}"]
+    main()
+"""
+    )
+    status, output, errors = finish(start(tmp_path, "twice.py"), 120)
+    assert status == 1 and output.count("Training custom on 1 thread") == 1
+    assert re.search(r"^2 processes that something else has started are not possible \(LOCAL_RANK=0", errors, re.M)
+    assert not list(tmp_path.glob("out2/*/events*"))
+    assert (tmp_path / "out1" / "custom" / "finished").exists()
 
 
 def test_the_documented_commands_are_such(tmp_path):

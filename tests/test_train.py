@@ -470,6 +470,8 @@ def test_a_sweep_is_resumed_only_as_it_was(run_module, tmp_path):
     # Another number of runs is none of the configuration of each.
     (tmp_path / "out" / "custom_seed-3").mkdir()
     (tmp_path / "out" / "custom_seed-3" / "notes.txt").write_text("mine")
+    fresh = run_module("bnlightning.train", "seed=1", "trainer.max_steps=5", "output_dir=new", "resume=true")
+    assert fresh.stdout.startswith(f"Nothing to resume in {tmp_path / 'new'}: all runs are trained.\n")
     result = run_module("bnlightning.train", *sweep, "seed=1,2,3", "resume=true", "n_jobs=2")
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("Finished already: custom_seed-1\n")
@@ -478,14 +480,15 @@ def test_a_sweep_is_resumed_only_as_it_was(run_module, tmp_path):
 
 
 @pytest.mark.slow
-def test_interrupted_parallel_runs_all_stop(tmp_path):
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_parallel_runs_all_stop(signum, tmp_path):
     process = start(
         tmp_path, "seed=1,2,3", "n_jobs=2", "trainer.max_steps=100000", "output_dir=out", start_new_session=True
     )
     # In the midst of training: an epoch is over.
     wait_for_files(process, tmp_path, "out/*/checkpoints/last.ckpt", 2)
-    # As a terminal does.
-    os.killpg(process.pid, signal.SIGINT)
+    # To all, as a terminal does, or to the one that a cluster may know.
+    (os.killpg if signum == signal.SIGINT else os.kill)(process.pid, signum)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 1 and sorted(output.splitlines()) == [
         "Training custom_seed-1 on 1 thread",
@@ -498,6 +501,25 @@ def test_interrupted_parallel_runs_all_stop(tmp_path):
     assert not list(tmp_path.glob("out/*/finished"))
     # What they had in memory is written.
     assert all(scalar(read_events(path.parent), "train/loss") for path in tmp_path.glob("out/*/events.out.tfevents.*"))
+
+
+@pytest.mark.slow
+def test_sigterm_before_the_first_run_leaves_nothing(tmp_path):
+    process = start(tmp_path, "n_jobs=2", "seed=1,2", "output_dir=out")
+    wait_for_files(process, tmp_path, "out/multirun.yaml")
+    process.terminate()
+    assert process.communicate(timeout=60) == ("", "") and process.returncode == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_number_of_threads_is_each_runs_own(run_module, tmp_path):
+    options = ("model.norm=none", "trainer.max_steps=2", "callbacks=bare", "output_dir=out")
+    result = run_module("bnlightning.train", "num_threads=2,null", *options, OMP_NUM_THREADS="1")
+    assert result.stdout.splitlines()[:2] == [
+        "Training none_num_threads-2 on 2 threads",
+        "Training none_num_threads-None on 1 thread",
+    ]
 
 
 @pytest.mark.slow
@@ -595,6 +617,11 @@ def test_two_ranks_give_what_one_process_gives_and_write_the_same_files(run_modu
         (["n_jobs=0"], r"^n_jobs=0 is not possible: give an integer of at least 1\.$"),
         (["seed=-1"], r"^seed=-1 is not possible: give an integer from 0 to 4294967295"),
         (["ckpt_path=missing.ckpt"], r"^ckpt_path='missing.ckpt' is not a file"),
+        (["ckpt_path=a_file"], r"^ckpt_path='a_file' is no checkpoint of Lightning's, or a damaged one \("),
+        (["resume=flase"], r"^resume='flase' is not possible: give true or false\.$"),
+        (["seed=1,2,1"], r"^seed=1,2,1 would train the same run twice: give each value once\.$"),
+        (["trainer.max_epochs=1.5"], r"^trainer\.max_epochs=1\.5 is not possible: give an integer of at least -1\.$"),
+        (["trainer.max_steps=many"], r"^trainer\.max_steps='many' is not possible: give an integer of at least -1\.$"),
         (["trainer.devices=none"], r"devices"),
         pytest.param(
             ["trainer=gpu"],

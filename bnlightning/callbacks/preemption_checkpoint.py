@@ -7,11 +7,12 @@ import threading
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning
 import torch
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from bnlightning.callbacks._ranks import reduce_maxima, world_size
@@ -28,7 +29,8 @@ class PreemptionCheckpoint(Checkpoint):
     saves nothing, and communicates from within the signal's handler, where the ranks are at different places. Here
     the handler sets a flag; the ranks exchange their flags about once a second, in one small collective, and whichever
     rank got the signal, all of them save after the same optimizer step and raise Lightning's ``SIGTERMException``,
-    which ends the program. A signal in the midst of an evaluation counts after the next step.
+    which ends the program. A signal amid an evaluation within a fit counts after the next step; in ``validate`` and
+    ``test`` it ends the program with the next batch or, with several ranks, with the evaluation.
 
     As with Lightning's ``OnExceptionCheckpoint``, a Trainer that has this callback makes no ``ModelCheckpoint`` by
     itself: give one, too, if the training is to leave checkpoints without a signal.
@@ -52,9 +54,7 @@ class PreemptionCheckpoint(Checkpoint):
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         # Not earlier: Lightning's handler, which would come in front of this one, is there from here on. It is
         # Lightning, too, that puts back at the end of the fit what was there before.
-        self._requested = self._stops = False
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._request)
+        self._listen()
         self._step = trainer.global_step
         self._steps_left = self._steps_asked = 1
         self._asked_at = time.monotonic()
@@ -81,10 +81,49 @@ class PreemptionCheckpoint(Checkpoint):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         # What the step before has logged is written by now, and its evaluation, if it was due.
-        if not self._stops:
-            return
+        if self._stops:
+            self._stop(trainer, f"after step {self._step}: {self.path}")
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        # The last step, or one since the ranks last asked.
+        if not self._stops and self._ask(trainer.strategy.root_device):
+            trainer.save_checkpoint(self.path)
+            self._stops = True
+        if self._stops:
+            self._stop(trainer, f"after step {trainer.global_step}: {self.path}")
+
+    def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._listen()
+
+    def on_test_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._listen()
+
+    def on_validation_batch_start(self, trainer: lightning.Trainer, *args: Any, **kwargs: Any) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._leave_evaluation(trainer)
+
+    def on_test_batch_start(self, trainer: lightning.Trainer, *args: Any, **kwargs: Any) -> None:
+        self._leave_evaluation(trainer)
+
+    def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        # A rank that has nothing to evaluate gets no other hook.
+        if stage in ("validate", "test") and self._ask(trainer.strategy.root_device):
+            self._stop(trainer, "in an evaluation")
+
+    def _leave_evaluation(self, trainer: lightning.Trainer) -> None:
+        # Several ranks may have different numbers of batches.
+        if self._requested and world_size() == 1:
+            self._stop(trainer, "in an evaluation")
+
+    def _listen(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._request)
+
+    def _stop(self, trainer: lightning.Trainer, where: str) -> NoReturn:
+        self._requested = self._stops = False
         if trainer.is_global_zero:
-            print(f"Stopped by SIGTERM after step {self._step}: {self.path}", file=sys.stderr, flush=True)
+            print(f"Stopped by SIGTERM {where}", file=sys.stderr, flush=True)
         raise SIGTERMException
 
     def _request(self, signum: int, frame: FrameType | None) -> None:

@@ -66,10 +66,10 @@ class EvaluatedModule(lightning.LightningModule):
                 logger.log_metrics(metrics, step=self.global_step)
 
     def _is_synchronised(self, data: Any) -> bool:
-        """Whether a batch is normalised together with those of other ranks."""
+        """Whether a batch is normalised together with those of other ranks, or may be: no Trainer has the data yet."""
         options = self.hparams.get("norm_options") or {}
         trainer = getattr(data, "trainer", None)
-        several = trainer is not None and trainer.world_size > 1
+        several = trainer is None or trainer.world_size > 1
         return several and self.hparams["norm"] == "custom" and bool(options.get("sync"))
 
     def _is_fitting(self) -> bool:

@@ -1,5 +1,7 @@
 """Ranks train, evaluate and are watched as one process with the whole batch is, however uneven their parts are."""
 
+from contextlib import nullcontext
+
 import lightning
 import pytest
 import torch
@@ -161,3 +163,15 @@ def test_the_configuration_synchronises_by_one_key(model):
     module = instantiate(config.model, _convert_="all")
     layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
     assert layers and all(layer.sync for layer in layers)
+
+
+@pytest.mark.parametrize("sync", [False, True])
+def test_a_batch_of_one_with_sync_is_refused_only_by_a_trainer_of_one_rank(sync):
+    options = {"depth": 1, "width": 4, "norm_options": {"sync": sync}}
+    model, data = LitRegressor(**options), SyntheticRegressionDataModule(num_points=20, batch_size=1)
+    refused = pytest.raises(ValueError, match=r"^batch_size=1 is not possible with norm='custom'")
+    # Before there is a Trainer nobody knows how many ranks there will be.
+    with nullcontext() if sync else refused:
+        model.check_data(data)
+    with refused:
+        quiet_trainer(max_epochs=1).fit(model, data)
