@@ -503,6 +503,11 @@ def _end(stop: SystemExit | KeyboardInterrupt) -> None:
 def _clear_up() -> None:
     if _workers is not None:
         _workers.stop()
+    if "joblib" in sys.modules:
+        # Hydra's launcher leaves them training if this process alone got the signal.
+        from joblib.externals.loky import get_reusable_executor
+
+        get_reusable_executor().shutdown(wait=True, kill_workers=True)
     if _directory is not None:
         _directory.discard()
         _say_what_remains()

@@ -484,6 +484,19 @@ def test_the_documented_commands_are_such(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["conf"]
 
 
+def test_sigterm_leaves_none_of_joblibs_processes(tmp_path):
+    process = start(
+        tmp_path, *TRAIN, "model.depth=2,3", "trainer.max_steps=100000", "hydra/launcher=joblib", "output_dir=out"
+    )
+    written = wait_for_files(process, tmp_path, "out/*/checkpoints/last.ckpt", 2)
+    process.terminate()
+    status, _, errors = finish(process, 60)
+    assert status == 1 and "Traceback" not in errors and "To train the rest: the same command" in errors
+    before = [path.stat().st_mtime_ns for path in written]
+    time.sleep(3)
+    assert before == [path.stat().st_mtime_ns for path in written]
+
+
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
 def test_hydras_launchers_give_the_same_runs(launcher, tmp_path):
     sweep = (*TRAIN, "+experiment=tanh", "model.norm=none,custom", "trainer.max_steps=10")

@@ -211,8 +211,10 @@ class MNISTDataModule(lightning.LightningDataModule):
 
     def _missing_error(self, reason: str) -> ValueError:
         missing = ", ".join(self._missing())
+        given, variable = self.hparams["data_dir"], os.environ.get(_VARIABLE)
+        place = f"{_VARIABLE}={variable!r}" if given is None and variable else f"data_dir={given!r}"
         return ValueError(
-            f"data_dir={self.hparams['data_dir']!r}: {self.directory} lacks {missing}, which {reason}. "
+            f"{place}: {self.directory} lacks {missing}, which {reason}. "
             f"Put them there, or set {_VARIABLE} to a directory that holds {self.hparams['dataset']}/raw."
         )
 

@@ -394,6 +394,14 @@ def test_setup_without_files_tells_which(tmp_path):
         MNISTDataModule(data_dir=tmp_path).setup("fit")
 
 
+def test_a_missing_file_names_what_said_where(tmp_path, monkeypatch):
+    monkeypatch.setenv("BNLIGHTNING_DATA_DIR", str(tmp_path))
+    with pytest.raises(ValueError, match=f"^BNLIGHTNING_DATA_DIR='{tmp_path}': .*MNIST/raw lacks"):
+        MNISTDataModule().setup("fit")
+    with pytest.raises(ValueError, match=r"^data_dir='other': other/MNIST/raw lacks"):
+        MNISTDataModule(data_dir="other").setup("fit")
+
+
 def test_loaders_before_setup_are_refused(tiny_mnist):
     with pytest.raises(RuntimeError, match=r'call prepare_data\(\) and setup\("test"\) first'):
         MNISTDataModule(data_dir=tiny_mnist).test_dataloader()
