@@ -251,7 +251,7 @@ def test_a_checkpoint_can_be_resumed_to_the_same_numbers(run_module, tmp_path):
         first, last = (scalar(read_events(tmp_path / name / "custom"), tag) for name in ("whole", "rest"))
         assert last and last == {step: value for step, value in first.items() if step >= min(last)}
     for arguments, message in (
-        (("model.width=7",), r"^ckpt_path='.*' does not fit the model \(.*size mismatch"),
+        (("model.width=7",), r"^ckpt_path='.*' does not fit the model with norm='custom': .*\(.*size mismatch"),
         (("trainer.max_steps=20",), r"^ckpt_path='.*' is at step 20 already: give trainer.max_steps above it, not 20"),
         (
             ("trainer.max_epochs=1",),
