@@ -99,8 +99,8 @@ class Ranks:
         if SLURMEnvironment.detect() and int(os.environ["SLURM_NTASKS"]) > 1:
             slurm = SLURMEnvironment(auto_requeue=False)
             rank = slurm.global_rank()
-            # Lightning's port of the process group is between 15000 and 24999, by the job's number; above are those
-            # that no system gives to others.
+            # Above those of the process groups, which Lightning takes from 15000 to 24999 by the job's number, and
+            # below those that Linux hands out, from 32768 on.
             own_port = 25000 + slurm.main_port % 7500
             return cls(slurm.main_address, own_port, rank, slurm.world_size(), serves=rank == 0)
         return None

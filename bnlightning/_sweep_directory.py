@@ -37,11 +37,11 @@ class SweepDirectory:
     @property
     def holds_runs(self) -> bool:
         """Whether one has begun to write."""
-        return any(self.path.rglob(_EVENTS))
+        return _holds_runs(self.path)
 
     def discard(self) -> None:
         """Remove what Hydra wrote for runs of which none has begun to write: its files, then directories left empty."""
-        if self.holds_runs:
+        if any(self.path.rglob(_EVENTS)):
             return
         with suppress(OSError):
             for path in set(self.path.iterdir()) - self.before:
@@ -54,6 +54,11 @@ class SweepDirectory:
                 path.rmdir()
             for path in self.made:
                 path.rmdir()
+
+
+def _holds_runs(directory: Path) -> bool:
+    # Not deeper: what is there may be other sweeps.
+    return any(directory.glob(f"*/{_EVENTS}"))
 
 
 def is_finished(run: Path) -> bool:
@@ -145,13 +150,13 @@ def make_directory(config: DictConfig) -> SweepDirectory:
     )
     if config.resume and not given:
         raise ValueError("resume=true needs to know which sweep: give its directory, output_dir=PATH.")
-    if given and not config.resume and any(directory.glob(f"*/{_EVENTS}")):
+    if given and not config.resume and _holds_runs(directory):
         raise ValueError(
             f"output_dir={str(directory)!r} holds runs already: give another, remove them, "
             "or give resume=true, which trains only what has not finished."
         )
     unfinished = _unfinished(config, directory) if config.resume else []
-    if config.resume and not any(directory.glob(f"*/{_EVENTS}")):
+    if config.resume and not _holds_runs(directory):
         print(f"Nothing to resume in {directory}: all runs are trained.", flush=True)
     directory, made = _made(directory, given)
     # From the start: what a run wrote after its last checkpoint would otherwise be there twice.
