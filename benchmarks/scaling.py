@@ -50,16 +50,17 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnlightning import GradientMonitor
-from bnlightning.callbacks import _ranks, activation_monitor, batch_norm_monitor
-from bnlightning.callbacks._batch_norm_rows import BatchNormRows
-from bnlightning.callbacks._gradient_rows import GradientRows
-from bnlightning.callbacks._histogram import TypicalRanges
-from bnlightning.callbacks._history import History
-from bnlightning.callbacks._publication import Publication
-from bnlightning.callbacks._statistics import RecentUnits, health
-from bnlightning.callbacks._statistics import statistics as layer_statistics
-from bnlightning.callbacks._window import ActivationWindow, LayerKey
+from bnlightning.callbacks import activation_monitor, batch_norm_monitor
+from bnlightning.monitors.counting import ranks as _ranks
+from bnlightning.monitors.counting.histogram import TypicalRanges
+from bnlightning.monitors.counting.layer_statistics import RecentUnits, health
+from bnlightning.monitors.counting.layer_statistics import statistics as layer_statistics
+from bnlightning.monitors.counting.window import ActivationWindow, LayerKey
+from bnlightning.monitors.gradients import GradientRows
+from bnlightning.monitors.norms import BatchNormRows
 from bnlightning.nn import sync
+from bnlightning.writing.history import History
+from bnlightning.writing.writers import Publication
 
 CPU = torch.device("cpu")
 # 200 are the monitors' own maxima, beyond which they leave out what is to be watched.

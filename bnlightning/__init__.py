@@ -2,7 +2,6 @@
 
 from importlib import metadata
 
-from bnlightning._comparison import Comparison, compare_runs
 from bnlightning._conf import CONF_DIR
 from bnlightning.callbacks import (
     ActivationMonitor,
@@ -17,6 +16,7 @@ from bnlightning.callbacks import (
     SwapNorm,
     TrainingProgressBar,
 )
+from bnlightning.compare.comparison import Comparison, compare_runs
 from bnlightning.data import MNISTDataModule, PointsDataModule, SyntheticRegressionDataModule
 from bnlightning.models import LitClassifier, LitConvClassifier, LitMovingAverage, LitRegressor
 from bnlightning.nn import MLP, BatchNorm1d, BatchNorm2d, BatchNorm3d, Convention, ConvNet, SwapReport, swap_norm, tap

@@ -36,11 +36,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from bnlightning._conf import CONF_DIR
-from bnlightning._lockstep import Failure, Ranks
-from bnlightning._parallel import Workers, available_cores
-from bnlightning._sweep import check_runs, override_for_runs, runs, subdirectory
-from bnlightning._sweep_directory import SweepDirectory, is_finished, make_directory, mark_finished
-from bnlightning.compare import Draw, compare_sweep
+from bnlightning.compare.__main__ import Draw, compare_sweep
+from bnlightning.experiments.directory import SweepDirectory, is_finished, make_directory, mark_finished
+from bnlightning.experiments.ranks import Failure, Ranks
+from bnlightning.experiments.sweep import check_runs, override_for_runs, runs, subdirectory
+from bnlightning.experiments.workers import Workers, available_cores
 
 # What rank 0 made of the clock, for the configuration of each run.
 _OUTPUT_DIR = "BNLIGHTNING_OUTPUT_DIR"
@@ -204,7 +204,7 @@ class CompareRuns(Callback):
     Args:
         metric: The tag that :func:`~bnlightning.compare_runs` compares by.
         draw: What draws its figure; ``None``: the default one. In YAML a function and its options, such as
-            ``{_target_: bnlightning.figures.draw_parameter, _partial_: true, parameter: learning_rate}``.
+            ``{_target_: bnlightning.compare.figures.draw_parameter, _partial_: true, parameter: learning_rate}``.
     """
 
     def __init__(self, metric: str = "val/loss", draw: Draw | None = None) -> None:

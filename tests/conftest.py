@@ -25,7 +25,7 @@ def _nothing_leaks() -> Iterator[None]:
     before = dict(os.environ)
     yield
     # The interpreter's own bookkeeping of what pytest runs, and what Lightning and torch announce to their children.
-    ignored = {"PYTEST_CURRENT_TEST", "PL_GLOBAL_SEED", "PL_SEED_WORKERS"}
+    ignored = {"PYTEST_CURRENT_TEST", "PL_GLOBAL_SEED", "PL_SEED_WORKERS", "OMP_NUM_THREADS"}
     ignored |= {"TORCHINDUCTOR_CACHE_DIR", "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"}
     leaked = {key for key in os.environ.keys() | before.keys() if os.environ.get(key) != before.get(key)} - ignored
     for key in leaked:

@@ -11,10 +11,10 @@ from bnlightning import (
     LitRegressor,
     SyntheticRegressionDataModule,
 )
-from bnlightning.callbacks._finite_check import make_check
-from bnlightning.callbacks._histogram import count_values
-from bnlightning.callbacks._observer import Observer
-from bnlightning.callbacks._window import ActivationWindow
+from bnlightning.monitors.catching.finite_check import make_check
+from bnlightning.monitors.catching.observer import Observer
+from bnlightning.monitors.counting.histogram import count_values
+from bnlightning.monitors.counting.window import ActivationWindow
 from bnlightning.nn import CONVENTIONS, skip_nonfinite_batches
 
 pytestmark = [

@@ -1,6 +1,5 @@
 """Lightning callbacks for any LightningModule."""
 
-from bnlightning.callbacks._selection import saturation_limits as saturation_limits
 from bnlightning.callbacks.activation_monitor import ActivationMonitor as ActivationMonitor
 from bnlightning.callbacks.batch_norm_monitor import BatchNormMonitor as BatchNormMonitor
 from bnlightning.callbacks.gradient_monitor import GradientMonitor as GradientMonitor
@@ -12,3 +11,4 @@ from bnlightning.callbacks.published_values import PublishedCurve as PublishedCu
 from bnlightning.callbacks.published_values import PublishedValues as PublishedValues
 from bnlightning.callbacks.swap_norm import BatchNormSync as BatchNormSync
 from bnlightning.callbacks.swap_norm import SwapNorm as SwapNorm
+from bnlightning.monitors.catching.selection import saturation_limits as saturation_limits

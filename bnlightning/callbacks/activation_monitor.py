@@ -10,18 +10,19 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from bnlightning._check import check_integer, check_number, check_share
-from bnlightning.callbacks._cadence import EvaluationCadence, StepAxis, TrainingCadence
-from bnlightning.callbacks._finite_check import FiniteCheck, make_check
-from bnlightning.callbacks._histogram import TypicalRanges, finite_histogram
-from bnlightning.callbacks._history import History
-from bnlightning.callbacks._observer import Observer
-from bnlightning.callbacks._pictures import draw_distributions, draw_surfaces
-from bnlightning.callbacks._publication import Publication
-from bnlightning.callbacks._ranks import first_of_ranks, world_size
-from bnlightning.callbacks._selection import Choice, checked_choices
-from bnlightning.callbacks._statistics import RecentUnits, health, statistics
-from bnlightning.callbacks._thresholds import make_thresholds, warn_above
-from bnlightning.callbacks._window import ActivationWindow, LayerKey, LayerSums, UnitSums
+from bnlightning.callbacks._steps import EvaluationCadence, StepAxis
+from bnlightning.diagnosis.thresholds import make_thresholds, warn_above
+from bnlightning.monitors.catching.finite_check import FiniteCheck, make_check
+from bnlightning.monitors.catching.observer import Observer
+from bnlightning.monitors.catching.selection import Choice, checked_choices
+from bnlightning.monitors.counting.histogram import TypicalRanges, finite_histogram
+from bnlightning.monitors.counting.layer_statistics import RecentUnits, health, statistics
+from bnlightning.monitors.counting.ranks import first_of_ranks, world_size
+from bnlightning.monitors.counting.window import ActivationWindow, LayerKey, LayerSums, UnitSums
+from bnlightning.monitors.schedule import TrainingCadence
+from bnlightning.writing.history import History
+from bnlightning.writing.pictures import draw_distributions, draw_surfaces
+from bnlightning.writing.writers import Publication
 
 _TRAINING = ""
 _SURFACES = ("act_nonfinite", "act_dead", "act_dormant", "act_saturated", "act_zero", "act_std")

@@ -12,12 +12,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from bnlightning._check import check_integer
-from bnlightning.callbacks._batch_norm_rows import BatchNormRows, BatchNormStatistics
-from bnlightning.callbacks._cadence import TrainingCadence, logged_step
-from bnlightning.callbacks._compiled import is_compiled
-from bnlightning.callbacks._hooks import NoHook, is_recomputation
-from bnlightning.callbacks._publication import Publication
-from bnlightning.callbacks._selection import Choice, checked_choices, is_chosen, user_path
+from bnlightning.callbacks._steps import logged_step
+from bnlightning.monitors.catching.compiled import is_compiled
+from bnlightning.monitors.catching.hooks import NoHook, is_recomputation
+from bnlightning.monitors.catching.selection import Choice, checked_choices, is_chosen, user_path
+from bnlightning.monitors.norms import BatchNormRows, BatchNormStatistics
+from bnlightning.monitors.schedule import TrainingCadence
+from bnlightning.writing.writers import Publication
 
 
 class BatchNormMonitor(Callback):

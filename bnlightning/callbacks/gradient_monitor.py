@@ -16,12 +16,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from bnlightning._check import check_integer
-from bnlightning.callbacks._cadence import TrainingCadence, logged_step
-from bnlightning.callbacks._gradient_rows import GradientRows, ParameterStatistics
-from bnlightning.callbacks._histogram import TypicalRanges
-from bnlightning.callbacks._publication import Publication
-from bnlightning.callbacks._ranks import is_sharded
-from bnlightning.callbacks._selection import user_path
+from bnlightning.callbacks._steps import logged_step
+from bnlightning.monitors.catching.selection import user_path
+from bnlightning.monitors.counting.histogram import TypicalRanges
+from bnlightning.monitors.counting.ranks import is_sharded
+from bnlightning.monitors.gradients import GradientRows, ParameterStatistics
+from bnlightning.monitors.schedule import TrainingCadence
+from bnlightning.writing.writers import Publication
 
 # Names of classes, since importing them may need a package that is not installed.
 _REFUSED = {

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from bnlightning._check import check_integer
-from bnlightning.callbacks._cadence import EvaluationCadence
+from bnlightning.callbacks._steps import EvaluationCadence
 
 
 class PredictionMonitor(Callback):

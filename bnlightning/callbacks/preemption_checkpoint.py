@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from bnlightning.callbacks._ranks import reduce_maxima, world_size
+from bnlightning.monitors.counting.ranks import reduce_maxima, world_size
 
 # How often the ranks ask each other whether one of them was told to end.
 _SECONDS = 1.0

@@ -22,8 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from bnlightning import BatchNorm1d, BatchNorm2d, BatchNormMonitor, SwapNorm
-from bnlightning.callbacks._batch_norm_rows import BatchNormRows, BatchNormStatistics
-from bnlightning.callbacks._hooks import NoHook
+from bnlightning.monitors.catching.hooks import NoHook
+from bnlightning.monitors.norms import BatchNormRows, BatchNormStatistics
 from bnlightning.nn import BatchNormAct2d
 
 # The loaders have no workers, as they need none, and many tests only train.

@@ -1,0 +1,500 @@
+"""The figure of a comparison: costs, fits, and how the values of every layer are distributed over the steps."""
+
+import re
+from collections.abc import Mapping, Sequence
+from textwrap import fill
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.gridspec import SubplotSpec
+from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import blended_transform_factory
+from numpy.typing import NDArray
+
+from bnlightning.compare.runs import (
+    HistogramAt,
+    Run,
+    curves,
+    digits,
+    is_higher_better,
+    measured_in_tests,
+    published_curves,
+    quartiles,
+    worst,
+)
+
+Variants = Mapping[str, Sequence[Run]]
+
+_MAX_COLUMNS = 8
+_MAX_STEPS = 6
+_BINS = 40
+_MAX_RESULTS = 20
+_MIN_VALUES = 10
+# Told apart in grey, too: by lightness and by line style.
+_STYLES = {
+    "none": ("#c44e00", (0, (5, 2))),
+    "custom": ("#08306b", "solid"),
+    "torch": ("#41ab5d", (0, (1, 1))),
+}
+_OTHER_COLORS = ("#6a51a3", "#525252", "#a63603", "#0868ac", "#238b45", "#ce1256", "#b8860b", "#17becf")
+_OTHER_LINES = ("solid", (0, (5, 2)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (3, 1, 1, 1, 1, 1)))
+_MEANINGS = {
+    "none": "without normalisation",
+    "custom": "with bnlightning's batch normalisation",
+    "torch": "with torch's batch normalisation",
+}
+_ORDER_OF_MAGNITUDE = 30.0
+# As one says it.
+_SETS = {"train": "training", "val": "validation", "test": "test"}
+_WORDS = {"acc": "accuracy"}
+
+
+def draw(variants: Variants, metric: str, title: str, notes: Sequence[str]) -> Figure:
+    """Draw the runs of each variant; the first seed's where a panel can show only one."""
+    # Beside curves only what was published, too; the table has the rest.
+    measured = measured_in_tests(variants)
+    if max(len(curves(runs, metric)[0]) for runs in variants.values()) > 2:
+        measured = {name: values for name, values in measured.items() if "published" in values}
+    results = dict(list(measured.items())[:_MAX_RESULTS])
+    layers = _layers(variants)
+    rows = len(variants) if layers else 0
+    texts = [fill(note, 165) for note in notes]
+    lines = sum(text.count("\n") + 1 for text in texts)
+    tests = [1.2 + 0.27 * len(results)] if results else []
+    legend = 0.55 + 0.24 * (len(variants) + 1 + bool(_shared_beginning(variants)))
+    fitted = {name: runs[0].predictions[-1] for name, runs in variants.items() if runs[0].predictions}
+    # Two evaluations are no curve, where there are other results to show.
+    evaluations = max(len(curves(runs, metric)[0]) for runs in variants.values())
+    shown = [3.4, legend] if not results or fitted or evaluations > 2 else []
+    heights = [0.85, *tests, *shown, *([0.7] if rows else []), *[2.42] * rows]
+    heights.append(0.3 + 0.24 * lines + 0.1 * len(texts))
+    figure = Figure(figsize=(15.0, sum(heights)), dpi=100, facecolor="white")
+    figure.text(0.015, 1 - 0.3 / sum(heights), title, fontsize=15, weight="bold", va="center")
+    meanings = "; ".join(f"{name}: {_MEANINGS[name]}" for name in variants if name in _MEANINGS)
+    figure.text(0.985, 1 - 0.3 / sum(heights), meanings, fontsize=11, va="center", ha="right")
+    page = figure.add_gridspec(
+        len(heights), 1, height_ratios=heights, left=0.075, right=0.985, top=1.0, bottom=0.0, hspace=0.0
+    )
+    if results:
+        _draw_results(figure, page[1], tests[0], variants, results)
+    if shown:
+        _draw_curves(figure, page[1 + len(tests)], variants, metric, fitted)
+    if rows:
+        first = 1 + len(tests) + len(shown)
+        _draw_heading(figure.add_subplot(page[first]), variants, layers)
+        for row, name in enumerate(variants):
+            _draw_layers(figure, page[first + 1 + row], name, variants, layers)
+    y = 0.24 * lines + 0.1 * len(texts)
+    for text in texts:
+        figure.text(0.03, y / sum(heights), text, fontsize=10.5, va="top")
+        y -= 0.24 * (text.count("\n") + 1) + 0.1
+    return figure
+
+
+def in_words(metric: str) -> str:
+    """A metric as one says it: of ``val/acc`` the validation accuracy."""
+    group, _, name = metric.rpartition("/")
+    return f"{_SETS.get(group, group)} {_WORDS.get(name, name.replace('_', ' '))}".strip()
+
+
+def _shared_beginning(variants: Variants) -> str:
+    """What all names begin with up to the value that tells them apart: ``custom_depth-`` of two depths."""
+    first = next(iter(variants))
+    # The minus sign of an exponent stands behind one letter.
+    beginnings = [first[: match.end()] for match in re.finditer(r"[^\W\d]{2}-", first) if len(variants) > 1]
+    return max((text for text in beginnings if all(name.startswith(text) for name in variants)), key=len, default="")
+
+
+def style(name: str, variants: Variants) -> tuple[str, Any]:
+    """A normalisation's own color and line, whatever it is compared with; other variants take what is left."""
+    if name in _STYLES:
+        return _STYLES[name]
+    index = [variant for variant in variants if variant not in _STYLES].index(name)
+    # All colors before a line style comes again with another one.
+    line = _OTHER_LINES[(index + index // len(_OTHER_COLORS)) % len(_OTHER_LINES)]
+    return _OTHER_COLORS[index % len(_OTHER_COLORS)], line
+
+
+def _draw_curves(
+    figure: Figure,
+    place: SubplotSpec,
+    variants: Variants,
+    metric: str,
+    fitted: Mapping[str, tuple[int, NDArray[np.float32]]],
+) -> None:
+    top = place.subgridspec(1, 2 if fitted else 1, width_ratios=[1.15, 1.0] if fitted else [1.0], wspace=0.16)
+    _draw_costs(figure.add_subplot(top[0]), variants, metric)
+    if fitted:
+        _draw_fits(figure.add_subplot(top[1]), variants, fitted)
+
+
+def _draw_costs(axes: Axes, variants: Variants, metric: str) -> None:
+    logged = {name: curves(runs, metric) for name, runs in variants.items()}
+    logged = {name: curve for name, curve in logged.items() if len(curve[0])}
+    published = _published_lines(variants, metric)
+    medians = [quartiles(costs, worst(metric))[1] for _, costs in logged.values()]
+    # What a network that has learnt nothing yet gets right would flatten all that comes later.
+    first = 1 if is_higher_better(metric) and all(len(median) > 2 for median in medians) else 0
+    later = [median[first:] for median in medians]
+    low, high = value_range([*later, *(values for _, values in published.values())], metric)
+    for name, (steps, costs) in logged.items():
+        color, line = style(name, variants)
+        lower, median, upper = quartiles(costs, worst(metric))
+        outcome = _outcome(variants[name], steps, median, high, metric)
+        # A curve of one point would be no line.
+        marker = "o" if np.isfinite(median).sum() == 1 else None
+        shown = np.where(np.isfinite(median), median, np.nan)
+        label = f"{name.removeprefix(_shared_beginning(variants))}{outcome}"
+        axes.plot(steps, shown, color=color, linestyle=line, linewidth=2.2, marker=marker, label=label)
+        if len(costs) > 1:
+            bottom = np.where(np.isfinite(lower), lower, low)
+            partly = np.isfinite(lower) | np.isfinite(upper)
+            top = np.where(np.isfinite(upper), upper, 10 * abs(high) + 1)
+            axes.fill_between(steps, bottom, top, where=partly, color=color, alpha=0.18, lw=0)
+        if _is_lost(variants[name], median, metric):
+            end = _first_nonfinite(variants[name], steps, median)
+            axes.plot([end], [0.96], "x", color=color, markersize=12, mew=3, transform=axes.get_xaxis_transform())
+    for label, curve in published.items():
+        axes.plot(*curve, color="black", linestyle="dashed", linewidth=1.4, marker=".", label=label)
+    set_value_limits(axes, low, high, metric)
+    seeds = max(len(runs) for runs in variants.values())
+    axes.set_title(
+        (in_words(metric).capitalize() if is_higher_better(metric) else "Cost")
+        + (f", median and quartiles of {seeds} seeds" if seeds > 1 else ""),
+        fontsize=11,
+        loc="left",
+    )
+    axes.set_xlabel("training steps")
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
+    axes.set_ylabel(metric)
+    axes.grid(alpha=0.25)
+    _draw_legend(axes, variants)
+
+
+def _draw_legend(axes: Axes, variants: Variants) -> None:
+    """Below the axes, where it hides nothing."""
+    axes.legend(
+        loc="upper left", bbox_to_anchor=(-0.02, -0.16), fontsize=11, handlelength=3.5, frameon=False,
+        borderaxespad=0.0, title=_shared_beginning(variants).removesuffix("-") or None, title_fontsize=11,
+        alignment="left",
+    )  # fmt: skip
+
+
+def _published_lines(variants: Variants, metric: str) -> dict[str, tuple[NDArray[np.int64], NDArray[np.float64]]]:
+    """What was published of a metric, by label: once, if it is the same for all variants."""
+    published = published_curves(variants, metric)
+    is_one = len({tuple(curve.items()) for curve in published.values()}) == 1
+    return {
+        "published" if is_one else f"published ({name})": (np.array([*curve]), np.array([*curve.values()]))
+        for name, curve in published.items()
+    }
+
+
+def value_range(curves: Sequence[NDArray[np.float64]], metric: str) -> tuple[float, float]:
+    """Limits that hold every curve; of costs less the few values that would flatten all others."""
+    finite = np.concatenate([np.zeros(0), *(values[np.isfinite(values)] for values in map(np.asarray, curves))])
+    if not len(finite):
+        return 0.0, 1.0
+    low = float(finite.min())
+    if is_higher_better(metric):
+        return low, float(finite.max())
+    typical = [np.median(values[np.isfinite(values)]) for values in curves if np.isfinite(values).mean() > 0.5]
+    # From the lowest value on, so that it holds for costs of any sign.
+    ceiling = low + _ORDER_OF_MAGNITUDE * (max(typical) - min(low, 0.0)) if typical else float(finite.max())
+    return low, float(finite[finite <= ceiling].max(initial=low))
+
+
+def set_value_limits(axes: Axes, low: float, high: float, metric: str) -> None:
+    """Limits a little beyond ``low`` and ``high``; a logarithmic scale for costs of several magnitudes."""
+    if low > 0 and high / low > 5 and not is_higher_better(metric):
+        axes.set_yscale("log")
+        axes.set_ylim(low / 1.1, high * 1.1)
+        return
+    margin = 0.05 * (high - low) or (0.05 if is_higher_better(metric) else 0.5)
+    axes.set_ylim(low - margin, high + margin)
+
+
+def _is_lost(runs: Sequence[Run], median: NDArray[np.float64], metric: str) -> bool:
+    """Whether a variant's curve is that of runs that diverged; an accuracy is finite also then."""
+    all_diverged = is_higher_better(metric) and all(run.first_nonfinite is not None for run in runs)
+    return all_diverged or not np.isfinite(median).all()
+
+
+def _outcome(
+    runs: Sequence[Run], steps: NDArray[np.int64], median: NDArray[np.float64], high: float, metric: str
+) -> str:
+    """Why a curve leaves the picture, if it does: for good, because it diverged, or for some steps only."""
+    highest = int(np.argmax(np.where(np.isfinite(median), median, -np.inf)))
+    is_outside = np.isfinite(median[highest]) and median[highest] > high
+    outside = f"{median[highest]:.2g} at step {steps[highest]}" if is_outside else ""
+    if not _is_lost(runs, median, metric):
+        few = sum(run.first_nonfinite is not None for run in runs)
+        told = [f"above: {outside}"] if outside else []
+        told += [f"{few} of {len(runs)} seeds diverged"] if few else []
+        return f" ({', '.join(told)})" if told else ""
+    first = _first_nonfinite(runs, steps, median)
+    return f" diverged (×): NaN or infinite from step {first} on" + (f", {outside}" if outside else "")
+
+
+def _first_nonfinite(runs: Sequence[Run], steps: NDArray[np.int64], median: NDArray[np.float64]) -> int:
+    """The step, from the monitor, which may see it before the next evaluation does."""
+    found = [run.first_nonfinite[0] for run in runs if run.first_nonfinite is not None]
+    return min([*found, *steps[~np.isfinite(median)].tolist()])
+
+
+def _draw_fits(axes: Axes, variants: Variants, shown: Mapping[str, tuple[int, NDArray[np.float32]]]) -> None:
+    _, points = next(iter(shown.values()))
+    size = float(np.clip(125 / np.sqrt(len(points)), 2.5, 9.0))
+    axes.plot(points[:, 0], points[:, 1], ".", color="#b8b8b8", markersize=size, label="data", zorder=0)
+    low, high = np.quantile(points[:, 1], [0.001, 0.999])
+    bottom, top = _with_near_fits(low - 0.08 * (high - low), high + 0.08 * (high - low), shown)
+    axes.set_ylim(bottom, top)
+    for name, (_, points) in shown.items():
+        color, line = style(name, variants)
+        order = np.argsort(points[:, 0], kind="stable")
+        x, prediction = points[order, 0], points[order, 2]
+        short = name.removeprefix(_shared_beginning(variants))
+        if np.isfinite(prediction).all():
+            outside = " (off the axis)" if (prediction < bottom).all() or (prediction > top).all() else ""
+            axes.plot(x, prediction, color=color, linestyle=line, linewidth=2.4, label=short + outside)
+        else:
+            axes.plot([], [], "x", color=color, mew=3, markersize=9, label=f"{short}: prediction is NaN")
+    step = max(step for step, _ in shown.values())
+    axes.set_title(
+        f"Data and fit after {step} step{'s' if step != 1 else ''}{_which_seed(variants)}", fontsize=11, loc="left"
+    )
+    axes.set_xlabel("x")
+    axes.set_ylabel("y")
+    _draw_legend(axes, variants)
+
+
+def _with_near_fits(
+    bottom: float, top: float, shown: Mapping[str, tuple[int, NDArray[np.float32]]]
+) -> tuple[float, float]:
+    """The data's limits, widened where all fits lie wholly beyond them, and not far."""
+    fits = [points[:, 2] for _, points in shown.values() if np.isfinite(points[:, 2]).all()]
+    if not fits or not all((fit < bottom).all() or (fit > top).all() for fit in fits):
+        return bottom, top
+    values = np.concatenate([*fits, [bottom, top]])
+    low, high = float(values.min()), float(values.max())
+    if high - low > 10 * (top - bottom):
+        return bottom, top
+    margin = 0.08 * (high - low)
+    return low - margin, high + margin
+
+
+def _which_seed(variants: Variants) -> str:
+    """Which of several seeds a panel shows that can show only one."""
+    seed = next(iter(variants.values()))[0].seed
+    return f", seed {seed}" if seed is not None and max(map(len, variants.values())) > 1 else ""
+
+
+def _draw_results(
+    figure: Figure,
+    place: SubplotSpec,
+    height: float,
+    variants: Variants,
+    results: Mapping[str, Mapping[str, NDArray[np.float64]]],
+) -> None:
+    """A line a test metric: its values on one common axis, and beside it their digits."""
+    published = any("published" in values for values in results.values())
+    # Room for the metrics' names on the left, for the variants' above and for the ticks below.
+    cells = place.subgridspec(
+        3, 3, wspace=0.0, hspace=0.0, width_ratios=[0.07, 1.0, 1.0], height_ratios=[0.5, height - 1.2, 0.7]
+    )
+    axes, table = figure.add_subplot(cells[1, 1]), figure.add_subplot(cells[1, 2])
+    for row, (metric, values) in enumerate(results.items()):
+        if published and "published" in values:
+            axes.plot(values["published"], [row], "|", color="black", markersize=17, mew=2.2, zorder=1)
+        for index, name in enumerate(variants):
+            median = quartiles(values[name], worst(metric))[1] if name in values else np.nan
+            # One above the other, so that equal ones do not hide each other.
+            y = row + 0.5 * (index + 1) / (len(variants) + 1) - 0.25
+            axes.plot([median], [y], "o", color=style(name, variants)[0], markersize=6, zorder=2)
+    axes.set_ylim(len(results) - 0.5, -0.5)
+    axes.set_yticks(range(len(results)), list(results), fontsize=10)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.grid(alpha=0.25)
+    meaning = " (●: a variant,  |: published; red: other digits)" if published else ""
+    axes.set_title(f"Test metrics, after the last step{meaning}", fontsize=11, loc="left")
+    _set_value_scale(axes, [value for values in results.values() for logged in values.values() for value in logged])
+    _write_digits(table, variants, results, ["published", *variants] if published else list(variants))
+
+
+def _write_digits(
+    axes: Axes,
+    variants: Variants,
+    results: Mapping[str, Mapping[str, NDArray[np.float64]]],
+    columns: Sequence[str],
+) -> None:
+    """The medians of the metrics; in bold those that are not the published ones."""
+    axes.set_axis_off()
+    axes.set_xlim(0, len(columns))
+    axes.set_ylim(len(results) - 0.5, -0.5)
+    size = 10.5 if len(columns) <= 4 else 42 / len(columns)
+    for column, name in enumerate(columns):
+        color = style(name, variants)[0] if name in variants else "black"
+        label = name.replace("_", "_\n")
+        axes.text(column + 0.5, -0.6, label, color=color, weight="bold", fontsize=size, ha="center", va="bottom")
+        for row, (metric, values) in enumerate(results.items()):
+            text = digits(quartiles(values[name], worst(metric))[1]) if name in values else "-"
+            differs = "-" not in (text, published := _published(values)) and text != published
+            color, weight = ("#b00020", "bold") if differs else ("black", "normal")
+            axes.text(column + 0.5, row, text, fontsize=size, color=color, weight=weight, ha="center", va="center")
+
+
+def _published(values: Mapping[str, NDArray[np.float64]]) -> str:
+    return digits(values["published"][0]) if "published" in values else "-"
+
+
+def _set_value_scale(axes: Axes, values: Sequence[float]) -> None:
+    """Logarithmic beyond the smallest magnitudes, where one linear axis would show the largest only."""
+    magnitudes = np.abs([value for value in values if np.isfinite(value) and value != 0])
+    if len(magnitudes) and magnitudes.max() > 100 * np.median(magnitudes):
+        axes.set_xscale("symlog", linthresh=float(np.median(magnitudes)))
+
+
+def _draw_heading(axes: Axes, variants: Variants, layers: Sequence[str]) -> None:
+    axes.set_axis_off()
+    where = "on the evaluated points" if layers[0].startswith("val_") else "in the sampled training batches"
+    text = (
+        f"How the values of each layer are distributed {where}{_which_seed(variants)}: the first step at the top, "
+        "each ridge in its own scale, lone spikes cut;\nunder the layer's name what stands out at the last step"
+    )
+    axes.text(0.0, 0.1, text, fontsize=11, transform=axes.transAxes, va="bottom", linespacing=1.4)
+
+
+def _layers(variants: Variants) -> list[str]:
+    """The histogram tags that are drawn: of evaluations, if there are any, and of layers that all variants have."""
+    by_variant = [[tag for tag in runs[0].histograms if "act_hist/" in tag] for runs in variants.values()]
+    tags = list(dict.fromkeys(tag for logged in by_variant for tag in logged))
+    tags = [tag for tag in tags if tag.startswith("val_")] or tags
+    # A few values have no distribution.
+    most = {
+        tag: max(h.counts.sum() for runs in variants.values() for h in runs[0].histograms.get(tag, [])) for tag in tags
+    }
+    tags = [tag for tag in tags if most[tag] >= _MIN_VALUES]
+    # Less those that one variant only has, such as a normalisation.
+    tags = [tag for tag in tags if all(tag in logged for logged in by_variant)] or tags
+    chosen = np.linspace(0, len(tags) - 1, min(len(tags), _MAX_COLUMNS)).round().astype(int)
+    return [tags[index] for index in chosen]
+
+
+def _draw_layers(figure: Figure, place: SubplotSpec, name: str, variants: Variants, layers: Sequence[str]) -> None:
+    """A variant's row of layers."""
+    # Room above for what is written over each cell, and below for the ticks.
+    cells = place.subgridspec(3, len(layers), wspace=0.12, hspace=0.0, height_ratios=[0.72, 1.5, 0.2])
+    run = variants[name][0]
+    for column, layer in enumerate(layers):
+        axes = figure.add_subplot(cells[1, column])
+        _draw_layer(axes, run, layer, labelled=column == 0)
+        axes.set_title(f"{layer.partition('/')[2]}\n{_health(run, layer)}", fontsize=9, pad=2)
+        if column == 0:
+            color = style(name, variants)[0]
+            # From the left edge of the page, however wide the columns are.
+            left = blended_transform_factory(figure.transFigure, axes.transAxes)
+            axes.text(0.012, 1.36, name, fontsize=12, weight="bold", color=color, transform=left)
+
+
+def _draw_layer(axes: Axes, run: Run, tag: str, labelled: bool) -> None:
+    """One ridge a step, the first step at the top."""
+    by_step = {histogram.step: histogram for histogram in run.histograms.get(tag, [])}
+    steps = _steps(run, tag)
+    low, high = _value_range(list(by_step.values()))
+    for position, step in enumerate(steps):
+        base = len(steps) - 1 - position
+        shade = str(0.72 - 0.52 * position / max(len(steps) - 1, 1))
+        axes.plot([low, high], [base, base], color="#999999", linewidth=0.5, zorder=position)
+        histogram = by_step.get(step)
+        words = _in_words(histogram, low, high)
+        if histogram is None or words:
+            _write_words(axes, (low + high) / 2, base, words)
+            continue
+        edges, density = _rebin(histogram, low, high)
+        ridge = base + 1.25 * _scaled(density)
+        axes.stairs(
+            ridge, edges, baseline=base, fill=True, facecolor=shade, edgecolor="black", linewidth=0.5, zorder=position
+        )
+    axes.set_xlim(low, high)
+    axes.set_ylim(-0.15, len(steps) + 0.45)
+    axes.set_xticks([low, high], [f"{low:.3g}", f"{high:.3g}"], fontsize=7.5)
+    first, last = axes.get_xticklabels()
+    first.set_horizontalalignment("left")
+    last.set_horizontalalignment("right")
+    axes.set_yticks(range(len(steps)), [f"step {step}" for step in reversed(steps)] if labelled else [], fontsize=7.5)
+    axes.tick_params(length=0, pad=2)
+    for side in ("top", "right", "left", "bottom"):
+        axes.spines[side].set_visible(False)
+
+
+def _in_words(histogram: HistogramAt | None, low: float, high: float) -> str:
+    """What a ridge would not show: no finite value, one value only, values far beyond the range."""
+    if histogram is None:
+        return "NaN"
+    middle, width = (histogram.edges[0] + histogram.edges[-1]) / 2, histogram.edges[-1] - histogram.edges[0]
+    if len(histogram.counts) == 1 and width <= max(3e-3 * abs(middle), 3e-6):
+        return f"all {middle:.3g}"
+    if _quantiles(histogram, 0.9)[0] - high > 10 * (high - low):
+        return f"up to {histogram.edges[-1]:.0e}"
+    return ""
+
+
+def _write_words(axes: Axes, x: float, base: float, words: str) -> None:
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
+    axes.text(x, base + 0.2, words, ha="center", fontsize=8, color="#b00020", weight="bold", bbox=box, zorder=99)
+
+
+def _scaled(density: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Scaled to a maximum of 1; a lone spike, such as a ReLU's zeros, is cut, lest it flatten everything else."""
+    second, first = np.sort(density)[-2:]
+    scale = max(second, first / 8, 1e-300) * (1.0 if first < 3 * second else 1.6)
+    return np.minimum(density / scale, 1.0)
+
+
+def _steps(run: Run, tag: str) -> list[int]:
+    """The steps at which the layer was sampled (also without a finite value), at most a few."""
+    logged = run.scalars.get(tag.replace("act_hist/", "act_nonfinite/"))
+    steps = logged[0] if logged is not None else np.array([histogram.step for histogram in run.histograms.get(tag, [])])
+    chosen = np.linspace(0, len(steps) - 1, min(len(steps), _MAX_STEPS)).round().astype(int)
+    return [int(steps[index]) for index in chosen]
+
+
+def _health(run: Run, tag: str) -> str:
+    """The last thing worth knowing of a layer, worst first."""
+    shares = {
+        what: run.last(tag.replace("act_hist/", f"act_{key}/"))
+        for key, what in (("nonfinite", "NaN/inf"), ("dead", "dead"), ("saturated", "saturated"), ("zero", "zero"))
+    }
+    for what, share in shares.items():
+        if share is not None and (share >= 0.005 or what == "saturated"):
+            return f"{100 * share:.0f} % {what}"
+    return ""
+
+
+def _value_range(histograms: Sequence[HistogramAt]) -> tuple[float, float]:
+    """[-1, 1] or [0, 1] for values that stay there, otherwise where nearly all values of nearly all steps are."""
+    if not histograms:
+        return 0.0, 1.0
+    low, high = min(h.edges[0] for h in histograms), max(h.edges[-1] for h in histograms)
+    if low >= -1 and high <= 1 and high - low > 0.5:
+        return (-1.0 if low < 0 else 0.0), 1.0
+    lows, highs = zip(*(_quantiles(histogram, 0.005, 0.995) for histogram in histograms), strict=True)
+    # Of an even number the one nearer to zero: two steps are none that is typical and one that is not.
+    low, high = float(np.quantile(lows, 0.5, method="higher")), float(np.quantile(highs, 0.5, method="lower"))
+    if 0 <= low < 0.05 * high:
+        low = 0.0
+    return (low, high) if high > low else (low - 0.5, low + 0.5)
+
+
+def _quantiles(histogram: HistogramAt, *quantiles: float) -> list[float]:
+    cumulative = np.concatenate([[0.0], np.cumsum(histogram.counts)])
+    return [float(np.interp(q * cumulative[-1], cumulative, histogram.edges)) for q in quantiles]
+
+
+def _rebin(histogram: HistogramAt, low: float, high: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Counts in equally wide bins, each original bin spread evenly over its width."""
+    edges = np.linspace(low, high, _BINS + 1)
+    cumulative = np.concatenate([[0.0], np.cumsum(histogram.counts)])
+    return edges, np.diff(np.interp(edges, histogram.edges, cumulative))

@@ -1,0 +1,1 @@
+"""From records to what is wrong with a training."""

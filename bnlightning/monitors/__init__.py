@@ -1,0 +1,1 @@
+"""What is measured: plain torch, without a Trainer and without a logger."""

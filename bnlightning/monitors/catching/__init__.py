@@ -1,0 +1,1 @@
+"""Catching tensors: hooks, compiled graphs, and which modules are looked at."""

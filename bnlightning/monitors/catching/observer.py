@@ -1,0 +1,335 @@
+"""Hooks on the modules of a network, and what they do while a monitor looks."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from bnlightning.monitors.catching.compiled import add_receiver, is_compiled, observe, observe_tap, remove_receiver
+from bnlightning.monitors.catching.finite_check import FiniteCheck
+from bnlightning.monitors.catching.hooks import NoHook, is_recomputation
+from bnlightning.monitors.catching.selection import (
+    Choice,
+    features,
+    has_units,
+    is_activation,
+    is_chosen,
+    may_overflow,
+    saturation_limits,
+    unit_dim,
+    user_path,
+)
+from bnlightning.monitors.counting.window import ActivationWindow, LayerKey, Limits, real_dtype
+from bnlightning.nn.tap import add_listener, remove_listener
+
+MAX_CALLS = 16
+"""Calls of one module beyond this many count as the last of them."""
+# A layer whose number of units changes all the time, such as attention over sequences, has none.
+_MAX_NUMBERS_OF_UNITS = 4
+_MAX_DEPTH_OF_OUTPUT = 4
+
+
+@dataclass(frozen=True)
+class Place:
+    """What is known of a module, or of a tap, before it runs."""
+
+    path: str
+    is_watched: bool
+    is_checked: bool
+    is_activation: bool
+    has_units: bool
+    limits: Limits | None
+    features: tuple[int, bool] | None
+    features_before: tuple[int, bool] | None = None
+
+
+class Observer:
+    """Watches the modules of a network through one forward hook each, kept from :meth:`attach` to :meth:`detach`.
+
+    Attributes:
+        window: Where values go now; ``None`` while nothing is sampled.
+        is_sampling: Whether there is one; compiled graphs are guarded on it.
+        check: What looks for non-finite values now; ``None`` while nothing does.
+        grad_scale: What gradients of outputs are multiplied by; ``None`` where they are not asked for.
+    """
+
+    def __init__(self, choices: Sequence[Choice] | None, max_layers: int) -> None:
+        self.choices = choices
+        self.max_layers = max_layers
+        self.window: ActivationWindow | None = None
+        self.check: FiniteCheck | None = None
+        self.grad_scale: float | None = None
+        self.places: list[Place] = []
+        self.refused: list[str] = []
+        self.without_tensor: dict[str, str] = {}
+        self.left_out: dict[str, None] = {}
+        self._labels: dict[str, set[int]] = {}
+        self._calls: dict[str, int] = {}
+        self._features: tuple[int, bool] | None = None
+        self._handles: list[RemovableHandle] = []
+        self._hooks: list[_Hook] = []
+        self._number: Tensor | None = None
+        self._is_compiled = False
+        self.is_sampling = False
+
+    @property
+    def watched(self) -> list[str]:
+        """Paths of the modules that are watched."""
+        return [place.path for place in self.places if place.is_watched]
+
+    @property
+    def seen(self) -> list[str]:
+        """What was seen so far: paths with the number of the call and the place in the output."""
+        return list(self._labels)
+
+    def attach(self, module: nn.Module, checks: bool, device: torch.device) -> None:
+        """Put hooks on the modules of ``module``.
+
+        Args:
+            module: The network.
+            checks: Whether there will be a check.
+            device: Of the network.
+        """
+        self.detach()
+        self._is_compiled = is_compiled(module)
+        if self._is_compiled:
+            # What was compiled before the hooks came would never call them.
+            torch.compiler.reset()
+        self._number = add_receiver(self._receive, self._receive_tap)
+        before = None
+        for name, submodule in module.named_modules():
+            place = _place(user_path(name), submodule, self.choices, checks, before)
+            if place.is_watched or place.is_checked or place.features is not None:
+                self._hook(place, submodule, device)
+            before = place.features or before
+        add_listener(self.on_tap)
+
+    def detach(self) -> None:
+        """Take all hooks away, and forget what they saw."""
+        for handle in self._handles:
+            handle.remove()
+        remove_listener(self.on_tap)
+        if self._number is not None:
+            remove_receiver(self._number)
+        self.window = self.check = self._features = self._number = None
+        self.is_sampling = self._is_compiled = False
+        for names in (self.refused, self.without_tensor, self.left_out, self._labels, self._calls):
+            names.clear()
+        for hooks in (self._handles, self._hooks, self.places):
+            hooks.clear()
+
+    def start(self, window: ActivationWindow | None) -> None:
+        """From now on values go into ``window``, or nowhere; the next call of each module is its first."""
+        self.window = window
+        self.is_sampling = window is not None
+        self.start_pass()
+
+    def stop(self) -> None:
+        """From now on nothing is sampled."""
+        self.window, self.is_sampling = None, False
+
+    def look_at_sums(self) -> None:
+        """Have the check look at what compiled modules added up since this was called last."""
+        hooks = [hook for hook in self._hooks if hook.place.is_checked] if self._is_compiled else []
+        if hooks and self.check is not None:
+            inputs, outputs = zip(*(hook.sums for hook in hooks), strict=True)
+            self.check.update_sums(
+                [hook.place.path for hook in hooks], [x.clone() for x in inputs], [x.clone() for x in outputs]
+            )
+            torch._foreach_zero_([*inputs, *outputs])
+
+    def start_pass(self) -> None:
+        """A batch begins: the next call of each module is its first."""
+        self._calls.clear()
+        self._features = None
+
+    def on_call(self, place: Place, output: Any) -> None:
+        """A module was called, while there is a window."""
+        if is_recomputation():
+            return
+        if place.features is not None:
+            self._features = place.features
+        if place.is_watched:
+            self._record_output(place, output)
+
+    def on_tap(self, name: str, x: Tensor, limits: Limits | None) -> None:
+        """A tensor was shown."""
+        if torch.compiler.is_compiling():
+            if self.is_sampling:
+                low, high = limits if limits is not None else (-math.inf, math.inf)
+                observe_tap(x.detach(), self._number, name, low, high)
+        else:
+            self._receive_tap(name, x, limits)
+
+    def _receive(self, index: int, position: int, x: Tensor) -> None:
+        """A value inside a compiled graph."""
+        place = self.places[index]
+        if self.window is None or is_recomputation():
+            return
+        self._features = place.features_before
+        self._record(place, [(f":{position}" if position >= 0 else "", x)], is_new_call=position <= 0)
+
+    def _receive_tap(self, name: str, x: Tensor, limits: Limits | None) -> None:
+        if self.window is not None and not is_recomputation() and _is_dense(x):
+            self._record(Place(name, True, False, True, True, limits, None), [("", x)])
+
+    def _hook(self, place: Place, module: nn.Module, device: torch.device) -> None:
+        hook = _Hook(self, place, len(self.places), device)
+        try:
+            handle = module.register_forward_hook(hook)
+        except RuntimeError:
+            # Compiled by TorchScript.
+            self.refused.append(place.path)
+            return
+        self._handles.append(handle)
+        self._hooks.append(hook)
+        self.places.append(place)
+
+    def _record_output(self, place: Place, output: Any) -> None:
+        found = list(tensors_in(output))
+        if found:
+            self._record(place, found)
+        else:
+            self.without_tensor[place.path] = type(output).__name__
+
+    def _record(self, place: Place, found: Sequence[tuple[str, Tensor]], is_new_call: bool = True) -> None:
+        calls = self._calls[place.path] = self._calls.get(place.path, 0) + is_new_call
+        call = min(calls, MAX_CALLS) - 1
+        for suffix, tensor in found:
+            label = place.path + (f"#{call}" if call else "") + suffix
+            if self._has_room(label):
+                self._update(place, label, tensor)
+
+    def _has_room(self, label: str) -> bool:
+        if label not in self._labels and len(self._labels) >= self.max_layers:
+            self.left_out[label] = None
+            return False
+        return True
+
+    def _update(self, place: Place, label: str, tensor: Tensor) -> None:
+        numbers = self._labels.setdefault(label, set())
+        dim = unit_dim(tensor.shape, self._features)
+        units = (tensor.shape[dim] if tensor.dim() > 1 else 1) if place.has_units else 0
+        if units not in numbers and len(numbers) >= _MAX_NUMBERS_OF_UNITS:
+            units = 0
+        numbers.add(units)
+        window = self.window
+        assert window is not None
+        key = LayerKey("act", label, place.is_activation, units, place.limits if units else None)
+        window.update(key, tensor, dim)
+        if self.grad_scale is not None and tensor.requires_grad:
+            tensor.register_hook(_GradHook(self, window, LayerKey("act_grad", label)))
+
+
+class _Hook:
+    """A module's forward hook. Where the module is copied or pickled, the copy has one that does nothing."""
+
+    def __init__(self, observer: Observer, place: Place, index: int, device: torch.device) -> None:
+        self.observer = observer
+        self.place = place
+        self.is_checked = place.is_checked
+        self.is_watched = place.is_watched
+        with torch.inference_mode(False):
+            self.number = observer._number
+            self.index = torch.tensor(index)
+            # Of what the module takes in and puts out, added up inside of compiled graphs.
+            zeros = torch.zeros(2, dtype=real_dtype(device), device=device) if place.is_checked else torch.zeros(0)
+            self.sums = [zero.clone() for zero in zeros]
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if torch.compiler.is_compiling():
+            self._trace(args, output)
+            return
+        observer = self.observer
+        if self.is_checked and observer.check is not None:
+            # A recomputation finds nothing that the computation has not found before.
+            for _, tensor in [("", output)] if type(output) is Tensor else tensors_in(output):
+                if tensor.is_floating_point():
+                    observer.check.update(self.place.path, args, tensor)
+        if observer.is_sampling:
+            observer.on_call(self.place, output)
+
+    def __reduce__(self) -> Any:
+        return NoHook, ()
+
+    def _trace(self, args: tuple[Any, ...], output: Any) -> None:
+        """What becomes a part of a compiled graph: no more than the graph can be guarded on."""
+        found = [output] if isinstance(output, Tensor) else list(output) if isinstance(output, tuple | list) else []
+        if self.is_checked:
+            for total, values in zip(self.sums, (args, found), strict=True):
+                for x in values:
+                    if isinstance(x, Tensor) and x.is_floating_point():
+                        total.add_(x.detach().sum(dtype=total.dtype))
+        if self.is_watched and self.observer.is_sampling:
+            for position, x in enumerate(found):
+                if isinstance(x, Tensor) and x.is_floating_point():
+                    observe(x.detach(), self.number, self.index, -1 if found[0] is output else position)
+
+
+class _GradHook:
+    """Of a tensor: of the module it would break in-place operations behind it."""
+
+    def __init__(self, observer: Observer, window: ActivationWindow, key: LayerKey) -> None:
+        self.observer = observer
+        self.window = window
+        self.key = key
+
+    def __call__(self, grad: Tensor) -> None:
+        scale = self.observer.grad_scale
+        if self.observer.window is self.window and scale is not None:
+            self.window.update(self.key, grad.detach().float() * scale)
+
+
+def tensors_in(output: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """The dense floating tensors in what a module returned, and where: ``""`` for a tensor, ``":1.0"``, ``":logits"``.
+
+    Looks into tuples, lists, mappings and dataclasses, a few levels deep.
+    """
+    if isinstance(output, Tensor):
+        if output.is_floating_point() and _is_dense(output):
+            # A rank's own part of a distributed tensor.
+            yield path, output.to_local() if hasattr(output, "to_local") else output
+        return
+    if depth == _MAX_DEPTH_OF_OUTPUT:
+        return
+    for name, value in _members(output):
+        yield from tensors_in(value, f"{path}.{name}" if path else f":{name}", depth + 1)
+
+
+def _is_dense(x: Tensor) -> bool:
+    return x.layout is torch.strided and not x.is_nested and not x.is_meta
+
+
+def _members(output: Any) -> Iterator[tuple[Any, Any]]:
+    if isinstance(output, Mapping):
+        yield from output.items()
+    elif isinstance(output, tuple | list):
+        yield from enumerate(output)
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
+        yield from ((field.name, getattr(output, field.name)) for field in dataclasses.fields(output))
+
+
+def _place(
+    path: str,
+    module: nn.Module,
+    choices: Sequence[Choice] | None,
+    checks: bool,
+    before: tuple[int, bool] | None,
+) -> Place:
+    is_leaf = next(module.children(), None) is None
+    return Place(
+        path=path,
+        # The LightningModule itself is not called in training.
+        is_watched=path != "" and is_chosen(choices, path, module),
+        is_checked=checks and is_leaf and may_overflow(module),
+        is_activation=is_activation(module),
+        has_units=has_units(module),
+        limits=saturation_limits(module),
+        features=features(module) if is_leaf else None,
+        features_before=before,
+    )

@@ -1,0 +1,1 @@
+"""Counting what was caught: accumulators, histograms, and the reduction over ranks."""

@@ -1,0 +1,1 @@
+"""From records to loggers and pictures."""

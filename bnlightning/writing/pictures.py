@@ -1,0 +1,477 @@
+"""Pictures of a whole run, from its history: how the values of each layer move, and which layers are sick when.
+
+A figure has few axes, with several images in each: sixteen axes would take half a second to draw.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bnlightning.writing.history import Distribution, History, evenly, nonzero_edges, nonzero_shares
+
+# matplotlib is imported where it draws: whoever imports the package does not wait for it.
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
+    from matplotlib.figure import Figure
+
+# Left, top, width and height in pixels. All lengths are, from the top left corner.
+Box = tuple[float, float, float, float]
+
+_DPI = 100
+_WIDTH = 960
+_MARGIN = 14
+_GAP = 22
+_HEAD = 94
+_SHORT_HEAD = 56
+_SCALES = 48
+_FOOT = 46
+_CAPTION = 21
+# Odd, so that zero is the middle of a row where the range is symmetric.
+_ROWS = 33
+_MAX_PANELS = 16
+_PANELS_A_COLUMN = 8
+_MAX_LABELS = 60
+# Several screens high; and older versions of matplotlib draw no more than 65535 pixels.
+_MAX_ROWS = 4096
+_MAX_NAME = 34
+# The colours of a distribution are log(1 + count) of a layer with so many values.
+_VALUES = 1000
+# How many times as large as usual in the run the values of a sample may be, to be counted in a panel's range.
+_UNUSUAL = 4.0
+# In an image, above all colours, which are in [0, 1].
+NONFINITE = 2.0
+
+_NEUTRAL = ("#ffffff", "#d6e6f4", "#8bc0dd", "#3787c0", "#08488e", "#041c40")
+_ALARM = ("#ffffff", "#fee0b6", "#fdae61", "#e8701a", "#a63603", "#5a1c00")
+_TWO_SIDED = ("#7f3b08", "#e08214", "#fee0b6", "#ffffff", "#d8daeb", "#8073ac", "#2d004b")
+_RED = "#e3001b"
+_GREY = "#d4d4d4"
+_DIM = "#555555"
+_FRAME = "#a0a0a0"
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a statistic is shown.
+
+    Args:
+        title: In words.
+        colors: From that of ``low`` to that of ``high``; they stay the same beyond.
+        low: Least value told apart.
+        high: Greatest value told apart.
+        ticks: What is written at the scale, by value; no scale without any.
+        log: Whether the scale is logarithmic.
+    """
+
+    title: str
+    colors: tuple[str, ...]
+    low: float
+    high: float
+    ticks: Mapping[float, str]
+    log: bool = False
+
+    def color(self, values: NDArray[Any]) -> NDArray[np.float64]:
+        """Where between ``low`` (0) and ``high`` (1) values are on the scale; NaN stays."""
+        ends = np.array([self.low, self.high])
+        clipped = np.clip(values.astype(np.float64), *ends)
+        if self.log:
+            ends, clipped = np.log(ends), np.log(clipped)
+        return np.asarray((clipped - ends[0]) / (ends[1] - ends[0]), dtype=np.float64)
+
+    def worst(self, colors: NDArray[np.float64], group: int) -> NDArray[np.float64]:
+        """Of every ``group`` neighbouring rows the colour that is furthest from the pale one; NaN without any."""
+        rows = np.pad(colors, ((0, -len(colors) % group), (0, 0)), constant_values=np.nan)
+        rows = rows.reshape(-1, group, colors.shape[1])
+        distances = np.nan_to_num(np.abs(rows - (0.5 if self.colors is _TWO_SIDED else 0.0)), nan=-1.0)
+        return np.take_along_axis(rows, distances.argmax(axis=1)[:, None], axis=1)[:, 0]
+
+
+_FRACTION = {0.0: "0", 0.5: "0.5", 1.0: "1"}
+# Fixed scales and not the run's own, so that runs can be compared.
+_LOOKS = {
+    "act_nonfinite": Look("NaN or inf", _NEUTRAL, 0.0, 1.0, {}),
+    "act_dead": Look("dead units", _ALARM, 0.0, 1.0, _FRACTION),
+    "act_dormant": Look("dormant units", _ALARM, 0.0, 1.0, _FRACTION),
+    "act_saturated": Look("saturated", _ALARM, 0.0, 1.0, _FRACTION),
+    "act_zero": Look("zeros", _NEUTRAL, 0.0, 1.0, _FRACTION),
+    "act_std": Look("std", _TWO_SIDED, 1e-3, 1e3, {1e-3: "0.001", 1.0: "1", 1e3: "1000"}, log=True),
+}
+# What stands out in the last sample, worst first, above which share.
+_WORDS = {
+    "act_nonfinite": ("NaN/inf", 0.0),
+    "act_dead": ("dead units", 0.005),
+    "act_saturated": ("saturated", 0.005),
+    "act_zero": ("zeros", 0.005),
+}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """How a layer's values are distributed in each sample.
+
+    Args:
+        low: Lower edge of the first row. What is below is in that row, too.
+        high: Upper edge of the last row. Likewise.
+        shares: Of shape ``(rows, samples)``: the share of all values in each row; NaN where there is no sample.
+        nonfinite: Of shape ``(samples,)``: the share of NaN and infinities.
+    """
+
+    low: float
+    high: float
+    shares: NDArray[np.float64]
+    nonfinite: NDArray[np.float64]
+
+    def image(self) -> NDArray[np.float64]:
+        """Colours in [0, 1]; from the top as much ``NONFINITE`` as there is, but enough to be seen."""
+        marked = np.where(self.nonfinite > 0, np.ceil(_ROWS * np.maximum(self.nonfinite, 0.3)), 0)
+        return np.where(np.arange(_ROWS)[:, None] >= _ROWS - marked, NONFINITE, _log_color(self.shares))
+
+
+def value_panel(distributions: Sequence[Distribution | None]) -> Panel:
+    """The samples of one layer, over the range in which nearly all values of the usual ones are."""
+    columns = [column for column, distribution in enumerate(distributions) if distribution is not None]
+    sampled = [distribution for distribution in distributions if distribution is not None]
+    low, high = _value_range([distribution for distribution in sampled if distribution.nonfinite < 1])
+    shares = np.full((_ROWS, len(distributions)), np.nan)
+    nonfinite = np.zeros(len(distributions))
+    edges = np.linspace(low, high, _ROWS + 1)
+    edges[0], edges[-1] = -np.inf, np.inf
+    zero = int(np.clip(np.floor(_ROWS * -low / (high - low)), 0, _ROWS - 1))
+    cumulative = np.cumsum(np.pad(nonzero_shares(sampled), ((0, 0), (1, 0))), axis=1)
+    for column, distribution, x, y in zip(columns, sampled, nonzero_edges(sampled), cumulative, strict=True):
+        shares[:, column] = np.diff(np.interp(edges, x, y))
+        shares[zero, column] += distribution.zeros
+        nonfinite[column] = distribution.nonfinite
+    return Panel(low, high, shares, nonfinite)
+
+
+def _value_range(distributions: Sequence[Distribution]) -> tuple[float, float]:
+    if not distributions:
+        return -1.0, 1.0
+    lows, highs, least, greatest = _limits(distributions)
+    if least.min() >= -1 and greatest.max() <= 1 and highs.max() - lows.min() > 0.5:
+        return (-1.0 if least.min() < 0 else 0.0), 1.0
+    magnitudes = np.maximum(np.abs(lows), np.abs(highs))
+    if not magnitudes.any():
+        return 0.0, 1.0
+    # The lower one of two in the middle: a run that explodes does so in its larger half.
+    bound = _UNUSUAL * float(np.quantile(magnitudes[magnitudes > 0], 0.5, method="lower"))
+    usual = magnitudes <= bound
+    return _rounded(lows[usual].min(), highs[usual].max())
+
+
+def _limits(distributions: Sequence[Distribution]) -> NDArray[np.float64]:
+    """Of shape ``(4, distributions)``: the edges of bins between which 99 % of the finite values are, then the edges of
+    the outermost bins with a value.
+
+    Of the latter the edges nearer to zero: a tanh's 1.0 is in a bin that begins there.
+    """
+    edges, shares = nonzero_edges(distributions), nonzero_shares(distributions)
+    # The outermost bins have no end but float32's.
+    edges[:, 0], edges[:, -1] = edges[:, 1], edges[:, -2]
+    middle = shares.shape[1] // 2
+    shares = np.insert(shares, middle, [distribution.zeros for distribution in distributions], axis=1)
+    lower, upper = np.insert(edges[:, :-1], middle, 0.0, axis=1), np.insert(edges[:, 1:], middle, 0.0, axis=1)
+    cumulative = np.cumsum(shares, axis=1) / shares.sum(axis=1, keepdims=True)
+    first, last = (cumulative > 0.005).argmax(axis=1), (cumulative >= 0.995).argmax(axis=1)
+    outermost = (shares > 0).argmax(axis=1), shares.shape[1] - 1 - (shares > 0)[:, ::-1].argmax(axis=1)
+    inner = np.where(np.abs(lower) < np.abs(upper), lower, upper)
+    rows = np.arange(len(shares))
+    return np.stack([lower[rows, first], upper[rows, last], *(inner[rows, bins] for bins in outermost)])
+
+
+def _rounded(low: float, high: float) -> tuple[float, float]:
+    """Ending in zero where most of it is on one side, around zero where it is on both, and not empty."""
+    if 0 <= low < 0.5 * high:
+        low = 0.0
+    elif 0 >= high > 0.5 * low:
+        high = 0.0
+    elif max(-low, high) < 3 * min(-low, high):
+        low, high = min(low, -high), max(-low, high)
+    return (low, high) if high > low else (low - 0.5, low + 0.5)
+
+
+def _log_color(shares: NDArray[np.float64]) -> NDArray[np.float64]:
+    # The sum of rounded shares may be above 1, and the colour would be another one.
+    return np.minimum(np.log1p(_VALUES * shares) / np.log1p(_VALUES), 1.0)
+
+
+def surface_image(history: History, statistic: str) -> NDArray[np.float64]:
+    """Of shape ``(layers, samples)``: colours in [0, 1], NaN where there is no value.
+
+    ``NONFINITE`` where the value is infinite, or all of the layer's values were NaN or infinite: it says nothing then.
+    """
+    values, nonfinite = history.values(statistic), history.values("act_nonfinite")
+    image = _look(history, statistic).color(values)
+    nothing = (nonfinite == 1) & _is_known(values)[:, None]
+    image[np.isinf(values) | nothing | ((values > 0) & (statistic == "act_nonfinite"))] = NONFINITE
+    return image
+
+
+def _is_known(values: NDArray[Any]) -> NDArray[np.bool_]:
+    """Of which layers there is any value of a statistic."""
+    return np.asarray(~np.isnan(values).all(axis=1))
+
+
+def _look(history: History, statistic: str) -> Look:
+    if statistic in _LOOKS:
+        return _LOOKS[statistic]
+    values = history.values(statistic)
+    values = values[np.isfinite(values) & (values > 0)].astype(np.float64)
+    middle = float(np.quantile(values, 0.5, method="lower")) if len(values) else 1.0
+    low, high = max(values.min(initial=middle), middle / 1e3), min(values.max(initial=middle), middle * 1e3)
+    if high < 10 * low:
+        low, high = middle / 10**0.5, middle * 10**0.5
+    return Look(statistic, _NEUTRAL, low, high, {x: f"{x:.2g}" for x in (low, (low * high) ** 0.5, high)}, log=True)
+
+
+def draw_distributions(history: History) -> "Figure":
+    """A heat map for each of up to 16 layers: training steps to the right, values upwards, colours for log counts."""
+    layers = evenly(history.chosen_layers, _MAX_PANELS)
+    num_columns = 1 if len(layers) <= _PANELS_A_COLUMN else 2
+    num_rows = -(-len(layers) // num_columns)
+    panel_height = _ROWS * (4 - num_columns)
+    column_height = max(num_rows, 1) * (panel_height + _CAPTION)
+    figure, page = _page(_HEAD + column_height + _FOOT)
+    order = "the first at the top" if num_columns == 1 else "the first at the top left, then down"
+    _write_head(
+        page,
+        "How the values of each layer are distributed while training",
+        f"{_number(layers, history)} in forward order, {order}. "
+        "Upwards: the value, with all beyond the scale at its edges.",
+    )
+    if not layers:
+        _say_nothing(page)
+        return figure
+    ticks = {float(_log_color(np.array(share))): f"{100 * share:.3g} %" for share in (0, 0.01, 0.1, 1)}
+    _draw_scale(page, (_MARGIN, 62, 240, 8), Look("", _NEUTRAL, 0.0, 1.0, ticks))
+    page.text(_MARGIN + 252, 71, "of the layer's values at a step", fontsize=9)
+    page.text(
+        _WIDTH - _MARGIN,
+        71,
+        "on the right: at the last step; units over the last samples",
+        fontsize=8.5,
+        color=_DIM,
+        ha="right",
+    )
+    words = _last_words(history)
+    width = _WIDTH / num_columns
+    for column in range(num_columns):
+        box = (column * width + 62, _HEAD, width - 62 - _MARGIN, column_height)
+        axes = _add_axes(figure, box)
+        for row, layer in enumerate(layers[column * num_rows : (column + 1) * num_rows]):
+            top = row * (panel_height + _CAPTION) + _CAPTION
+            panel = value_panel(history.distributions(layer))
+            _draw_panel(axes, panel, step_edges(history), top, top + panel_height)
+            _write_caption(axes, panel, layer, words.get(layer, ""), top, box[2])
+        axes.set_ylim(column_height, 0)
+        axes.set_yticks([])
+        _draw_steps(axes, history, box[2])
+    return figure
+
+
+def _draw_panel(axes: "Axes", panel: Panel, edges: NDArray[np.float64], top: float, bottom: float) -> None:
+    _draw_image(axes, edges, np.linspace(bottom, top, _ROWS + 1), panel.image(), _NEUTRAL)
+    axes.plot(edges[[0, -1, -1, 0, 0]], [bottom, bottom, top, top, bottom], color=_FRAME, linewidth=0.8, clip_on=False)
+    values = [(bottom, panel.low, "bottom"), (top, panel.high, "top")]
+    zero = -panel.low / (panel.high - panel.low)
+    if 0.15 < zero < 0.85:
+        values.append((bottom + zero * (top - bottom), 0.0, "center"))
+    for y, value, align in values:
+        axes.annotate(
+            f"{value:.3g}",
+            (edges[0], y),
+            (-4, 0),
+            textcoords="offset points",
+            fontsize=7.5,
+            color=_DIM,
+            ha="right",
+            va=align,
+        )
+
+
+def _write_caption(axes: "Axes", panel: Panel, layer: str, words: str, top: float, width: float) -> None:
+    across = axes.get_yaxis_transform()
+    name = _shortened(layer, int(width / 7.5) - len(words))
+    axes.text(0, top - 3, name, transform=across, fontsize=8.5, weight="bold", parse_math=False)
+    color = _RED if panel.nonfinite[-1] else _DIM
+    axes.text(1, top - 3, words, transform=across, fontsize=8.5, color=color, ha="right")
+
+
+def _last_words(history: History) -> dict[str, str]:
+    """The worst that stands out in a layer's last sample."""
+    words: dict[str, str] = {}
+    for statistic, (word, least) in _WORDS.items():
+        for layer, share in zip(history.layers, history.values(statistic)[:, -1].tolist(), strict=True):
+            if share > least:
+                words.setdefault(layer, f"{100 * share:.0f} % {word}" if share >= 0.01 else f"< 1 % {word}")
+    return words
+
+
+def draw_surfaces(history: History, statistics: Sequence[str]) -> "Figure":
+    """A heat map for each statistic: training steps to the right, layers downwards in forward order.
+
+    Statistics without any value are left out, and so are layers without a value of one of them. Of thousands of layers
+    neighbours share a row, which shows the worst of them.
+
+    Args:
+        history: What was sampled.
+        statistics: Positive ones. Those that are not known by name have a logarithmic scale.
+    """
+    shown = [statistic for statistic in statistics if _is_known(history.values(statistic)).any()]
+    known = np.zeros(len(history.layers), dtype=bool)
+    for statistic in shown:
+        known |= _is_known(history.values(statistic))
+    layers = [layer for layer, is_known in zip(history.layers, known, strict=True) if is_known]
+    shown_of = _number(layers, history)
+    group = max(-(-len(layers) // _MAX_ROWS), 1)
+    if group > 1:
+        shown_of += f", the worst of every {group} a row,"
+        layers = layers[::group]
+    row_height = np.clip(400 / max(len(layers), 1), 12, 24) if len(layers) <= _MAX_LABELS else 1
+    # Beyond the labels a row may be a single pixel, but not less.
+    height = max(round(len(layers) * row_height), 36 if len(layers) <= _MAX_LABELS else 720)
+    figure, page = _page(_SHORT_HEAD + _SCALES + height + _FOOT)
+    _write_head(
+        page,
+        "The state of every layer at every sampled training step",
+        f"{shown_of} in forward order, the first at the top. "
+        "Pale is healthy; but half of a ReLU's values are zeros. Dead units are dormant, too.",
+    )
+    if not shown:
+        _say_nothing(page)
+        return figure
+    names = [_shortened(layer, _MAX_NAME if len(shown) <= 4 else _MAX_NAME - 8) for layer in layers]
+    left = _MARGIN + 10 + 6.2 * max(len(name) for name in names)
+    pitch = (_WIDTH - _MARGIN + _GAP - left) / len(shown)
+    for column, statistic in enumerate(shown):
+        box = (left + column * pitch, _SHORT_HEAD + _SCALES, pitch - _GAP, height)
+        axes = _add_axes(figure, box)
+        image = _look(history, statistic).worst(surface_image(history, statistic)[known], group)
+        _draw_surface(page, axes, box, history, statistic, image)
+        _name_rows(axes, names if column == 0 else [])
+    return figure
+
+
+def _draw_surface(
+    page: "Axes", axes: "Axes", box: Box, history: History, statistic: str, image: NDArray[np.float64]
+) -> None:
+    left, top, width, _ = box
+    look = _look(history, statistic)
+    page.text(left, top - 34, look.title, fontsize=9, weight="bold", parse_math=False)
+    if look.ticks:
+        _draw_scale(page, (left, top - 28, width, 7), look)
+    else:
+        page.text(left, top - 18, "red: any", fontsize=7.5, color=_DIM)
+    _draw_image(axes, step_edges(history), np.linspace(-0.5, len(image) - 0.5, len(image) + 1), image, look.colors)
+    axes.set_ylim(len(image) - 0.5, -0.5)
+    axes.spines[:].set(visible=True, color=_FRAME)
+    _draw_steps(axes, history, width)
+
+
+def _name_rows(axes: "Axes", names: Sequence[str]) -> None:
+    every = -(-len(names) // _MAX_LABELS)
+    axes.set_yticks(range(0, len(names), max(every, 1)))
+    axes.set_yticklabels(names[:: max(every, 1)], fontsize=7.5, parse_math=False)
+
+
+def step_edges(history: History) -> NDArray[np.float64]:
+    """Of the columns, one more than samples: a sample stands until the next one, the last one as long as most."""
+    steps = history.steps.astype(np.float64)
+    usual = float(np.median(np.diff(steps))) if len(steps) > 1 else 1.0
+    return np.append(steps, steps[-1] + usual)
+
+
+def _page(height: float) -> tuple["Figure", "Axes"]:
+    """An empty figure, and axes all over it whose unit is a pixel."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH / _DPI, height / _DPI), dpi=_DPI, facecolor="white")
+    page = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+    page.set_xlim(0, _WIDTH)
+    page.set_ylim(height, 0)
+    page.set_axis_off()
+    return figure, page
+
+
+def _add_axes(figure: "Figure", box: Box) -> "Axes":
+    left, top, width, height = box
+    total = figure.get_figheight() * _DPI
+    axes = figure.add_axes((left / _WIDTH, 1 - (top + height) / total, width / _WIDTH, height / total))
+    axes.set_facecolor("none")
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=2, pad=2, labelsize=8)
+    return axes
+
+
+def _write_head(page: "Axes", title: str, text: str) -> None:
+    page.text(_MARGIN, 24, title, fontsize=13, weight="bold")
+    page.text(_MARGIN, 36, text, fontsize=9, va="top", linespacing=1.3)
+    for right, color, meaning in ((120, _GREY, "no value"), (250, _RED, "NaN or infinite")):
+        page.fill_between([_WIDTH - right, _WIDTH - right + 12], 15, 26, color=color, linewidth=0)
+        page.text(_WIDTH - right + 17, 25, meaning, fontsize=8.5)
+
+
+def _say_nothing(page: "Axes") -> None:
+    page.text(_MARGIN, _HEAD, "Nothing has been sampled yet.", fontsize=10)
+
+
+def _number(layers: Sequence[str], history: History) -> str:
+    total = len(history.layers)
+    return f"{len(layers)} of {total} layers" if len(layers) < total else "The layers"
+
+
+def _shortened(name: str, length: int) -> str:
+    """Without the beginning, if need be: the end of a path says more."""
+    return name if len(name) <= length else "…" + name[len(name) - length + 1 :].lstrip(".")
+
+
+def _draw_steps(axes: "Axes", history: History, width: float) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    edges = step_edges(history)
+    locator = MaxNLocator(max(int(width / 60), 1), steps=[1, 2, 2.5, 5, 10], integer=True)
+    ticks = [tick for tick in locator.tick_values(edges[0], edges[-1]) if edges[0] <= tick <= edges[-1]]
+    axes.set_xlim(edges[0], edges[-1])
+    axes.set_xticks(ticks, labels=[f"{tick:.0f}" for tick in ticks])
+    # Not beyond the axes, where the next ones begin.
+    for label, tick in zip(axes.get_xticklabels(), ticks, strict=True):
+        place = (tick - edges[0]) / (edges[-1] - edges[0])
+        label.set_horizontalalignment("left" if place < 0.05 else "right" if place > 0.95 else "center")
+    axes.set_xlabel("training step", fontsize=8.5)
+
+
+def _draw_scale(page: "Axes", box: Box, look: Look) -> None:
+    left, top, width, height = box
+    x, y = np.linspace(left, left + width, 65), np.array([top + height, top])
+    _draw_image(page, x, y, np.linspace(0, 1, 64)[None, :], look.colors)
+    right, bottom = left + width, top + height
+    page.plot([left, right, right, left, left], [top, top, bottom, bottom, top], color=_FRAME, linewidth=0.8)
+    for value, text in look.ticks.items():
+        place = look.color(np.array(value)).item()
+        align = {0.0: "left", 1.0: "right"}.get(place, "center")
+        page.text(left + place * width, top + height + 2, text, fontsize=7.5, color=_DIM, ha=align, va="top")
+
+
+def _draw_image(
+    axes: "Axes",
+    x: NDArray[np.float64],
+    y: NDArray[np.float64],
+    image: NDArray[np.float64],
+    colors: tuple[str, ...],
+) -> None:
+    limits = axes.axis()
+    axes.pcolorfast(x, y, np.ma.masked_invalid(image), cmap=_colormap(colors), vmin=0.0, vmax=1.0)
+    axes.axis(limits)
+
+
+@cache
+def _colormap(colors: tuple[str, ...]) -> "Colormap":
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("", colors).with_extremes(bad=_GREY, over=_RED)

@@ -1,0 +1,345 @@
+import numpy as np
+import pytest
+import torch
+from helpers import run_on_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bnlightning.monitors.counting.histogram import finite_histogram
+from bnlightning.monitors.counting.layer_statistics import RecentUnits, health, statistics
+from bnlightning.monitors.counting.window import ActivationWindow, LayerKey, _moments, _Row, _table
+
+CPU = torch.device("cpu")
+LIMITS = (-0.99, 0.99)
+
+
+def normal(*shape, seed=0, scale=1.0, shift=0.0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale + shift
+
+
+TENSORS = {
+    "normal": normal(200, 7),
+    "far from zero": normal(200, 7, shift=1e4),
+    "wide": normal(50, 3) * 10.0 ** normal(50, 3, seed=1, scale=8),
+    "tanh": torch.tanh(normal(300, 5, scale=4)),
+    "relu": torch.relu(normal(100, 6, shift=-1)),
+    "image": torch.relu(normal(4, 3, 8, 8)),
+    "channels_last": torch.relu(normal(4, 3, 8, 8)).to(memory_format=torch.channels_last),
+    "volume, channels_last": torch.relu(normal(2, 3, 4, 5, 6)).to(memory_format=torch.channels_last_3d),
+    "not contiguous": normal(5, 40)[:, ::3].T,
+    "sequence": normal(4, 9, 6),
+    "vector": normal(11),
+    "scalar": torch.tensor(3.0),
+    "one value": torch.full((5, 2), 0.25),
+    "zeros": torch.zeros(6, 3),
+    "negative": -normal(40, 2).abs() - 1,
+    "some NaN": normal(30, 4).masked_fill(normal(30, 4, seed=2) > 1, float("nan")),
+    "some infinite": normal(30, 4).masked_fill(normal(30, 4, seed=2) > 1, -float("inf")),
+    "a unit of NaN": torch.cat([normal(30, 2), torch.full((30, 1), float("nan"))], dim=1),
+    "denormal": normal(20, 2) * 1e-40,
+    "largest": torch.tensor([[3.4e38, -3.4e38], [0.0, 1.0]]),
+}
+
+
+def key_of(x, dim, limits=LIMITS):
+    return LayerKey("act", "layer", True, x.shape[dim] if x.dim() > 1 else 1, limits)
+
+
+def as_matrix(x, dim):
+    """Observations by units."""
+    return np.moveaxis(x, dim, -1).reshape(-1, x.shape[dim]) if x.ndim > 1 else x.reshape(-1, 1)
+
+
+def expected_statistics(x, dim, tau):
+    values = x.double().numpy()
+    finite = values[np.isfinite(values)]
+    matrix = as_matrix(values, dim)
+    beyond = np.isfinite(matrix) & (np.abs(matrix) > np.float32(0.99))
+    magnitude = np.where(np.isfinite(matrix), np.abs(matrix), 0).mean(axis=0)
+    broken = ~np.isfinite(matrix).any(axis=0)
+    return {
+        "mean": finite.mean(),
+        "std": finite.std(),
+        "min": finite.min(),
+        "max": finite.max(),
+        "zero": np.mean(np.abs(finite) < 2.0**-129),
+        "nonfinite": 1 - finite.size / values.size,
+        "saturated": np.mean(np.abs(finite) > np.float32(0.99)),
+        "saturated_low": np.mean(finite < -np.float32(0.99)),
+        "saturated_high": np.mean(finite > np.float32(0.99)),
+        "dead": np.mean((matrix == 0).all(axis=0)),
+        "dormant": np.mean((magnitude <= tau * magnitude.mean()) & ~broken),
+        "rarely_active": np.mean((matrix != 0).mean(axis=0) < 0.01),
+        "saturated_units": np.mean(beyond.mean(axis=0) >= 0.95),
+    }
+
+
+@pytest.mark.parametrize("name", TENSORS)
+@pytest.mark.parametrize("dim", [1, -1])
+def test_numbers_against_numpy_in_float64(name, dim):
+    x = TENSORS[name]
+    dim = dim % max(x.dim(), 1)
+    window, key = ActivationWindow(), key_of(x, dim)
+    # In two unequal parts, where there are several samples.
+    for part in x.tensor_split([len(x) // 3]) if x.dim() else [x]:
+        window.update(key, part, dim)
+    layer = window.reduce(CPU)[key]
+    found = statistics(key, layer, layer.units, tau=0.7)
+    expected = expected_statistics(x, dim, tau=0.7)
+    assert found.keys() == expected.keys()
+    scale = float(x[x.isfinite()].abs().max())
+    for statistic, value in expected.items():
+        absolute = 1e-6 * scale if statistic in ("mean", "std") else 1e-12
+        relative = 1e-5 if statistic == "std" else 1e-6
+        assert found[statistic] == pytest.approx(value, rel=relative, abs=absolute), statistic
+    if name == "far from zero":
+        assert found["std"] == pytest.approx(expected["std"], rel=1e-4)
+
+
+@pytest.mark.parametrize("mean", [0.0, 1.0, 1e3, 1e5])
+def test_a_standard_deviation_far_from_zero(mean):
+    # What float32 itself leaves of the values is exact in float64.
+    x = normal(500, 20, shift=mean)
+    window, key = ActivationWindow(), LayerKey("act", "layer")
+    for part in x.split(100):
+        window.update(key, part)
+    layer = window.reduce(CPU)[key]
+    assert statistics(key, layer, None, 0.0)["std"] == pytest.approx(x.double().std(correction=0).item(), rel=2e-5)
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_histogram_counts_every_finite_value_in_the_right_bin(name):
+    x = TENSORS[name]
+    window, key = ActivationWindow(), LayerKey("act", "layer")
+    window.update(key, x)
+    layer = window.reduce(CPU)[key]
+    histogram = finite_histogram(layer.bins, layer.minimum, layer.maximum, layer.sum, layer.sum_squares)
+    finite = x[x.isfinite()].double().numpy().ravel()
+    assert histogram.counts.sum() == finite.size and len(histogram.edges) == len(histogram.counts) + 1
+    assert (np.diff(histogram.edges) > 0).all()
+    assert histogram.edges[0] <= finite.min() and histogram.edges[-1] >= finite.max()
+    if finite.min() < finite.max():
+        assert histogram.edges[0] == finite.min() and histogram.edges[-1] == finite.max()
+    # Cumulative counts at every edge; a value that lies on an edge may count on either side of it.
+    cumulative = np.concatenate([[0], np.cumsum(histogram.counts)])
+    ordered = np.sort(finite)
+    assert (cumulative >= np.searchsorted(ordered, histogram.edges, side="left")).all()
+    assert (cumulative <= np.searchsorted(ordered, histogram.edges, side="right")).all()
+    assert histogram.sum == pytest.approx(finite.sum(), rel=1e-6, abs=1e-6 * np.abs(finite).max())
+    # 5 octaves of 8 bins on each side, the one above them, and two around zero.
+    assert len(histogram.counts) <= 2 * 8 * 6 + 2
+
+
+def test_a_layer_without_a_finite_value():
+    x = torch.full((4, 3), float("nan"))
+    window, key = ActivationWindow(), key_of(x, 1)
+    window.update(key, x)
+    layer = window.reduce(CPU)[key]
+    found = statistics(key, layer, layer.units, 0.025)
+    assert found == {"nonfinite": 1.0, "dead": 0.0, "dormant": 0.0, "rarely_active": 0.0, "saturated_units": 0.0}
+    assert layer.minimum > layer.maximum
+
+
+def test_a_layer_of_zeros_is_dormant_all_over():
+    window, key = ActivationWindow(), LayerKey("act", "layer", True, 3)
+    window.update(key, torch.zeros(5, 3))
+    layer = window.reduce(CPU)[key]
+    found = statistics(key, layer, layer.units, 0.0)
+    assert (found["dead"], found["dormant"], found["rarely_active"], found["zero"]) == (1.0, 1.0, 1.0, 1.0)
+
+
+def test_a_reset_window_knows_nothing():
+    window, key = ActivationWindow(), LayerKey("act", "layer", True, 3)
+    window.update(key, normal(5, 3))
+    before = window.reduce(CPU)[key]
+    window.reset()
+    assert window.reduce(CPU) == {}
+    window.update(key, normal(5, 3))
+    after = window.reduce(CPU)[key]
+    assert (before.sum, before.minimum, before.maximum) == (after.sum, after.minimum, after.maximum)
+    np.testing.assert_array_equal(before.bins, after.bins)
+    np.testing.assert_array_equal(before.units.magnitude, after.units.magnitude)
+
+
+def test_an_empty_batch():
+    window = ActivationWindow()
+    window.update(LayerKey("act", "layer", True, 3), torch.zeros(0, 3))
+    assert window.reduce(CPU) == {}
+
+
+def test_values_of_inference_mode_and_others_go_together():
+    window, key = ActivationWindow(), LayerKey("act", "layer", True, 3)
+    x = normal(8, 3)
+    with torch.inference_mode():
+        window.update(key, x[:4] * 1.0)
+    window.update(key, x[4:])
+    assert window.reduce(CPU)[key].sum == pytest.approx(x.sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes_are_counted_in_float32(dtype):
+    x, key = normal(100, 4, scale=3).to(dtype), LayerKey("act", "layer", True, 4)
+    windows = [ActivationWindow() for _ in range(2)]
+    windows[0].update(key, x)
+    windows[1].update(key, x.float())
+    first, second = (window.reduce(CPU)[key] for window in windows)
+    np.testing.assert_array_equal(first.bins, second.bins)
+    assert (first.sum, first.sum_squares) == (second.sum, second.sum_squares)
+
+
+@pytest.mark.parametrize(("samples", "units", "rank"), [(2000, 10, 10), (2000, 10, 3), (5, 8, 5)])
+def test_effective_rank_against_the_singular_values(samples, units, rank):
+    x = normal(samples, rank) @ normal(rank, units, seed=1)
+    window, key = ActivationWindow(effective_rank=True), LayerKey("act", "layer", True, units)
+    for part in x.split(700):
+        window.update(key, part)
+    layer = window.reduce(CPU)[key]
+    singular = np.linalg.svd(x.double().numpy(), compute_uv=False)
+    shares = singular[:rank] / singular[:rank].sum()
+    assert statistics(key, layer, layer.units, 0.0)["effective_rank"] == pytest.approx(
+        np.exp(-(shares * np.log(shares)).sum()), rel=1e-3
+    )
+
+
+def test_effective_rank_of_an_image_is_over_positions():
+    x = normal(6, 4, 5, 5)
+    window, key = ActivationWindow(effective_rank=True), LayerKey("act", "layer", True, 4)
+    window.update(key, x.to(memory_format=torch.channels_last), 1)
+    matrix = as_matrix(x.numpy(), 1)
+    np.testing.assert_allclose(window.reduce(CPU)[key].second_moments, matrix.T @ matrix, rtol=1e-5)
+
+
+def test_a_unit_that_fires_at_few_positions_is_rarely_active():
+    x = torch.ones(2, 2, 20, 20)
+    x[:, 0] = 0.0
+    x[:, 0, 0, :2] = 1.0
+    window, key = ActivationWindow(), LayerKey("act", "layer", True, 2)
+    window.update(key, x, 1)
+    layer = window.reduce(CPU)[key]
+    # In 4 of 800 samples and positions, of 1 % of which fewer than 8 are.
+    assert statistics(key, layer, layer.units, 0.025)["rarely_active"] == 0.5
+
+
+def test_recent_units_are_those_of_the_last_samples():
+    recent, key = RecentUnits(samples=10), LayerKey("act", "layer", True, 3)
+    firing = [torch.eye(3)[[0, 0, 0, 0]], torch.eye(3)[[1] * 6], torch.eye(3)[[2] * 12], torch.eye(3)[[2] * 12]]
+    seen = []
+    for x in firing:
+        window = ActivationWindow()
+        window.update(key, x)
+        units = recent.add(key, window.reduce(CPU)[key].units)
+        seen.append((units.samples, (units.nonzero > 0).tolist()))
+    # The first two make a generation of just 10 samples, which the third follows; the fourth comes after both.
+    assert seen == [
+        (4, [True, False, False]),
+        (10, [True, True, False]),
+        (22, [True, True, True]),
+        (24, [False, False, True]),
+    ]
+    again = RecentUnits(samples=10)
+    again.load_state_dict(recent.state_dict())
+    window = ActivationWindow()
+    window.update(key, firing[0])
+    units = window.reduce(CPU)[key].units
+    for mine, theirs in zip(vars(recent.add(key, units)).values(), vars(again.add(key, units)).values(), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def test_health_of_several_layers():
+    layers = []
+    for x, limits in ((torch.tensor([[0.0, 1.0, 0.0, 0.0]]), None), (torch.tensor([[0.0, 1.0]]), LIMITS)):
+        window, key = ActivationWindow(), LayerKey("act", "layer", True, x.shape[1], limits)
+        window.update(key, x)
+        layer = window.reduce(CPU)[key]
+        layers.append((statistics(key, layer, layer.units, 0.025), key.units))
+    assert health(layers) == {
+        "act_dead": 4 / 6,
+        "act_dead_max": 3 / 4,
+        "act_dormant": 4 / 6,
+        "act_nonfinite": 0.0,
+        "act_saturated": 0.5,
+    }
+    assert health([]) == {}
+
+
+class Operations(TorchDispatchMode):
+    """How many there are, each of which would be launched on a GPU."""
+
+    number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.number += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("on_device", [True, False])
+def test_the_numbers_of_all_layers_are_packed_by_few_operations(on_device):
+    def packed(number):
+        rng = np.random.default_rng(0)
+        rows = [_Row(LayerKey("act", str(index)), CPU, False) for index in range(number)]
+        expected = []
+        # The last layer has not run on this rank.
+        for row in rows[:-1]:
+            finite, shift, total, squares = rng.integers(1, 100), *rng.normal(size=3)
+            values = [float(each) for each in (finite, shift, total, squares)]
+            row.finite, row.shift, row.total, row.squares = map(torch.tensor, values) if on_device else values
+            expected.append((total + finite * shift, squares + 2 * shift * total + finite * shift**2))
+        with Operations() as operations:
+            moments = _moments(rows, torch.float64, CPU)
+            counts = _table([[row.finite, row.samples, row.numel] for row in rows], torch.int64, CPU)
+        np.testing.assert_allclose(moments.numpy(), [*expected, (0.0, 0.0)], rtol=1e-5)
+        assert counts.tolist() == [[int(row.finite), 0, 0] for row in rows]
+        return operations.number
+
+    assert packed(300) == packed(3)
+
+
+RELU, TANH, ONLY = LayerKey("act", "relu", True, 6), LayerKey("act", "tanh", True, 4, LIMITS), LayerKey("act", "only")
+
+
+def _reduce_on_rank(rank, parts):
+    window = ActivationWindow(effective_rank=True)
+    collectives = []
+
+    def counted(real):
+        return lambda *args, **options: (collectives.append(real), real(*args, **options))[1]
+
+    for name in ("all_reduce", "all_gather_object", "broadcast_object_list"):
+        setattr(torch.distributed, name, counted(getattr(torch.distributed, name)))
+    for key, x in parts[rank].items():
+        window.update(key, x)
+    return window.reduce(CPU), len(collectives)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_together_give_what_one_process_gives(world_size, tmp_path):
+    values = {
+        RELU: torch.relu(normal(10, 6, shift=-1.5)),
+        TANH: torch.tanh(normal(11, 4, scale=3)),
+        ONLY: normal(3, 2, shift=1e3),
+    }
+    # Unequal parts; the last rank has no relu, the last module runs on one rank only.
+    parts = [{} for _ in range(world_size)]
+    for key in (RELU, TANH):
+        number = world_size - (key is RELU)
+        for part, own in zip(values[key].tensor_split(number), parts, strict=False):
+            own[key] = part
+    parts[1][ONLY] = values[ONLY]
+    single = ActivationWindow(effective_rank=True)
+    for key, x in values.items():
+        single.update(key, x)
+    expected = single.reduce(CPU)
+    for found, collectives in run_on_ranks(_reduce_on_rank, world_size, tmp_path, parts):
+        # Keys that differ cost two more than those that do not; layers cost nothing.
+        assert collectives == 6 and found.keys() == expected.keys()
+        for key, layer in expected.items():
+            mine = found[key]
+            np.testing.assert_array_equal(mine.bins, layer.bins)
+            assert (mine.minimum, mine.maximum) == (layer.minimum, layer.maximum)
+            assert mine.sum == pytest.approx(layer.sum, rel=1e-6)
+            numbers, theirs = (statistics(key, each, each.units, 0.025) for each in (mine, layer))
+            assert numbers == pytest.approx(theirs, rel=1e-5)
+            if layer.units is not None:
+                assert (mine.units.observations, mine.units.samples) == (len(values[key]),) * 2
+                np.testing.assert_array_equal(mine.units.nonzero, layer.units.nonzero)
+                np.testing.assert_allclose(mine.second_moments, layer.second_moments, rtol=1e-5, atol=1e-5)
