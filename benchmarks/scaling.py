@@ -114,7 +114,7 @@ class Activations:
 
     def __init__(self, modules: int) -> None:
         torch.manual_seed(0)
-        self.keys = [LayerKey("act", f"network.layers.{index}.act", True, UNITS) for index in range(modules)]
+        self.keys = [LayerKey("layer", f"network.layers.{index}.act", True, UNITS) for index in range(modules)]
         self.window = ActivationWindow()
         self.recent, self.ranges, self.history = RecentUnits(1000), TypicalRanges(), History()
         self.values = [torch.relu(torch.randn(8, UNITS) * 4.0**scale) for scale in range(-3, 4)]
@@ -470,7 +470,7 @@ def print_file(largest: dict[str, tuple[int, Measured]]) -> None:
 
 
 def print_keys() -> None:
-    keys = [LayerKey("act", f"network.layers.{index}.mlp.act", True, UNITS) for index in range(1000)]
+    keys = [LayerKey("layer", f"network.layers.{index}.mlp.act", True, UNITS) for index in range(1000)]
     start = time.thread_time()
     repr(keys)
     microseconds = (time.thread_time() - start) / 1000 * 1e6

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from bnlightning._check import check_integer, check_number, check_share
 from bnlightning.callbacks._steps import EvaluationCadence, StepAxis
+from bnlightning.compare.names import TEST, TRAIN, VAL, Tag, health_tag
 from bnlightning.diagnosis.thresholds import make_thresholds, warn_above
 from bnlightning.monitors.catching.finite_check import FiniteCheck, make_check
 from bnlightning.monitors.catching.observer import Observer
@@ -24,9 +25,9 @@ from bnlightning.writing.history import History
 from bnlightning.writing.pictures import draw_distributions, draw_surfaces
 from bnlightning.writing.writers import Publication
 
-_TRAINING = ""
-_SURFACES = ("act_nonfinite", "act_dead", "act_dormant", "act_saturated", "act_zero", "act_std")
-_NAMES = {_TRAINING: "training", "val_": "validation", "test_": "test"}
+_TRAINING = TRAIN
+_SURFACES = ("nonfinite", "dead", "dormant", "saturated", "zero", "std")
+_NAMES = {TRAIN: "training", VAL: "validation", TEST: "test"}
 
 
 class ActivationMonitor(Callback):
@@ -41,13 +42,13 @@ class ActivationMonitor(Callback):
     would put it (the number of steps taken before the forward pass); with the prefix ``val_`` (or ``test_``) for an
     evaluation, over all its batches, at the number of steps taken:
 
-    - ``act_hist``: histogram of the finite output values (TensorBoard and Weights & Biases). Values far outside of what
-      is typical, which would flatten the picture, are counted in its outermost bin; ``act_min`` and ``act_max`` tell
+    - ``hist``: histogram of the finite output values (TensorBoard and Weights & Biases). Values far outside of what
+      is typical, which would flatten the picture, are counted in its outermost bin; ``min`` and ``max`` tell
       how far.
-    - ``act_mean``, ``act_std``, ``act_min``, ``act_max``: of the finite values; the population's standard deviation.
-    - ``act_zero``: share of zeros among the finite values; around one half is healthy for a ReLU.
-    - ``act_nonfinite``: share of NaN and infinities among all values.
-    - ``act_saturated``, and its parts ``act_saturated_low`` and ``act_saturated_high``: share of the finite values
+    - ``mean``, ``std``, ``min``, ``max``: of the finite values; the population's standard deviation.
+    - ``zero``: share of zeros among the finite values; around one half is healthy for a ReLU.
+    - ``nonfinite``: share of NaN and infinities among all values.
+    - ``saturated``, and its parts ``saturated_low`` and ``saturated_high``: share of the finite values
       beyond :func:`saturation_limits`, for bounded activations.
 
     Of the units of what is no normalisation and no linear or convolutional layer, in training over the last
@@ -55,13 +56,13 @@ class ActivationMonitor(Callback):
     of it. A unit that died within the window still counts as alive: with a batch of 50 and a sample every 10 steps the
     default window reaches back 200 to 400 steps. Evaluations have no such delay.
 
-    - ``act_dead``: share of the units whose output was exactly zero for every sample (for a ReLU: that never fired). A
-      unit with a NaN or an infinity is not dead but broken, and counts under ``act_nonfinite``.
-    - ``act_dormant``: share of the tau-dormant units: mean magnitude at most ``tau`` times the mean over the layer's
+    - ``dead``: share of the units whose output was exactly zero for every sample (for a ReLU: that never fired). A
+      unit with a NaN or an infinity is not dead but broken, and counts under ``nonfinite``.
+    - ``dormant``: share of the tau-dormant units: mean magnitude at most ``tau`` times the mean over the layer's
       units (Sokar et al., ICML 2023).
-    - ``act_rarely_active``: share of the units that were not zero for less than 1 % of the samples (Dohare et al.,
+    - ``rarely_active``: share of the units that were not zero for less than 1 % of the samples (Dohare et al.,
       Nature 2024, who call these dormant).
-    - ``act_saturated_units``: share of the units beyond the limits for 95 % of the samples or more.
+    - ``saturated_units``: share of the units beyond the limits for 95 % of the samples or more.
 
     A unit is a feature of the layer before the activation: an entry of dimension 1 behind a convolution, of the last
     dimension behind a linear layer; samples are then also its positions. Where that cannot be told it is a channel of
@@ -69,8 +70,8 @@ class ActivationMonitor(Callback):
 
     All activations together (normalisations not), with ``val_`` in front for an evaluation:
 
-    - ``health/act_dead``, ``health/act_dormant``: share of all units; ``health/act_dead_max``: of the worst layer.
-    - ``health/act_saturated``, ``health/act_nonfinite``: mean over the layers.
+    - ``health/dead``, ``health/dormant``: share of all units; ``health/dead_max``: of the worst layer.
+    - ``health/saturated``, ``health/nonfinite``: mean over the layers.
     - ``health/first_nonfinite_layer``: as text, the first module in the order of execution that put out a NaN or an
       infinity in training, at the first step checked at which one did; ``input`` if it came with the batch,
       ``before <module>`` or ``after <module>`` if an operation that is no module made it.
@@ -79,8 +80,8 @@ class ActivationMonitor(Callback):
     In the Images tab, of the samples of the training so far (at most 128, evenly spaced, and 16 layers of those there
     are in the first picture), at the end of the epochs 1, 2, 4, 8, ... and of the training:
 
-    - ``layers_by_step/act_hist``: how each layer's values are distributed at each step.
-    - ``layers_by_step/health``: the shares above and the standard deviation of every activation at each step.
+    - ``health/values_by_step``: how each layer's values are distributed at each step.
+    - ``health/layers_by_step``: the shares above and the standard deviation of every activation at each step.
 
     The second and any further call of a module within a batch has ``#1``, ``#2``, ... behind its path, up to ``#15``
     for all that follow; a tensor in a tuple, mapping or dataclass ``:0`` or ``:logits``. Activations that are called as
@@ -99,17 +100,17 @@ class ActivationMonitor(Callback):
             make a non-finite value are checked for one, until one is found; ``None``: never. Only at 1, the default,
             it is the very first. A module that puts out infinities on purpose, such as a mask, is found, too.
         window_samples: Over how many samples of all ranks the units' numbers are, at least.
-        tau: Of ``act_dormant``.
+        tau: Of ``dormant``.
         output_gradients: Whether the gradients of the outputs are watched, too, in the training's samples:
             ``act_grad_hist``, ``act_grad_mean``, ``_std``, ``_min``, ``_max``, ``_zero`` and ``_nonfinite``, of the
             mean loss over the samples of all ranks, without the scale of a GradScaler.
-        effective_rank: Whether ``act_effective_rank`` is logged, the exponential of the entropy of the singular values
+        effective_rank: Whether ``effective_rank`` is logged, the exponential of the entropy of the singular values
             of the matrix of samples and positions by units, not centred (Roy & Vetterli, 2007), over one sample, for up
             to 1024 units. It takes many more samples than units, and units squared times 8 bytes of memory.
         max_layers: Watch no more than so many (calls of) modules; what is left out is told.
-        warn_dead_above: Warn once when ``act_dead`` of an activation exceeds it, over ``window_samples`` or more.
-        warn_dormant_above: Likewise of ``act_dormant``.
-        warn_saturated_above: Likewise of ``act_saturated``.
+        warn_dead_above: Warn once when ``dead`` of an activation exceeds it, over ``window_samples`` or more.
+        warn_dormant_above: Likewise of ``dormant``.
+        warn_saturated_above: Likewise of ``saturated``.
         stop_on_nonfinite: Whether the first non-finite value stops the training: on a CPU in the same step, on a GPU or
             several ranks at the next sample. There is a warning of it in any case.
 
@@ -256,10 +257,10 @@ class ActivationMonitor(Callback):
     # Evaluations, within a fit or by themselves.
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._begin_evaluation(trainer, pl_module, "val_", due=self._evaluation.is_due(trainer))
+        self._begin_evaluation(trainer, pl_module, VAL, due=self._evaluation.is_due(trainer))
 
     def on_test_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._begin_evaluation(trainer, pl_module, "test_", due=True)
+        self._begin_evaluation(trainer, pl_module, TEST, due=True)
 
     def on_validation_batch_start(
         self,
@@ -270,7 +271,7 @@ class ActivationMonitor(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         if self._state is not None:
-            self._state.observe("val_")
+            self._state.observe(VAL)
 
     def on_test_batch_start(
         self,
@@ -281,13 +282,13 @@ class ActivationMonitor(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         if self._state is not None:
-            self._state.observe("test_")
+            self._state.observe(TEST)
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._publish(trainer, "val_")
+        self._publish(trainer, VAL)
 
     def on_test_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._publish(trainer, "test_")
+        self._publish(trainer, TEST)
 
     # Checkpoints.
 
@@ -366,8 +367,8 @@ class ActivationMonitor(Callback):
         numbers = {key: statistics(key, layer, recent.get(key), self.tau) for key, layer in layers.items()}
         publication = _publication(opened.step, phase, layers, numbers, state.ranges)
         summary = health((numbers[key], key.units) for key in layers if key.is_activation)
-        publication.scalars |= {f"{phase}health/{name}": value for name, value in summary.items()}
-        self._tell_what_is_watched(trainer, publication, [key.label for key in layers if key.family == "act"])
+        publication.scalars |= {health_tag(name, phase): value for name, value in summary.items()}
+        self._tell_what_is_watched(trainer, publication, [key.label for key in layers if key.family == "layer"])
         publication.write(trainer)
         if phase == _TRAINING and trainer.is_global_zero:
             _remember(state.history, opened.step, layers, numbers)
@@ -388,8 +389,8 @@ class ActivationMonitor(Callback):
         Publication(
             state.drawn,
             figures={
-                "layers_by_step/act_hist": lambda: draw_distributions(state.history),
-                "layers_by_step/health": lambda: draw_surfaces(state.history, _SURFACES),
+                "health/values_by_step": lambda: draw_distributions(state.history),
+                "health/layers_by_step": lambda: draw_surfaces(state.history, _SURFACES),
             },
         ).write(trainer)
 
@@ -499,30 +500,32 @@ class _State:
 
 def _publication(
     step: int,
-    prefix: str,
+    phase: str,
     layers: dict[LayerKey, LayerSums],
     numbers: dict[LayerKey, dict[str, float]],
     ranges: TypicalRanges,
 ) -> Publication:
     publication = Publication(step)
     for key, layer in layers.items():
-        tag = f"{prefix}{key.family}_{{}}/{key.label}"
-        publication.scalars |= {tag.format(name): value for name, value in numbers[key].items()}
+        publication.scalars |= {_tag(key, name, phase): value for name, value in numbers[key].items()}
         if layer.minimum <= layer.maximum:
             histogram = finite_histogram(layer.bins, layer.minimum, layer.maximum, layer.sum, layer.sum_squares)
-            publication.histograms[tag.format("hist")] = ranges.fit(tag, histogram)
+            tag = _tag(key, "hist", phase)
+            publication.histograms[tag] = ranges.fit(tag, histogram)
     return publication
+
+
+def _tag(key: LayerKey, name: str, phase: str) -> str:
+    return str(Tag("layer", f"grad_{name}" if key.family == "layer_grad" else name, key.label, phase))
 
 
 def _remember(
     history: History, step: int, layers: dict[LayerKey, LayerSums], numbers: dict[LayerKey, dict[str, float]]
 ) -> None:
-    bins = {key.label: layer.bins for key, layer in layers.items() if key.family == "act"}
+    bins = {key.label: layer.bins for key, layer in layers.items() if key.family == "layer"}
     # Of what has no units half of the picture would be empty.
-    activations = [key for key in layers if key.is_activation] or [key for key in layers if key.family == "act"]
-    statistics = {
-        name: {key.label: numbers[key].get(name.removeprefix("act_")) for key in activations} for name in _SURFACES
-    }
+    activations = [key for key in layers if key.is_activation] or [key for key in layers if key.family == "layer"]
+    statistics = {name: {key.label: numbers[key].get(name) for key in activations} for name in _SURFACES}
     history.add(step, bins, statistics)
 
 

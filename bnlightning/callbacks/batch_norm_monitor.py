@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from bnlightning._check import check_integer
 from bnlightning.callbacks._steps import logged_step
+from bnlightning.compare.names import Tag, health_tag
 from bnlightning.monitors.catching.compiled import is_compiled
 from bnlightning.monitors.catching.hooks import NoHook, is_recomputation
 from bnlightning.monitors.catching.selection import Choice, checked_choices, is_chosen, user_path
@@ -36,20 +37,21 @@ class BatchNormMonitor(Callback):
     gives to all ranks. Logged for every layer by its path in the LightningModule, at the step at which Lightning's own
     loggers put what ``training_step`` logs, with :math:`\epsilon` the layer's ``eps``:
 
-    - ``bn_mean_drift``: :math:`\max_c |\mu_{run} - \mu_{batch}| / \sqrt{\sigma^2_{run} + \epsilon}` over the channels:
-      how far evaluation would shift its normalised values.
-    - ``bn_var_drift``: :math:`\max_c |\log((\sigma^2_{run} + \epsilon) / (\sigma^2_{batch} + \epsilon))|`; 0.7 is a
+    - ``norm_mean_drift``: :math:`\max_c |\mu_{run} - \mu_{batch}| / \sqrt{\sigma^2_{run} + \epsilon}`: the largest
+      over the channels. How far evaluation would shift its normalised values.
+    - ``norm_var_drift``: :math:`\max_c |\log((\sigma^2_{run} + \epsilon) / (\sigma^2_{batch} + \epsilon))|`; 0.7 is a
       factor of two. The variance of the batch is estimated as the layer's running variance is: unbiased for torch's.
-    - ``bn_rank_spread``: standard deviation over the ranks of their own batch means, divided by
+    - ``norm_rank_spread``: standard deviation over the ranks of their own batch means, divided by
       :math:`\sqrt{\sigma^2_{batch} + \epsilon}` (biased, over all ranks); its maximum over the channels. Only with
       several ranks.
-    - ``bn_scale_near_zero``: share of the entries of ``weight`` below 1e-3 in magnitude, before the step.
-    - ``bn_min_running_var``: smallest running variance before the step.
-    - ``bn_nonfinite``: share of the channels with a NaN or an infinity in the input or in the running statistics; only
-      if there are any. The other numbers leave these channels out, the two drifts and the spread by their input, too.
-    - ``health/bn_mean_drift``, ``health/bn_var_drift``, ``health/bn_rank_spread``: the largest of all layers;
-      ``health/bn_min_running_var``: the smallest; ``health/bn_scale_near_zero``: over the scales of all layers;
-      ``health/bn_nonfinite``: over the channels of all layers.
+    - ``norm_scale_near_zero``: share of the entries of ``weight`` below 1e-3 in magnitude, before the step.
+    - ``norm_min_running_var``: smallest running variance before the step.
+    - ``norm_nonfinite``: share of the channels with a NaN or an infinity in the input or in the running statistics.
+      Only if there are any. The other numbers leave these channels out, the two drifts and the spread by their
+      input, too.
+    - ``health/norm_mean_drift``, ``health/norm_var_drift``, ``health/norm_rank_spread``: the largest of all layers;
+      ``health/norm_min_running_var``: the smallest; ``health/norm_scale_near_zero``: over the scales of all layers;
+      ``health/norm_nonfinite``: over the channels of all layers.
 
     What a layer does not have is not written: no drifts and no smallest variance without running statistics, no
     share without a scale, no drifts before the first batch has replaced the initial values. Drifts are never zero: the
@@ -225,11 +227,11 @@ class _Hook:
 
 def _scalars(layers: dict[str, BatchNormStatistics]) -> dict[str, float]:
     values = {
-        f"bn_{key}/{name}": getattr(layer, key)
+        str(Tag("norm", key, name)): getattr(layer, key)
         for name, layer in layers.items()
         for key in ("mean_drift", "var_drift", "rank_spread", "scale_near_zero", "min_running_var")
     }
-    values |= {f"bn_nonfinite/{name}": layer.nonfinite or None for name, layer in layers.items()}
+    values |= {str(Tag("norm", "nonfinite", name)): layer.nonfinite or None for name, layer in layers.items()}
     return {tag: value for tag, value in values.items() if value is not None}
 
 
@@ -238,11 +240,11 @@ def _health(layers: Sequence[BatchNormStatistics]) -> dict[str, float]:
     for key, worst in (("mean_drift", max), ("var_drift", max), ("rank_spread", max), ("min_running_var", min)):
         values = [value for layer in layers if (value := getattr(layer, key)) is not None]
         if values:
-            scalars[f"health/bn_{key}"] = worst(values)
+            scalars[health_tag(f"norm_{key}")] = worst(values)
     scales, channels = sum(layer.scales for layer in layers), sum(layer.channels for layer in layers)
     if scales:
         near_zero = sum((layer.scale_near_zero or 0.0) * layer.scales for layer in layers)
-        scalars["health/bn_scale_near_zero"] = near_zero / scales
+        scalars[health_tag("norm_scale_near_zero")] = near_zero / scales
     if channels:
-        scalars["health/bn_nonfinite"] = sum(layer.nonfinite * layer.channels for layer in layers) / channels
+        scalars[health_tag("norm_nonfinite")] = sum(layer.nonfinite * layer.channels for layer in layers) / channels
     return scalars

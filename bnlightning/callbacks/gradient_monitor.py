@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from bnlightning._check import check_integer
 from bnlightning.callbacks._steps import logged_step
+from bnlightning.compare.names import Tag, health_tag
 from bnlightning.monitors.catching.selection import user_path
 from bnlightning.monitors.counting.histogram import TypicalRanges
 from bnlightning.monitors.counting.ranks import is_sharded
@@ -47,14 +48,14 @@ class GradientMonitor(Callback):
     LightningModule, without what ``torch.compile``, activation checkpointing or another wrapper adds to it. For every
     chosen parameter that has a gradient at the step, over all ``n`` values ``g`` of it:
 
-    - ``grad_norm/<param>``: ``||g||``, the 2-norm.
-    - ``grad_rms/<param>``: ``||g|| / sqrt(n)``, comparable between parameters of different sizes.
-    - ``grad_hist/<param>``: histogram of the finite values (TensorBoard and Weights & Biases); values far outside of
-      what is typical are counted in its outermost bin.
-    - ``grad_nonfinite/<param>``: share of NaN and infinities; only where there are any.
-    - ``update_ratio/<param>``: ``||w1 - w0|| / ||w0||`` of the weights ``w0`` just before the step and ``w1`` at the
-      end of the training batch, so with momentum, weight decay and clipping; only where ``||w0||`` is not zero. A rule
-      of thumb is 1e-3.
+    - ``param_grad_norm/<param>``: ``||g||``, the 2-norm.
+    - ``param_grad_rms/<param>``: ``||g|| / sqrt(n)``, comparable between parameters of different sizes.
+    - ``param_grad_hist/<param>``: histogram of the finite values (TensorBoard and Weights & Biases). Values far
+      outside of what is typical are counted in its outermost bin.
+    - ``param_grad_nonfinite/<param>``: share of NaN and infinities; only where there are any.
+    - ``param_update_ratio/<param>``: ``||w1 - w0|| / ||w0||`` of the weights ``w0`` just before the step and ``w1`` at
+      the end of the training batch, so with momentum, weight decay and clipping. Only where ``||w0||`` is not zero.
+      A rule of thumb is 1e-3.
 
     Over all parameters of the LightningModule that have a gradient at the step, chosen or not:
 
@@ -222,13 +223,15 @@ class GradientMonitor(Callback):
 
     def _publication(self, step: int, statistics: Mapping[str, ParameterStatistics]) -> Publication:
         chosen = {path: one for path, one in statistics.items() if path in self._chosen}
-        scalars = {f"{key}/{path}": value for path, one in chosen.items() for key, value in _scalars(one).items()}
-        scalars |= {f"health/{key}": value for key, value in _health(list(statistics.values())).items()}
+        scalars = {
+            str(Tag("param", key, path)): value for path, one in chosen.items() for key, value in _scalars(one).items()
+        }
+        scalars |= {health_tag(key): value for key, value in _health(list(statistics.values())).items()}
         return Publication(
             step,
             scalars={tag: value for tag, value in scalars.items() if abs(value) <= _LARGEST},
             histograms={
-                f"grad_hist/{path}": self._ranges.fit(path, one.histogram)
+                str(Tag("param", "grad_hist", path)): self._ranges.fit(path, one.histogram)
                 for path, one in chosen.items()
                 if one.histogram is not None
             },

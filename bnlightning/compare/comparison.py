@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from bnlightning.compare.figures import overview
+from bnlightning.compare.names import VAL, health_tag
 from bnlightning.compare.runs import (
     COMPARISON_SUFFIX,
     Run,
@@ -45,7 +46,7 @@ class Comparison:
         runs: What was read, a run each, for numbers of your own.
         rows: One mapping from column to text a variant. ``final cost``: median of the last ``val/loss`` over the
             seeds, with the quartiles (of a metric that is no loss the column has the metric's name); ``dead``,
-            ``saturated``, ``non-finite``: the last ``val_health/act_*``, median over the seeds (without an evaluation
+            ``saturated``, ``non-finite``: the last ``health/val_*``, median over the seeds (without an evaluation
             ``health/act_*``, of training batches); ``first non-finite``: the earliest step seen, after so many training
             steps, and the module; ``seconds``: a run's time from its first to its last event, median over the seeds.
         notes: What the tables say, in sentences.
@@ -313,9 +314,9 @@ def _row(name: str, runs: Sequence[Run], metric: str) -> dict[str, str]:
         "variant": name,
         "seeds": _seeds(runs),
         result: _result(costs, metric),
-        "dead": _share(runs, "health/act_dead"),
-        "saturated": _share(runs, "health/act_saturated"),
-        "non-finite": _share(runs, "health/act_nonfinite"),
+        "dead": _share(runs, "dead"),
+        "saturated": _share(runs, "saturated"),
+        "non-finite": _share(runs, "nonfinite"),
         "first non-finite": _first_nonfinite(runs),
         "seconds": f"{np.median([run.seconds for run in runs]):.1f}",
     }
@@ -339,16 +340,18 @@ def _result(costs: NDArray[np.float64], metric: str) -> str:
     return f"{median:.4g}" if len(costs) == 1 else f"{median:.4g} [{low:.4g}, {high:.4g}]"
 
 
-def _share(runs: Sequence[Run], tag: str) -> str:
-    evaluated = any(f"val_{tag}" in run.scalars for run in runs)
-    shares = [share for run in runs if (share := run.last(f"val_{tag}" if evaluated else tag)) is not None]
+def _share(runs: Sequence[Run], name: str) -> str:
+    tag = health_tag(name, VAL)
+    if not any(tag in run.scalars for run in runs):
+        tag = health_tag(name)
+    shares = [share for run in runs if (share := run.last(tag)) is not None]
     return f"{100 * np.median(shares):.1f} %" if shares else "-"
 
 
 def _first_nonfinite(runs: Sequence[Run]) -> str:
     found = [run.first_nonfinite for run in runs if run.first_nonfinite is not None]
     if not found:
-        return "none seen" if _share(runs, "health/act_nonfinite") != "-" else "-"
+        return "none seen" if _share(runs, "nonfinite") != "-" else "-"
     step, layers = _earliest(found)
     where = f"step {step}, {layers}"
     return where if len(runs) == 1 else f"{where} ({len(found)} of {len(runs)} runs)"
@@ -370,7 +373,7 @@ def _notes(name: str, runs: Sequence[Run]) -> list[str]:
     who = name if len(runs) == 1 else f"{name} ({len(found)} of {len(runs)} runs)"
     steps = "1 training step" if step == 1 else f"{step} training steps"
     text = f"{who} diverged: after {steps} {layer} put out the first NaN or infinity. "
-    nonfinite, dead = _share(runs, "health/act_nonfinite"), _share(runs, "health/act_dead")
+    nonfinite, dead = _share(runs, "nonfinite"), _share(runs, "dead")
     if "-" not in (nonfinite, dead):
         text += f"At the end {nonfinite} of its activations are not finite and {dead} of its units are dead. "
     text += "Diverged is not dead: a dead unit puts out zero for every input, these put out NaN."

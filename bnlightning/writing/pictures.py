@@ -94,19 +94,19 @@ class Look:
 _FRACTION = {0.0: "0", 0.5: "0.5", 1.0: "1"}
 # Fixed scales and not the run's own, so that runs can be compared.
 _LOOKS = {
-    "act_nonfinite": Look("NaN or inf", _NEUTRAL, 0.0, 1.0, {}),
-    "act_dead": Look("dead units", _ALARM, 0.0, 1.0, _FRACTION),
-    "act_dormant": Look("dormant units", _ALARM, 0.0, 1.0, _FRACTION),
-    "act_saturated": Look("saturated", _ALARM, 0.0, 1.0, _FRACTION),
-    "act_zero": Look("zeros", _NEUTRAL, 0.0, 1.0, _FRACTION),
-    "act_std": Look("std", _TWO_SIDED, 1e-3, 1e3, {1e-3: "0.001", 1.0: "1", 1e3: "1000"}, log=True),
+    "nonfinite": Look("NaN or inf", _NEUTRAL, 0.0, 1.0, {}),
+    "dead": Look("dead units", _ALARM, 0.0, 1.0, _FRACTION),
+    "dormant": Look("dormant units", _ALARM, 0.0, 1.0, _FRACTION),
+    "saturated": Look("saturated", _ALARM, 0.0, 1.0, _FRACTION),
+    "zero": Look("zeros", _NEUTRAL, 0.0, 1.0, _FRACTION),
+    "std": Look("std", _TWO_SIDED, 1e-3, 1e3, {1e-3: "0.001", 1.0: "1", 1e3: "1000"}, log=True),
 }
 # What stands out in the last sample, worst first, above which share.
 _WORDS = {
-    "act_nonfinite": ("NaN/inf", 0.0),
-    "act_dead": ("dead units", 0.005),
-    "act_saturated": ("saturated", 0.005),
-    "act_zero": ("zeros", 0.005),
+    "nonfinite": ("NaN/inf", 0.0),
+    "dead": ("dead units", 0.005),
+    "saturated": ("saturated", 0.005),
+    "zero": ("zeros", 0.005),
 }
 
 
@@ -206,10 +206,10 @@ def surface_image(history: History, statistic: str) -> NDArray[np.float64]:
 
     ``NONFINITE`` where the value is infinite, or all of the layer's values were NaN or infinite: it says nothing then.
     """
-    values, nonfinite = history.values(statistic), history.values("act_nonfinite")
+    values, nonfinite = history.values(statistic), history.values("nonfinite")
     image = _look(history, statistic).color(values)
     nothing = (nonfinite == 1) & _is_known(values)[:, None]
-    image[np.isinf(values) | nothing | ((values > 0) & (statistic == "act_nonfinite"))] = NONFINITE
+    image[np.isinf(values) | nothing | ((values > 0) & (statistic == "nonfinite"))] = NONFINITE
     return image
 
 

@@ -81,7 +81,7 @@ def test_logs_what_numpy_makes_of_the_captured_outputs(tmp_path):
     # Ten training steps of two epochs, and an evaluation after each.
     for prefix, phase, steps in (("", "train", [0, 4, 8]), ("val_", "validate", [5, 10])):
         for name in capture.names:
-            assert list(scalar(events, f"{prefix}act_mean/{name}")) == steps
+            assert list(scalar(events, f"layer_{prefix}mean/{name}")) == steps
             for step in steps:
                 values = torch.cat(capture.outputs[phase, step, name]).double().numpy()
                 expected = {
@@ -108,15 +108,15 @@ def test_logs_what_numpy_makes_of_the_captured_outputs(tmp_path):
                     if name == "body.2":
                         expected["saturated_units"] = ((np.abs(recent) > 0.99).mean(axis=0) >= 0.95).mean()
                 for key, want in expected.items():
-                    got = scalar(events, f"{prefix}act_{key}/{name}")[step]
+                    got = scalar(events, f"layer_{prefix}{key}/{name}")[step]
                     assert got == pytest.approx(want, rel=1e-5, abs=1e-6), (prefix, name, step, key)
-                histogram = next(h for h in events.Histograms(f"{prefix}act_hist/{name}") if h.step == step)
+                histogram = next(h for h in events.Histograms(f"layer_{prefix}hist/{name}") if h.step == step)
                 assert sum(histogram.histogram_value.bucket) == histogram.histogram_value.num == values.size
                 assert histogram.histogram_value.min == pytest.approx(values.min())
                 assert histogram.histogram_value.max == pytest.approx(values.max())
                 assert histogram.histogram_value.sum == pytest.approx(values.sum(), rel=1e-6, abs=1e-6)
                 assert histogram.histogram_value.sum_squares == pytest.approx((values**2).sum(), rel=1e-6)
-    assert "act_saturated/body.4" not in events.Tags()["scalars"]
+    assert "layer_saturated/body.4" not in events.Tags()["scalars"]
     assert not any("head" in tag or "body.0" in tag for tag in events.Tags()["histograms"])
 
 
@@ -162,7 +162,7 @@ def test_gradient_accumulation_puts_the_micro_batches_of_a_step_together(tmp_pat
         trainer = quiet_trainer(directory, max_epochs=1, callbacks=[ActivationMonitor(every_n_steps=2)], **options)
         trainer.fit(model, loader(batch_size=batch_size))
     events = [read_events(directory) for directory in (whole, parts)]
-    tags = [tag for tag in events[0].Tags()["scalars"] if tag.startswith("act_")]
+    tags = [tag for tag in events[0].Tags()["scalars"] if tag.startswith("layer_")]
     assert tags
     for tag in tags:
         first, second = (scalar(each, tag) for each in events)
@@ -177,8 +177,8 @@ def test_the_sanity_check_is_not_recorded_and_a_test_run_is(tmp_path):
     trainer.fit(model, loader(), loader())
     trainer.test(model, loader(), verbose=False)
     events = read_events(tmp_path)
-    assert list(scalar(events, "val_act_std/body.2")) == [2]
-    assert list(scalar(events, "test_act_std/body.2")) == [2]
+    assert list(scalar(events, "layer_val_std/body.2")) == [2]
+    assert list(scalar(events, "layer_test_std/body.2")) == [2]
 
 
 def test_evaluations_within_every_n_steps_are_left_out_but_the_last(tmp_path):
@@ -186,7 +186,7 @@ def test_evaluations_within_every_n_steps_are_left_out_but_the_last(tmp_path):
         tmp_path, max_steps=12, val_check_interval=2, callbacks=[ActivationMonitor(every_n_steps=5)]
     )
     trainer.fit(Net(), loader(samples=200), loader())
-    assert list(scalar(read_events(tmp_path), "val_act_std/body.2")) == [2, 8, 12]
+    assert list(scalar(read_events(tmp_path), "layer_val_std/body.2")) == [2, 8, 12]
 
 
 class Diverging(Net):
@@ -211,9 +211,9 @@ def test_names_the_layer_and_step_of_the_first_nonfinite_output(tmp_path, check)
     events = read_events(tmp_path)
     (found,) = events.Tensors("health/first_nonfinite_layer/text_summary")
     assert found.step == 2 and found.tensor_proto.string_val[0].decode() == "body.3"
-    assert scalar(events, "act_nonfinite/body.4")[4] == 1.0
-    assert scalar(events, "act_dead/body.4")[4] == 0.0
-    assert scalar(events, "health/act_nonfinite")[8] == 1.0
+    assert scalar(events, "layer_nonfinite/body.4")[4] == 1.0
+    assert scalar(events, "layer_dead/body.4")[4] == 0.0
+    assert scalar(events, "health/nonfinite")[8] == 1.0
 
 
 def test_an_operation_that_is_no_module_is_blamed_on_the_place(tmp_path):
@@ -256,9 +256,9 @@ def test_a_module_used_twice_with_other_widths(tmp_path):
     quiet_trainer(tmp_path, max_steps=1, callbacks=[ActivationMonitor(modules="body.4")]).fit(model, loader())
     events = read_events(tmp_path)
     for tag, dead, units in (("body.4", 2, 8), ("body.4#1", 3, 6)):
-        assert scalar(events, f"act_dead/{tag}")[0] == pytest.approx(dead / units)
-        assert sum(events.Histograms(f"act_hist/{tag}")[0].histogram_value.bucket) == 8 * units
-    assert scalar(events, "health/act_dead")[0] == pytest.approx(5 / 14)
+        assert scalar(events, f"layer_dead/{tag}")[0] == pytest.approx(dead / units)
+        assert sum(events.Histograms(f"layer_hist/{tag}")[0].histogram_value.bucket) == 8 * units
+    assert scalar(events, "health/dead")[0] == pytest.approx(5 / 14)
 
 
 def test_an_evaluation_amid_accumulated_gradients_stays_apart(tmp_path):
@@ -270,18 +270,18 @@ def test_an_evaluation_amid_accumulated_gradients_stays_apart(tmp_path):
     trainer.fit(Net(), loader(samples=32, batch_size=4), loader(samples=100, seed=1))
     events = read_events(tmp_path)
     for step in (0, 1):
-        (histogram,) = (h for h in events.Histograms("act_hist/body.2") if h.step == step)
+        (histogram,) = (h for h in events.Histograms("layer_hist/body.2") if h.step == step)
         assert sum(histogram.histogram_value.bucket) == 4 * 4 * 8
         values = torch.cat(capture.outputs["train", step, "body.2"])
-        assert scalar(events, "act_mean/body.2")[step] == pytest.approx(values.mean().item(), abs=1e-6)
-    assert {sum(h.histogram_value.bucket) for h in events.Histograms("val_act_hist/body.2")} == {100 * 8}
+        assert scalar(events, "layer_mean/body.2")[step] == pytest.approx(values.mean().item(), abs=1e-6)
+    assert {sum(h.histogram_value.bucket) for h in events.Histograms("layer_val_hist/body.2")} == {100 * 8}
 
 
 def test_every_evaluation_of_its_own_is_recorded(tmp_path):
     monitor = ActivationMonitor()
     for name in ("first", "second"):
         quiet_trainer(tmp_path / name, callbacks=[monitor]).validate(Net(), loader(), verbose=False)
-        assert list(scalar(read_events(tmp_path / name), "val_act_std/body.2")) == [0]
+        assert list(scalar(read_events(tmp_path / name), "layer_val_std/body.2")) == [0]
 
 
 def test_several_optimizers_leap_over_multiples(tmp_path):
@@ -304,7 +304,7 @@ def test_several_optimizers_leap_over_multiples(tmp_path):
     )
     # Where self.log puts what this step logs: batches are counted, each of which is three steps.
     events = read_events(tmp_path)
-    assert list(scalar(events, "act_std/body.2")) == [0, 2, 4, 5, 7, 9]
+    assert list(scalar(events, "layer_std/body.2")) == [0, 2, 4, 5, 7, 9]
     assert list(scalar(events, "loss")) == list(range(10))
 
 
@@ -315,7 +315,7 @@ def test_a_recomputed_forward_pass_counts_once(tmp_path):
             return self.head(x)
 
     quiet_trainer(tmp_path, max_steps=1, callbacks=[ActivationMonitor()]).fit(Checkpointed(), loader())
-    assert sum(read_events(tmp_path).Histograms("act_hist/body.2")[0].histogram_value.bucket) == 8 * 8
+    assert sum(read_events(tmp_path).Histograms("layer_hist/body.2")[0].histogram_value.bucket) == 8 * 8
 
 
 def test_a_watched_module_without_a_tensor_is_told(tmp_path):
@@ -364,8 +364,8 @@ def test_tensors_in_tuples_mappings_and_dataclasses(make, suffixes, tmp_path):
     capture = Capture("body.3")
     quiet_trainer(tmp_path, max_steps=1, callbacks=[ActivationMonitor(), capture]).fit(model, loader())
     events = read_events(tmp_path)
-    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("act_mean/body.4")]
-    assert tags == [f"act_mean/body.4{suffix}" for suffix in suffixes]
+    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("layer_mean/body.4")]
+    assert tags == [f"layer_mean/body.4{suffix}" for suffix in suffixes]
     expected = torch.relu(capture.outputs["train", 0, "body.3"][0]).double().mean().item()
     assert all(scalar(events, tag)[0] == pytest.approx(expected, rel=1e-5) for tag in tags)
 
@@ -390,10 +390,10 @@ def test_says_nothing_of_a_healthy_run(tmp_path):
 def test_health_pools_the_activations(tmp_path):
     quiet_trainer(tmp_path, max_steps=1, callbacks=[ActivationMonitor()]).fit(Net(), loader())
     events = read_events(tmp_path)
-    dead = {name: scalar(events, f"act_dead/{name}")[0] for name in ("body.2", "body.4")}
-    assert scalar(events, "health/act_dead")[0] == pytest.approx((8 * dead["body.2"] + 6 * dead["body.4"]) / 14)
-    saturated = scalar(events, "act_saturated/body.2")[0]
-    assert scalar(events, "health/act_saturated")[0] == pytest.approx(saturated)
+    dead = {name: scalar(events, f"layer_dead/{name}")[0] for name in ("body.2", "body.4")}
+    assert scalar(events, "health/dead")[0] == pytest.approx((8 * dead["body.2"] + 6 * dead["body.4"]) / 14)
+    saturated = scalar(events, "layer_saturated/body.2")[0]
+    assert scalar(events, "health/saturated")[0] == pytest.approx(saturated)
 
 
 @pytest.mark.parametrize(
@@ -426,7 +426,7 @@ def test_works_without_tensorboard(logger, tmp_path):
     logger = CSVLogger(tmp_path, name="", version="", flush_logs_every_n_steps=1) if logger else False
     trainer = quiet_trainer(max_steps=1, logger=logger, callbacks=[ActivationMonitor()])
     trainer.fit(Net(), loader())
-    assert not logger or "act_std/body.2" in (tmp_path / "metrics.csv").read_text()
+    assert not logger or "layer_std/body.2" in (tmp_path / "metrics.csv").read_text()
 
 
 def test_in_place_relu_and_half_precision(tmp_path):
@@ -435,7 +435,7 @@ def test_in_place_relu_and_half_precision(tmp_path):
     trainer = quiet_trainer(tmp_path, max_steps=1, precision="bf16-mixed", callbacks=[ActivationMonitor()])
     trainer.fit(model, loader())
     events = read_events(tmp_path)
-    assert scalar(events, "act_zero/body.4")[0] > 0 and "act_saturated/body.2" in events.Tags()["scalars"]
+    assert scalar(events, "layer_zero/body.4")[0] > 0 and "layer_saturated/body.2" in events.Tags()["scalars"]
 
 
 def test_the_same_seed_writes_the_same_numbers(tmp_path):
@@ -449,7 +449,7 @@ def test_the_same_seed_writes_the_same_numbers(tmp_path):
         scalars = {tag: scalar(events, tag) for tag in events.Tags()["scalars"]}
         histograms = {tag: [h.histogram_value for h in events.Histograms(tag)] for tag in events.Tags()["histograms"]}
         runs.append((scalars, histograms))
-    assert runs[0] == runs[1] and "val_act_hist/net.act1" in runs[0][1]
+    assert runs[0] == runs[1] and "layer_val_hist/net.act1" in runs[0][1]
 
 
 @pytest.mark.parametrize(
@@ -480,7 +480,7 @@ def test_a_second_fit_starts_anew(tmp_path):
         quiet_trainer(tmp_path / name, max_epochs=1, callbacks=[monitor]).fit(model, loader(), loader())
     first, second = (read_events(tmp_path / name) for name in ("first", "second"))
     assert first.Tags()["scalars"] == second.Tags()["scalars"]
-    assert scalar(first, "val_act_std/body.2") == scalar(second, "val_act_std/body.2")
+    assert scalar(first, "layer_val_std/body.2") == scalar(second, "layer_val_std/body.2")
 
 
 def test_output_gradients_against_those_of_autograd(tmp_path):
@@ -505,10 +505,10 @@ def test_output_gradients_against_those_of_autograd(tmp_path):
         values = torch.cat(gradients[step]).double().numpy()
         assert values.size == 2 * 8 * 8
         for name, expected in (("mean", values.mean()), ("std", values.std()), ("max", values.max())):
-            assert scalar(events, f"act_grad_{name}/body.2")[step] == pytest.approx(expected, rel=1e-5, abs=1e-9)
-        histogram = next(h for h in events.Histograms("act_grad_hist/body.2") if h.step == step)
+            assert scalar(events, f"layer_grad_{name}/body.2")[step] == pytest.approx(expected, rel=1e-5, abs=1e-9)
+        histogram = next(h for h in events.Histograms("layer_grad_hist/body.2") if h.step == step)
         assert histogram.histogram_value.num == values.size
-    assert not any(tag.startswith("val_act_grad") for tag in events.Tags()["scalars"])
+    assert not any(tag.startswith("layer_val_grad") for tag in events.Tags()["scalars"])
 
 
 def test_a_gradient_of_a_scaled_loss_is_unscaled(tmp_path):
@@ -528,7 +528,9 @@ def test_a_gradient_of_a_scaled_loss_is_unscaled(tmp_path):
         trainer = quiet_trainer(directory, max_steps=1, callbacks=[ActivationMonitor(output_gradients=True)])
         trainer.precision_plugin.scaler = scaler
         trainer.fit(module, loader())
-        tags.append({tag: scalar(read_events(directory), tag)[0] for tag in ("act_grad_std/body.2", "act_std/body.2")})
+        tags.append(
+            {tag: scalar(read_events(directory), tag)[0] for tag in ("layer_grad_std/body.2", "layer_std/body.2")}
+        )
     assert tags[0] == pytest.approx(tags[1], rel=1e-5)
 
 
@@ -590,7 +592,7 @@ def test_layers_beyond_the_maximum_are_told(tmp_path):
     with pytest.warns(UserWarning, match=r"max_layers=2\) leaves out 3 layers from body\.2 on"):
         quiet_trainer(tmp_path, max_epochs=1, callbacks=[monitor]).fit(Net(), loader())
     tags = read_events(tmp_path).Tags()["histograms"]
-    assert tags == ["act_hist/body.0", "act_hist/body.1"]
+    assert tags == ["layer_hist/body.0", "layer_hist/body.1"]
 
 
 def test_many_calls_of_a_module_are_pooled_in_the_last(tmp_path):
@@ -603,9 +605,9 @@ def test_many_calls_of_a_module_are_pooled_in_the_last(tmp_path):
 
     quiet_trainer(tmp_path, max_steps=1, callbacks=[ActivationMonitor(modules=nn.Tanh)]).fit(Often(), loader())
     events = read_events(tmp_path)
-    assert len([tag for tag in events.Tags()["histograms"] if tag.startswith("act_hist/body.2")]) == 16
-    assert events.Histograms("act_hist/body.2#14")[0].histogram_value.num == 8 * 8
-    assert events.Histograms("act_hist/body.2#15")[0].histogram_value.num == 6 * 8 * 8
+    assert len([tag for tag in events.Tags()["histograms"] if tag.startswith("layer_hist/body.2")]) == 16
+    assert events.Histograms("layer_hist/body.2#14")[0].histogram_value.num == 8 * 8
+    assert events.Histograms("layer_hist/body.2#15")[0].histogram_value.num == 6 * 8 * 8
 
 
 def test_the_report_names_what_is_not_seen(tmp_path):
@@ -622,7 +624,7 @@ def test_torchscript_takes_no_hooks(tmp_path):
     model.body[4] = torch.jit.script(nn.ReLU())
     quiet_trainer(tmp_path, max_steps=1, callbacks=[ActivationMonitor(modules="body.*")]).fit(model, loader())
     tags = read_events(tmp_path).Tags()["histograms"]
-    assert "act_hist/body.2" in tags
+    assert "layer_hist/body.2" in tags
 
 
 def test_a_copy_made_during_training_has_no_hooks_at_work(tmp_path):
@@ -656,7 +658,7 @@ def test_a_resumed_training_writes_what_one_without_a_break_writes(tmp_path):
                 written.setdefault((name, tag), {}).update(scalar(events, tag))
     tags = {tag for _, tag in written}
     # The samples of a window go on through the break, too.
-    assert list(written["whole", "act_dead/body.4"]) == [0, 3, 6, 9, 12, 15, 18]
+    assert list(written["whole", "layer_dead/body.4"]) == [0, 3, 6, 9, 12, 15, 18]
     for tag in tags:
         whole, broken = written["whole", tag], written["broken", tag]
         assert list(whole) == list(broken), tag
@@ -674,9 +676,9 @@ def test_a_window_with_other_numbers_of_units_each_time(tmp_path):
     monitor = ActivationMonitor(every_n_steps=1, modules="body.2")
     quiet_trainer(tmp_path, max_epochs=1, callbacks=[monitor]).fit(Lengths(), loader())
     events = read_events(tmp_path)
-    assert len(scalar(events, "act_mean/body.2")) == 5
+    assert len(scalar(events, "layer_mean/body.2")) == 5
     # Behind four widths there are no units any more.
-    assert list(scalar(events, "act_dead/body.2")) == [0, 1, 2, 3]
+    assert list(scalar(events, "layer_dead/body.2")) == [0, 1, 2, 3]
 
 
 def test_inside_channels_last_and_conv1d_units_are_the_features(tmp_path):
@@ -699,8 +701,8 @@ def test_inside_channels_last_and_conv1d_units_are_the_features(tmp_path):
     quiet_trainer(tmp_path, max_steps=1, callbacks=[ActivationMonitor()]).fit(model, loader())
     events = read_events(tmp_path)
     # All of the two and of the three, whatever chance does to the others.
-    assert 5 * scalar(events, "act_dead/one.1")[0] == pytest.approx(2, abs=1e-5)
-    assert 4 * scalar(events, "act_dead/two.1")[0] == pytest.approx(3, abs=1e-5)
+    assert 5 * scalar(events, "layer_dead/one.1")[0] == pytest.approx(2, abs=1e-5)
+    assert 4 * scalar(events, "layer_dead/two.1")[0] == pytest.approx(3, abs=1e-5)
 
 
 def test_an_optimizer_that_evaluates_the_loss_several_times_in_a_step(tmp_path):
@@ -717,9 +719,9 @@ def test_an_optimizer_that_evaluates_the_loss_several_times_in_a_step(tmp_path):
     quiet_trainer(tmp_path, max_steps=1, callbacks=[ActivationMonitor()]).fit(WithLBFGS(), loader())
     assert len(evaluations) > 1
     # Not further calls of a module, but the same call again.
-    histograms = read_events(tmp_path).Histograms("act_hist/body.2")
+    histograms = read_events(tmp_path).Histograms("layer_hist/body.2")
     assert [h.histogram_value.num for h in histograms] == [len(evaluations) * 8 * 8]
-    assert "act_hist/body.2#1" not in read_events(tmp_path).Tags()["histograms"]
+    assert "layer_hist/body.2#1" not in read_events(tmp_path).Tags()["histograms"]
 
 
 def test_a_checkpoint_that_an_evaluation_loaded_is_none_of_the_next_fits_business(tmp_path):
@@ -729,7 +731,7 @@ def test_a_checkpoint_that_an_evaluation_loaded_is_none_of_the_next_fits_busines
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     quiet_trainer(callbacks=[monitor]).validate(Net(), loader(), ckpt_path=tmp_path / "last.ckpt", verbose=False)
     quiet_trainer(tmp_path, max_epochs=1, callbacks=[monitor]).fit(Net(), loader())
-    assert list(scalar(read_events(tmp_path), "act_std/body.2")) == [0, 2, 4]
+    assert list(scalar(read_events(tmp_path), "layer_std/body.2")) == [0, 2, 4]
 
 
 def test_a_fit_that_goes_on_keeps_the_cadence(tmp_path):
@@ -738,7 +740,7 @@ def test_a_fit_that_goes_on_keeps_the_cadence(tmp_path):
     trainer.fit(model, loader())
     trainer.fit_loop.max_epochs = 2
     trainer.fit(model, loader())
-    assert list(scalar(read_events(tmp_path), "act_std/body.2")) == [0, 3, 6, 9]
+    assert list(scalar(read_events(tmp_path), "layer_std/body.2")) == [0, 3, 6, 9]
 
 
 @pytest.mark.parametrize(("call", "cure"), [
@@ -759,4 +761,4 @@ def test_tensors_that_are_not_dense_are_passed_over(tmp_path):
 
     quiet_trainer(tmp_path, max_steps=1, callbacks=[ActivationMonitor()]).fit(Sparse(), loader())
     tags = read_events(tmp_path).Tags()["histograms"]
-    assert "act_hist/even" in tags and not any("odd" in tag for tag in tags)
+    assert "layer_hist/even" in tags and not any("odd" in tag for tag in tags)

@@ -99,10 +99,10 @@ def expected(gradients, before, after):
     """All scalars of one sample, in float64."""
     want = {}
     for name, gradient in gradients.items():
-        want[f"grad_norm/{name}"] = norm(gradient)
-        want[f"grad_rms/{name}"] = np.sqrt((gradient**2).mean())
+        want[f"param_grad_norm/{name}"] = norm(gradient)
+        want[f"param_grad_rms/{name}"] = np.sqrt((gradient**2).mean())
         if norm(before[name]) > 0:
-            want[f"update_ratio/{name}"] = norm(after[name] - before[name]) / norm(before[name])
+            want[f"param_update_ratio/{name}"] = norm(after[name] - before[name]) / norm(before[name])
     norms = [norm(gradient) for gradient in gradients.values() if gradient.ndim >= 2]
     want["health/grad_norm"] = norm(*gradients.values())
     want["health/grad_norm_ratio"] = max(norms) / min(norms)
@@ -114,7 +114,7 @@ def expected(gradients, before, after):
 
 def written(events, step):
     """All scalars of the monitor at a step."""
-    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith(("grad_", "update_ratio/", "health/"))]
+    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith(("param_", "health/"))]
     found = {tag: scalar(events, tag).get(step) for tag in tags}
     return {tag: value for tag, value in found.items() if value is not None}
 
@@ -135,7 +135,7 @@ def check(events, capture, steps, rel=1e-5):
         want = expected(gradients, capture.before[step], capture.after[step])
         assert written(events, step) == pytest.approx(want, rel=rel, abs=1e-30)
         for name, gradient in gradients.items():
-            (histogram,) = (h.histogram_value for h in events.Histograms(f"grad_hist/{name}") if h.step == step)
+            (histogram,) = (h.histogram_value for h in events.Histograms(f"param_grad_hist/{name}") if h.step == step)
             assert sum(histogram.bucket) == histogram.num == gradient.size
             # A single value gets a bucket with a width.
             tolerance = 1e-6 if np.ptp(gradient) > 0 else 2e-3
@@ -217,14 +217,14 @@ def test_counts_what_is_not_finite_and_masks_it(tmp_path):
     gradients = capture.gradients[1]
     finite = gradients["body.2.weight"].ravel()[2:]
     sample = written(events, 1)
-    assert sample["grad_nonfinite/body.2.weight"] == pytest.approx(2 / 48)
+    assert sample["param_grad_nonfinite/body.2.weight"] == pytest.approx(2 / 48)
     assert sample["health/grad_nonfinite"] == pytest.approx(1 / 5)
-    assert sample["grad_norm/body.0.weight"] == pytest.approx(norm(gradients["body.0.weight"]))
+    assert sample["param_grad_norm/body.0.weight"] == pytest.approx(norm(gradients["body.0.weight"]))
     assert not sample.keys() & {
-        "grad_norm/body.2.weight", "grad_rms/body.2.weight", "update_ratio/body.2.weight", "health/grad_norm",
-        "health/grad_norm_ratio", "health/update_ratio", "grad_nonfinite/body.0.weight",
+        "param_grad_norm/body.2.weight", "param_grad_rms/body.2.weight", "param_update_ratio/body.2.weight",
+        "health/grad_norm", "health/grad_norm_ratio", "health/update_ratio", "param_grad_nonfinite/body.0.weight",
     }  # fmt: skip
-    (histogram,) = (h.histogram_value for h in events.Histograms("grad_hist/body.2.weight") if h.step == 1)
+    (histogram,) = (h.histogram_value for h in events.Histograms("param_grad_hist/body.2.weight") if h.step == 1)
     assert sum(histogram.bucket) == histogram.num == 46
     assert (histogram.min, histogram.max) == pytest.approx((finite.min(), finite.max()))
     assert histogram.sum == pytest.approx(finite.sum(), rel=1e-5)
@@ -232,7 +232,7 @@ def test_counts_what_is_not_finite_and_masks_it(tmp_path):
     # Then the network is lost: all gradients are NaN, and training goes on.
     assert scalar(events, "health/grad_nonfinite") == pytest.approx({0: 0.0, 1: 0.2, 2: 1.0})
     assert {tag: value for tag, value in written(events, 2).items() if value != 1.0} == {"health/grad_zero": 0.0}
-    assert [h.step for h in events.Histograms("grad_hist/body.0.weight")] == [0, 1]
+    assert [h.step for h in events.Histograms("param_grad_hist/body.0.weight")] == [0, 1]
     for tag in events.Tags()["scalars"]:
         assert tag == "train/loss" or np.isfinite(list(scalar(events, tag).values())).all(), tag
 
@@ -267,9 +267,9 @@ def test_a_large_parameter_keeps_its_digits(tmp_path):
     capture = Capture()
     events = fit(tmp_path, Large, callbacks=[capture], max_steps=1)
     gradient = capture.gradients[0]["table"]
-    assert scalar(events, "grad_norm/table")[0] == pytest.approx(norm(gradient), rel=1e-5)
+    assert scalar(events, "param_grad_norm/table")[0] == pytest.approx(norm(gradient), rel=1e-5)
     update = norm(capture.after[0]["table"] - capture.before[0]["table"]) / norm(capture.before[0]["table"])
-    assert scalar(events, "update_ratio/table")[0] == pytest.approx(update, rel=1e-5)
+    assert scalar(events, "param_update_ratio/table")[0] == pytest.approx(update, rel=1e-5)
 
 
 def test_zero_weights_have_no_ratio_and_zero_gradients_are_counted(tmp_path):
@@ -280,8 +280,8 @@ def test_zero_weights_have_no_ratio_and_zero_gradients_are_counted(tmp_path):
             nn.init.zeros_(self.head.bias)
 
     sample = written(fit(tmp_path, Zero, max_steps=1), 0)
-    assert not sample.keys() & {"update_ratio/head.weight", "update_ratio/head.bias"}
-    assert sample["grad_norm/body.2.weight"] == 0.0
+    assert not sample.keys() & {"param_update_ratio/head.weight", "param_update_ratio/head.bias"}
+    assert sample["param_grad_norm/body.2.weight"] == 0.0
     # Only the gradient of the head's weights gets past it.
     assert sample["health/grad_zero"] == pytest.approx(2 / 3)
     assert sample["health/grad_norm_ratio"] == 1.0
@@ -317,8 +317,8 @@ def test_an_optimizer_that_steps_in_every_other_batch_is_not_missed(tmp_path):
             return batch_idx % 2 == index
 
     events = fit(tmp_path, Alternating, monitor=GradientMonitor(every_n_steps=4), data=loader(samples=80))
-    assert list(scalar(events, "grad_norm/body.0.weight")) == [0, 4, 8]
-    assert list(scalar(events, "grad_norm/head.weight")) == [1, 5, 9]
+    assert list(scalar(events, "param_grad_norm/body.0.weight")) == [0, 4, 8]
+    assert list(scalar(events, "param_grad_norm/head.weight")) == [1, 5, 9]
 
 
 def test_the_last_of_several_steps_in_a_batch_counts(tmp_path):
@@ -387,7 +387,7 @@ def test_wrappers_are_no_part_of_a_name(tmp_path):
     model.module, model.head = model.head, nn.Identity()
     model.head.forward = model.module.forward
     sample = written(fit(tmp_path, model, max_steps=1), 0)
-    names = {tag.partition("/")[2] for tag in sample if tag.startswith("grad_norm/")}
+    names = {tag.partition("/")[2] for tag in sample if tag.startswith("param_grad_norm/")}
     assert names == {"body.0.weight", "body.0.bias", "body.2.weight", "module.weight", "module.bias"}
 
 
@@ -426,10 +426,10 @@ def test_sparse_gradients_count_what_they_hold(tmp_path):
     events = fit(tmp_path, model, max_steps=1)
     gradient = 2 * weight[[1, 3]] * [[1.0], [2.0]]
     sample = written(events, 0)
-    assert sample["grad_norm/words.weight"] == pytest.approx(norm(gradient))
-    assert sample["grad_rms/words.weight"] == pytest.approx(norm(gradient) / np.sqrt(8))
-    assert sample["update_ratio/words.weight"] == pytest.approx(0.1 * norm(gradient) / norm(weight), rel=1e-5)
-    assert sum(events.Histograms("grad_hist/words.weight")[0].histogram_value.bucket) == 8
+    assert sample["param_grad_norm/words.weight"] == pytest.approx(norm(gradient))
+    assert sample["param_grad_rms/words.weight"] == pytest.approx(norm(gradient) / np.sqrt(8))
+    assert sample["param_update_ratio/words.weight"] == pytest.approx(0.1 * norm(gradient) / norm(weight), rel=1e-5)
+    assert sum(events.Histograms("param_grad_hist/words.weight")[0].histogram_value.bucket) == 8
 
 
 def test_complex_numbers_are_two_values(tmp_path):
@@ -447,10 +447,10 @@ def test_complex_numbers_are_two_values(tmp_path):
     events = fit(tmp_path, Complex, max_steps=1)
     sample = written(events, 0)
     # The gradient is twice the weight.
-    assert sample["grad_norm/w"] == pytest.approx(2 * np.sqrt(26))
-    assert sample["grad_rms/w"] == pytest.approx(2 * np.sqrt(26) / 2)
-    assert sample["update_ratio/w"] == pytest.approx(0.5)
-    assert sum(events.Histograms("grad_hist/w")[0].histogram_value.bucket) == 4
+    assert sample["param_grad_norm/w"] == pytest.approx(2 * np.sqrt(26))
+    assert sample["param_grad_rms/w"] == pytest.approx(2 * np.sqrt(26) / 2)
+    assert sample["param_update_ratio/w"] == pytest.approx(0.5)
+    assert sum(events.Histograms("param_grad_hist/w")[0].histogram_value.bucket) == 4
 
 
 def test_gradients_in_the_channels_last_format(tmp_path):
@@ -475,8 +475,8 @@ def test_a_parameter_that_thaws_is_watched_from_then_on(tmp_path):
             self.body.requires_grad_(batch_idx >= 2)
 
     events = fit(tmp_path, Thawing)
-    assert list(scalar(events, "grad_norm/body.0.weight")) == [2, 3, 4]
-    assert list(scalar(events, "grad_norm/head.weight")) == [0, 1, 2, 3, 4]
+    assert list(scalar(events, "param_grad_norm/body.0.weight")) == [2, 3, 4]
+    assert list(scalar(events, "param_grad_norm/head.weight")) == [0, 1, 2, 3, 4]
 
 
 def test_a_step_without_a_gradient_is_not_a_sample(tmp_path):
@@ -545,9 +545,9 @@ def test_chooses_parameters_by_pattern_or_function(parameters, watched, tmp_path
     events = fit(tmp_path, monitor=GradientMonitor(1, parameters), callbacks=[capture], max_steps=1)
     want = expected(capture.gradients[0], capture.before[0], capture.after[0])
     sample = written(events, 0)
-    for family in ("grad_norm", "grad_rms", "update_ratio"):
+    for family in ("param_grad_norm", "param_grad_rms", "param_update_ratio"):
         assert {tag for tag in sample if tag.startswith(family)} == {f"{family}/{name}" for name in watched}
-    assert set(events.Tags()["histograms"]) == {f"grad_hist/{name}" for name in watched}
+    assert set(events.Tags()["histograms"]) == {f"param_grad_hist/{name}" for name in watched}
     # Over all parameters, whichever are chosen.
     for tag in (tag for tag in want if tag.startswith("health/")):
         assert sample[tag] == pytest.approx(want[tag], rel=1e-5)
@@ -558,7 +558,7 @@ def test_says_how_many_parameters_are_too_many(tmp_path):
         events = fit(tmp_path, monitor=GradientMonitor(1, max_parameters=2), max_steps=2)
     assert len([warning for warning in caught if "max_parameters" in str(warning.message)]) == 1
     # The first parameter of the module itself has no gradient.
-    assert set(events.Tags()["histograms"]) == {"grad_hist/body.0.weight"}
+    assert set(events.Tags()["histograms"]) == {"param_grad_hist/body.0.weight"}
     assert scalar(events, "health/grad_zero")[0] == 0.0
 
 
@@ -597,7 +597,7 @@ def test_works_without_tensorboard(logger, tmp_path):
     logger = CSVLogger(tmp_path, name="", version="", flush_logs_every_n_steps=1) if logger else False
     trainer = quiet_trainer(max_steps=1, logger=logger, callbacks=[GradientMonitor()])
     trainer.fit(Net(), loader())
-    assert not logger or "update_ratio/body.2.weight" in (tmp_path / "metrics.csv").read_text()
+    assert not logger or "param_update_ratio/body.2.weight" in (tmp_path / "metrics.csv").read_text()
 
 
 class Sharded(Net):
@@ -665,7 +665,7 @@ def test_two_ranks_write_what_one_process_writes_on_all_data(model, strategy, co
         assert written(two, step) == pytest.approx(written(one, step), rel=1e-4)
     assert two.Tags()["histograms"] == one.Tags()["histograms"]
     for name in USED:
-        for first, second in zip(*(each.Histograms(f"grad_hist/{name}") for each in (one, two)), strict=True):
+        for first, second in zip(*(each.Histograms(f"param_grad_hist/{name}") for each in (one, two)), strict=True):
             first, second = first.histogram_value, second.histogram_value
             assert second.num == first.num
             assert (second.min, second.max, second.sum, second.sum_squares) == pytest.approx(
@@ -677,6 +677,6 @@ def test_two_ranks_write_what_one_process_writes_on_all_data(model, strategy, co
 def test_a_value_that_is_not_finite_on_another_rank_is_counted(tmp_path):
     run_on_ranks(fit_on_rank, 2, tmp_path, tmp_path / "two", BrokenSharded, "fsdp2")
     sample = written(read_events(tmp_path / "two"), 0)
-    assert sample["grad_nonfinite/body.2.weight"] == pytest.approx(1 / 48)
+    assert sample["param_grad_nonfinite/body.2.weight"] == pytest.approx(1 / 48)
     assert sample["health/grad_nonfinite"] == pytest.approx(1 / 5)
-    assert not sample.keys() & {"grad_norm/body.2.weight", "health/grad_norm"}
+    assert not sample.keys() & {"param_grad_norm/body.2.weight", "health/grad_norm"}

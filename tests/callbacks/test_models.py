@@ -108,13 +108,13 @@ def test_numbers_of_a_network(name, tmp_path):
     trainer = quiet_trainer(tmp_path, max_steps=1, callbacks=[ActivationMonitor(max_layers=500), capture])
     trainer.fit(module, DataLoader(TensorDataset(*batches), batch_size=shape[0]))
     events = read_events(tmp_path)
-    histograms = [tag.removeprefix("act_hist/") for tag in events.Tags()["histograms"]]
+    histograms = [tag.removeprefix("layer_hist/") for tag in events.Tags()["histograms"]]
     assert set(histograms) == set(capture.outputs) and len(histograms) >= 3
     for label, values in capture.outputs.items():
         with_units = not isinstance(module.get_submodule(label.partition("#")[0]), NORMS)
         for statistic, value in expected_statistics(values, with_units).items():
-            found = scalar(events, f"act_{statistic}/{label}")[0]
+            found = scalar(events, f"layer_{statistic}/{label}")[0]
             assert found == pytest.approx(value, rel=2e-5, abs=2e-6 * max(values.std(), 1e-3)), (label, statistic)
-        (histogram,) = events.Histograms(f"act_hist/{label}")
+        (histogram,) = events.Histograms(f"layer_hist/{label}")
         assert sum(histogram.histogram_value.bucket) == histogram.histogram_value.num == values.size
         assert histogram.histogram_value.sum == pytest.approx(values.sum(), rel=1e-4, abs=1e-5 * values.size)

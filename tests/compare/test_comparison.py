@@ -68,8 +68,8 @@ def test_reads_back_what_was_written(finished):
     assert steps.tolist() == [0, 5, 10, 15, 20]
     # By step: TensorBoard reads files of one second in the order of their names, 10 before 9.
     assert values.tolist() == [scalar(events, "val/loss")[step] for step in steps.tolist()]
-    histogram = run.histograms["val_act_hist/net.act1"][1]
-    raw = {item.step: item.histogram_value for item in events.Histograms("val_act_hist/net.act1")}[10]
+    histogram = run.histograms["layer_val_hist/net.act1"][1]
+    raw = {item.step: item.histogram_value for item in events.Histograms("layer_val_hist/net.act1")}[10]
     assert histogram.step == 10 and histogram.edges.tolist() == [raw.min, *raw.bucket_limit]
     assert histogram.counts.sum() == 200 * 8
     step, points = run.predictions[-1]

@@ -89,7 +89,7 @@ def test_every_experiment_runs_and_leaves_one_tidy_directory(experiment, run_mod
         logged = read_events(directory / variant)
         assert list(scalar(logged, "val/loss")) == [0, 5, 10, 12]
         assert list(scalar(logged, "train/loss")) == list(range(12))
-        first_layer = next((tag for tag in logged.Tags()["histograms"] if tag.startswith("val_act_hist/")), None)
+        first_layer = next((tag for tag in logged.Tags()["histograms"] if tag.startswith("layer_val_hist/")), None)
         predictions = [step for step, _ in read_run(directory / variant, directory).predictions]
         if experiment == "moving_average":
             assert first_layer is None and not predictions
@@ -161,14 +161,14 @@ def test_variants_share_data_batches_and_weights_and_a_seed_repeats_its_numbers(
     for variant in ("none", "custom"):
         first, second = (read_events(tmp_path / name / variant) for name in ("first", "second"))
         tags = first.Tags()["scalars"]
-        assert tags == second.Tags()["scalars"] and "val_health/act_saturated" in tags
+        assert tags == second.Tags()["scalars"] and "health/val_saturated" in tags
         assert all(scalar(first, tag) == scalar(second, tag) for tag in tags)
         for tag in first.Tags()["histograms"]:
             a, b = ([h.histogram_value for h in events.Histograms(tag)] for events in (first, second))
             assert a == b
     # The input is the same in both variants: raw in the one, in the other less its mean and over its deviation.
     raw, normal = (
-        read_events(tmp_path / "first" / v).Histograms("act_hist/net.input_norm")[0] for v in ("none", "custom")
+        read_events(tmp_path / "first" / v).Histograms("layer_hist/net.input_norm")[0] for v in ("none", "custom")
     )
     raw, normal = raw.histogram_value, normal.histogram_value
     mean, std = raw.sum / 10, np.sqrt(raw.sum_squares / 10 - (raw.sum / 10) ** 2)
@@ -187,8 +187,8 @@ def test_relu_without_normalisation_diverges_and_is_not_called_dead(run_module, 
     layer = found.tensor_proto.string_val[0].decode()
     assert found.step == 1 and re.fullmatch(r"net\.(linear[1-7]|output)", layer)
     for index in range(1, 8):
-        assert scalar(events, f"val_act_nonfinite/net.act{index}")[50] == 1.0
-        assert scalar(events, f"val_act_dead/net.act{index}")[50] == 0.0
+        assert scalar(events, f"layer_val_nonfinite/net.act{index}")[50] == 1.0
+        assert scalar(events, f"layer_val_dead/net.act{index}")[50] == 0.0
     with (directory / "comparison.csv").open() as file:
         rows = {row["variant"]: row for row in csv.DictReader(file)}
     assert rows["none"]["final cost"] == "not finite" and rows["none"]["first non-finite"] == f"step 1, {layer}"

@@ -58,7 +58,7 @@ def comparisons(runs, experiment, norm):
             if row[key] and not (diverges and int(row["step"]) > 0):
                 fractions[int(row["step"]), int(row["layer"]), key].append(float(row[key]))
     for (step, layer, key), values in fractions.items():
-        median = np.median([at(run, f"val_act_{key}/net.act{layer}", step) for run in runs])
+        median = np.median([at(run, f"layer_val_{key}/net.act{layer}", step) for run in runs])
         yield f"{key} in layer {layer} after {step}", median, np.quantile(values, [0.25, 0.75]), 0.02
 
 
@@ -104,7 +104,7 @@ def test_medians_lie_inside_the_references_quartiles(experiment, run_module, tmp
             assert is_inside(median, low, high, least=high - low), (norm, step, median, low, high)
         if experiment.startswith("relu") and norm == "none":
             assert all(run.first_nonfinite[0] == 1 for run in variant)
-            assert all(at(run, "val_act_nonfinite/net.act7", step) == 1.0 for run in variant for step in (50, 250))
+            assert all(at(run, "layer_val_nonfinite/net.act7", step) == 1.0 for run in variant for step in (50, 250))
     print(*rows, sep="\n")
     print(f"{experiment}: {number - len(outside)} of {number} inside", *outside, sep="\n  ")
     # Two medians of ten seeds each, from different initial weights: with hundreds of them compared, a few differ by

@@ -119,7 +119,7 @@ def test_ranks_are_as_one_process_with_the_whole_batch(name, ranks, tmp_path):
     one, several = read_events(tmp_path / name), read_events(directory / name)
     scalars, histograms = set(one.Tags()["scalars"]), set(one.Tags()["histograms"])
     # The one number that a process alone does not have.
-    more = {tag for tag in several.Tags()["scalars"] if "bn_rank_spread" in tag}
+    more = {tag for tag in several.Tags()["scalars"] if "norm_rank_spread" in tag}
     assert set(several.Tags()["scalars"]) - more == scalars and bool(more) == (name != "no normalisation")
     assert set(several.Tags()["histograms"]) == histograms
     for tag in scalars:
@@ -137,7 +137,7 @@ def test_ranks_are_as_one_process_with_the_whole_batch(name, ranks, tmp_path):
 
 def noisy_steps(events, tag):
     """Those at which the parameter's gradient is rounding alone: in front of a normalisation a bias has none."""
-    norm = f"grad_norm/{tag.partition('/')[2]}"
+    norm = f"param_grad_norm/{tag.partition('/')[2]}"
     if norm not in events.Tags()["scalars"]:
         return set()
     return {step for step, value in scalar(events, norm).items() if value < 1e-9}

@@ -120,7 +120,7 @@ def test_monitors_change_nothing_and_see_each_value_once(tmp_path):
     watched, _ = measured(tmp_path, callbacks=[ActivationMonitor(1, modules="net.*"), PredictionMonitor()])
     assert watched == alone
     events = read_events(tmp_path)
-    for tag in ("act_hist/net.linear1", "test_act_hist/net.act1"):
+    for tag in ("layer_hist/net.linear1", "layer_test_hist/net.act1"):
         (histogram,) = events.Histograms(tag)
         assert histogram.histogram_value.num == 2
 

@@ -214,9 +214,9 @@ def test_many_ranks_in_any_order_are_one_process(ranks, seed):
     x[:, 4] = 0.0
     x[rng.integers(samples), 0] = np.nan
     values = {
-        LayerKey("act", "relu", True, 5): torch.tensor(np.maximum(x, 0), dtype=torch.float32),
-        LayerKey("act", "tanh", True, 5, (-0.99, 0.99)): torch.tensor(np.tanh(x), dtype=torch.float32),
-        LayerKey("act_grad", "far", False): torch.tensor(1e3 + x, dtype=torch.float32),
+        LayerKey("layer", "relu", True, 5): torch.tensor(np.maximum(x, 0), dtype=torch.float32),
+        LayerKey("layer", "tanh", True, 5, (-0.99, 0.99)): torch.tensor(np.tanh(x), dtype=torch.float32),
+        LayerKey("layer_grad", "far", False): torch.tensor(1e3 + x, dtype=torch.float32),
     }
     one, order = ActivationWindow(), rng.permutation(samples)
     # Each at least one sample, some many.

@@ -95,19 +95,19 @@ def add(history, step, values, **statistics):
 def test_all_samples_are_kept_while_there_is_room():
     history = History(max_steps=8)
     for step in (0, 5, 10, 12):
-        add(history, step, {"a": step}, act_zero={"a": step / 16})
+        add(history, step, {"a": step}, zero={"a": step / 16})
 
     assert history.steps.tolist() == [0, 5, 10, 12]
     assert history.layers == history.chosen_layers == ["a"]
-    assert history.statistics == ["act_zero"]
-    np.testing.assert_array_equal(history.values("act_zero"), [[0, 5 / 16, 10 / 16, 12 / 16]])
+    assert history.statistics == ["zero"]
+    np.testing.assert_array_equal(history.values("zero"), [[0, 5 / 16, 10 / 16, 12 / 16]])
 
 
 @pytest.mark.parametrize("max_steps", [2, 3, 8, 9, 128])
 def test_thinned_samples_are_even_and_the_newest_is_there(max_steps):
     history = History(max_steps=max_steps)
     for sample in range(1000):
-        add(history, 7 * sample, {"a": 1}, act_std={"a": sample})
+        add(history, 7 * sample, {"a": 1}, std={"a": sample})
 
         steps = history.steps
         assert len(steps) <= max_steps
@@ -120,7 +120,7 @@ def test_thinned_samples_are_even_and_the_newest_is_there(max_steps):
             assert np.log2(gaps[0] / 7) % 1 == 0
         # At least half of the room is used.
         assert len(steps) >= min(sample + 1, max_steps // 2)
-        np.testing.assert_array_equal(history.values("act_std")[0], steps / 7)
+        np.testing.assert_array_equal(history.values("std")[0], steps / 7)
 
 
 def test_memory_is_bounded():
@@ -142,14 +142,14 @@ def test_memory_is_bounded():
 
 def test_layer_that_appears_late_stands_behind_the_one_it_followed():
     history = History()
-    add(history, 0, {"a": 1, "c": 1}, act_dead={"a": 0.5, "c": 1.0})
-    add(history, 1, {"a": 1, "b": 1, "c": 1, "d": 1}, act_dead={"b": 0.25, "c": None})
-    add(history, 2, {"first": 1, "a": 1, "d": 1}, act_dead={"first": 0.0, "d": 0.125})
+    add(history, 0, {"a": 1, "c": 1}, dead={"a": 0.5, "c": 1.0})
+    add(history, 1, {"a": 1, "b": 1, "c": 1, "d": 1}, dead={"b": 0.25, "c": None})
+    add(history, 2, {"first": 1, "a": 1, "d": 1}, dead={"first": 0.0, "d": 0.125})
 
     assert history.layers == ["first", "a", "b", "c", "d"]
     nan = np.nan
     expected = [[nan, nan, 0], [0.5, nan, nan], [nan, 0.25, nan], [1, nan, nan], [nan, nan, 0.125]]
-    np.testing.assert_array_equal(history.values("act_dead"), expected)
+    np.testing.assert_array_equal(history.values("dead"), expected)
     assert [each is not None for each in history.distributions("b")] == [False, True, False]
     assert [each is not None for each in history.distributions("a")] == [True, True, True]
 
@@ -171,11 +171,11 @@ def test_a_late_layer_takes_one_pass_over_the_others():
     for number in (100, 200):
         history = History()
         names = [f"layer{index}" for index in range(number)]
-        history.add(0, {}, {"act_dead": {CountedName(name): 0.0 for name in names}})
+        history.add(0, {}, {"dead": {CountedName(name): 0.0 for name in names}})
         CountedName.comparisons = 0
         # Names of their own, as they are made anew for every sample: the same object would need no comparison.
         late = [*names[: number // 2], "late", *names[number // 2 :]]
-        history.add(1, {}, {"act_dead": {CountedName(name): 0.0 for name in late}})
+        history.add(1, {}, {"dead": {CountedName(name): 0.0 for name in late}})
         comparisons.append(CountedName.comparisons)
         assert history.layers == late
     # Not four times as many, as it would be to look for each one's place among all.
@@ -194,12 +194,12 @@ def test_distributions_are_of_evenly_chosen_layers():
     layers = [f"layer{number}" for number in range(53)]
     history = History(max_layers=5)
     for step in range(3):
-        add(history, step, dict.fromkeys(layers, 1), act_dead=dict.fromkeys(layers, 0.5))
+        add(history, step, dict.fromkeys(layers, 1), dead=dict.fromkeys(layers, 0.5))
 
     assert history.chosen_layers == ["layer0", "layer13", "layer26", "layer39", "layer52"]
     assert all(None not in history.distributions(layer) for layer in history.chosen_layers)
     assert history.distributions("layer1") == [None] * 3
-    assert history.values("act_dead").shape == (53, 3)
+    assert history.values("dead").shape == (53, 3)
 
 
 def test_late_layers_are_chosen_among_the_kept_ones():
@@ -222,10 +222,10 @@ def test_late_layers_are_chosen_among_the_kept_ones():
 def test_a_run_that_goes_back_forgets_what_was_after():
     history = History(max_steps=8)
     for step in range(0, 50, 10):
-        add(history, step, {"a": 1}, act_std={"a": step})
-    add(history, 20, {"a": 1}, act_std={"a": -1})
+        add(history, step, {"a": 1}, std={"a": step})
+    add(history, 20, {"a": 1}, std={"a": -1})
     assert history.steps.tolist() == [0, 10, 20]
-    np.testing.assert_array_equal(history.values("act_std"), [[0, 10, -1]])
+    np.testing.assert_array_equal(history.values("std"), [[0, 10, -1]])
 
     add(history, 0, {"b": 1})
     assert history.steps.tolist() == [0]
@@ -238,8 +238,8 @@ def filled(max_steps=16, samples=70):
         layers = [f"net.{number}" for number in range(9) if (number + sample) % 4 and (number != 5 or sample > 9)]
         bins = {layer: counts(normal(50, seed=sample) * sample) for layer in layers}
         statistics = {
-            "act_dead": {layer: (sample + len(layer)) / 100 for layer in layers},
-            "act_saturated": {layer: None if layer.endswith("3") else 0.3 for layer in layers},
+            "dead": {layer: (sample + len(layer)) / 100 for layer in layers},
+            "saturated": {layer: None if layer.endswith("3") else 0.3 for layer in layers},
         }
         history.add(10 * sample, bins, statistics)
     return history
@@ -273,7 +273,7 @@ def test_state_goes_through_a_checkpoint_and_on(samples):
     assert_equal(loaded, history)
     for step in range(1000, 1200, 10):
         for each in (history, loaded):
-            add(each, step, {"net.0": 1, "new": step}, act_dead={"new": 0.5})
+            add(each, step, {"net.0": 1, "new": step}, dead={"new": 0.5})
     assert_equal(loaded, history)
 
 
@@ -291,7 +291,7 @@ def test_state_is_small():
     layers = [f"layer{number}.relu" for number in range(53)]
     history = History()
     for step in range(128):
-        history.add(step, dict.fromkeys(layers, counts(torch.ones(5))), {"act_dead": dict.fromkeys(layers, 0.5)})
+        history.add(step, dict.fromkeys(layers, counts(torch.ones(5))), {"dead": dict.fromkeys(layers, 0.5)})
     file = io.BytesIO()
     torch.save(history.state_dict(), file)
 

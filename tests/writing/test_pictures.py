@@ -27,7 +27,7 @@ def distribution(x):
     return coarsen(count_values(x).numpy()[None])[0]
 
 
-def history_of(layers, samples=5, every=10, statistics=("act_dead",), x=None):
+def history_of(layers, samples=5, every=10, statistics=("dead",), x=None):
     history = History(max_layers=16)
     bins = dict.fromkeys(layers, count_values(normal(200) if x is None else x).numpy())
     for sample in range(samples):
@@ -175,7 +175,7 @@ def test_distributions_in_the_figure():
         bins = {
             layer: count_values(x * (1 + step)).numpy() for layer, x in values.items() if step or "tanh" not in layer
         }
-        history.add(step, bins, {"act_zero": {"net.relu": 0.49}, "act_nonfinite": {"net.norm": 0.0}})
+        history.add(step, bins, {"zero": {"net.relu": 0.49}, "nonfinite": {"net.norm": 0.0}})
 
     figure = draw_distributions(history)
 
@@ -189,10 +189,10 @@ def test_what_stands_out_is_the_worst():
     history = History()
     layers = ["fine", "tanh", "dead", "broken"]
     statistics = {
-        "act_nonfinite": {"fine": 0.0, "tanh": 0.0, "dead": 0.0, "broken": 1e-4},
-        "act_dead": {"fine": 0.0, "tanh": 0.0, "dead": 0.25, "broken": 1.0},
-        "act_saturated": {"tanh": 0.875, "fine": None},
-        "act_zero": {"dead": 0.5, "fine": 0.0},
+        "nonfinite": {"fine": 0.0, "tanh": 0.0, "dead": 0.0, "broken": 1e-4},
+        "dead": {"fine": 0.0, "tanh": 0.0, "dead": 0.25, "broken": 1.0},
+        "saturated": {"tanh": 0.875, "fine": None},
+        "zero": {"dead": 0.5, "fine": 0.0},
     }
     for step, scale in ((0, 0.0), (1, 1.0)):
         values = {
@@ -221,20 +221,20 @@ def test_at_most_sixteen_layers_are_drawn():
 def test_surface_of_a_fraction():
     history = History()
     for step, values in enumerate([{"a": 0.0, "b": 0.5}, {"a": 0.25}, {"b": 1.0, "a": None}]):
-        history.add(step, dict.fromkeys("ab", count_values(normal(9)).numpy()), {"act_dead": values})
+        history.add(step, dict.fromkeys("ab", count_values(normal(9)).numpy()), {"dead": values})
 
     nan = np.nan
-    np.testing.assert_array_equal(surface_image(history, "act_dead"), [[0, 0.25, nan], [0.5, nan, 1]])
-    (image,) = arrays(draw_surfaces(history, ["act_dead"]))
-    np.testing.assert_array_equal(image, surface_image(history, "act_dead"))
+    np.testing.assert_array_equal(surface_image(history, "dead"), [[0, 0.25, nan], [0.5, nan, 1]])
+    (image,) = arrays(draw_surfaces(history, ["dead"]))
+    np.testing.assert_array_equal(image, surface_image(history, "dead"))
 
 
 def test_surface_of_the_standard_deviation_is_logarithmic_around_one():
     history = History()
     values = [1.0, 10.0, 1e-3, 0.0, 1e9, float("inf")]
-    history.add(0, {}, {"act_std": {str(number): value for number, value in enumerate(values)}})
+    history.add(0, {}, {"std": {str(number): value for number, value in enumerate(values)}})
 
-    image = surface_image(history, "act_std")[:, 0]
+    image = surface_image(history, "std")[:, 0]
 
     np.testing.assert_allclose(image, [1 / 2, 1 / 2 + 1 / 6, 0, 0, 1, NONFINITE], atol=1e-6)
 
@@ -254,34 +254,32 @@ def test_surface_of_an_unknown_statistic_has_the_scale_of_the_run():
 
 def test_surface_marks_whatever_is_nonfinite():
     history = History()
-    history.add(0, {}, {"act_nonfinite": {"a": 0.0, "b": 1e-6, "c": 1.0}, "act_zero": {"a": 0.5, "b": 0.5, "c": 0.5}})
+    history.add(0, {}, {"nonfinite": {"a": 0.0, "b": 1e-6, "c": 1.0}, "zero": {"a": 0.5, "b": 0.5, "c": 0.5}})
     # Nothing is known of the zeros of c, and b was never asked for them.
-    history.add(1, {}, {"act_nonfinite": {"a": 1.0, "b": 1.0, "c": 1.0}, "act_zero": {"a": 0.5, "c": None}})
+    history.add(1, {}, {"nonfinite": {"a": 1.0, "b": 1.0, "c": 1.0}, "zero": {"a": 0.5, "c": None}})
 
-    np.testing.assert_array_equal(surface_image(history, "act_nonfinite") == NONFINITE, [[0, 1], [1, 1], [1, 1]])
-    np.testing.assert_array_equal(surface_image(history, "act_zero") == NONFINITE, [[0, 1], [0, 1], [1, 1]])
+    np.testing.assert_array_equal(surface_image(history, "nonfinite") == NONFINITE, [[0, 1], [1, 1], [1, 1]])
+    np.testing.assert_array_equal(surface_image(history, "zero") == NONFINITE, [[0, 1], [0, 1], [1, 1]])
 
 
 def test_layers_that_never_have_a_statistic_are_not_marked():
     history = History()
-    history.add(0, {}, {"act_nonfinite": {"norm": 1.0, "tanh": 1.0}, "act_saturated": {"norm": None, "tanh": 0.5}})
+    history.add(0, {}, {"nonfinite": {"norm": 1.0, "tanh": 1.0}, "saturated": {"norm": None, "tanh": 0.5}})
 
-    image = surface_image(history, "act_saturated")
+    image = surface_image(history, "saturated")
 
     assert np.isnan(image[0, 0])
     assert image[1, 0] == NONFINITE
-    (image,) = arrays(draw_surfaces(history, ["act_saturated"]))
+    (image,) = arrays(draw_surfaces(history, ["saturated"]))
     assert image.shape == (1, 1)
 
 
 def test_surfaces_side_by_side_share_their_rows():
     history = History()
     for step in range(3):
-        history.add(
-            step, {}, {"act_dead": {"a": 0.5, "b": 0.5}, "act_saturated": {"b": 0.5, "c": 0.5}, "other": {"d": 1}}
-        )
+        history.add(step, {}, {"dead": {"a": 0.5, "b": 0.5}, "saturated": {"b": 0.5, "c": 0.5}, "other": {"d": 1}})
 
-    figure = draw_surfaces(history, ["act_dead", "act_saturated", "act_zero"])
+    figure = draw_surfaces(history, ["dead", "saturated", "zero"])
 
     first, second = arrays(figure)
     assert first.shape == second.shape == (3, 3)
@@ -296,7 +294,7 @@ def test_surfaces_side_by_side_share_their_rows():
 def test_labels_of_many_layers(number):
     layers = [f"layer{index}" for index in range(number)]
 
-    figure = draw_surfaces(history_of(layers), ["act_dead"])
+    figure = draw_surfaces(history_of(layers), ["dead"])
 
     labels = [text for text in texts(figure) if text.startswith("layer")]
     assert labels[0] == "layer0"
@@ -311,12 +309,12 @@ def test_labels_of_many_layers(number):
 @pytest.mark.parametrize(("number", "rows", "group"), [(4096, 4096, 1), (4097, 2049, 2), (70_000, 3889, 18)])
 def test_of_thousands_of_layers_the_worst_of_neighbours_is_shown(number, rows, group):
     layers = [f"layer{index}" for index in range(number)]
-    ill = {"act_dead": number - 2, "act_nonfinite": number // 2, "act_std": 7}
+    ill = {"dead": number - 2, "nonfinite": number // 2, "std": 7}
     values = {
-        "act_dead": {layer: 0.25 for layer in layers} | {layers[ill["act_dead"]]: 1.0},
-        "act_nonfinite": {layer: 0.0 for layer in layers} | {layers[ill["act_nonfinite"]]: 0.01},
+        "dead": {layer: 0.25 for layer in layers} | {layers[ill["dead"]]: 1.0},
+        "nonfinite": {layer: 0.0 for layer in layers} | {layers[ill["nonfinite"]]: 0.01},
         # Healthy is in the middle of this scale: both ends are ill.
-        "act_std": {layer: 1.0 for layer in layers} | {layers[ill["act_std"]]: 1e-3},
+        "std": {layer: 1.0 for layer in layers} | {layers[ill["std"]]: 1e-3},
     }
     history = History()
     for step in range(2):
@@ -324,11 +322,11 @@ def test_of_thousands_of_layers_the_worst_of_neighbours_is_shown(number, rows, g
     figure = draw_surfaces(history, list(values))
 
     dead, nonfinite, std = arrays(figure)
-    for image, statistic, healthy, worst in ((dead, "act_dead", 0.25, 1.0), (std, "act_std", 0.5, 0.0)):
+    for image, statistic, healthy, worst in ((dead, "dead", 0.25, 1.0), (std, "std", 0.5, 0.0)):
         expected = np.full((rows, 2), healthy)
         expected[ill[statistic] // group] = worst
         np.testing.assert_allclose(image, expected, atol=1e-6)
-    assert np.flatnonzero((nonfinite == NONFINITE).all(axis=1)).tolist() == [ill["act_nonfinite"] // group]
+    assert np.flatnonzero((nonfinite == NONFINITE).all(axis=1)).tolist() == [ill["nonfinite"] // group]
     assert any(f"the worst of every {group} a row" in text for text in texts(figure)) == (group > 1)
     assert figure.get_figheight() * figure.dpi < 5000
 
@@ -345,13 +343,13 @@ def test_single_sample():
     history = history_of(["a"], samples=1)
 
     np.testing.assert_array_equal(step_edges(history), [0, 1])
-    for figure in (draw_distributions(history), draw_surfaces(history, ["act_dead"])):
+    for figure in (draw_distributions(history), draw_surfaces(history, ["dead"])):
         (image,) = arrays(figure)
         assert image.shape[1] == 1
         assert png(figure)
 
 
-@pytest.mark.parametrize("draw", [draw_distributions, lambda history: draw_surfaces(history, ["act_dead"])])
+@pytest.mark.parametrize("draw", [draw_distributions, lambda history: draw_surfaces(history, ["dead"])])
 def test_nothing_sampled(draw):
     figure = draw(History())
 
@@ -363,9 +361,9 @@ def test_nothing_sampled(draw):
 def test_samples_without_anything():
     history = History()
     history.add(0, {}, {})
-    history.add(1, {}, {"act_dead": {"a": None}})
+    history.add(1, {}, {"dead": {"a": None}})
 
-    assert "Nothing has been sampled yet." in texts(draw_surfaces(history, ["act_dead"]))
+    assert "Nothing has been sampled yet." in texts(draw_surfaces(history, ["dead"]))
     assert "Nothing has been sampled yet." in texts(draw_distributions(history))
 
 
@@ -379,7 +377,7 @@ def test_odd_names_and_statistics():
 
 def test_hundreds_of_layers_are_drawn_in_time():
     names = [f"features.block{number}.act" for number in range(300)]
-    statistics = ["act_nonfinite", "act_dead", "act_saturated", "act_zero", "act_std"]
+    statistics = ["nonfinite", "dead", "saturated", "zero", "std"]
     history = history_of(names, samples=128, statistics=statistics)
     draw_distributions(History())
     for draw in (lambda: draw_distributions(history), lambda: draw_surfaces(history, statistics)):

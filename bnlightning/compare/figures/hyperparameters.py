@@ -40,7 +40,7 @@ _DECADES = 6
 # As in TensorBoard's pictures of activations.
 _NONFINITE = "#e3001b"
 _NOTHING = "#d4d4d4"
-_LINEAR_WEIGHT = re.compile(r"^grad_(?:norm|nonfinite)/(.*(?:linear[^.]*|output))\.weight$")
+_LINEAR_WEIGHT = re.compile(r"^param_grad_(?:norm|nonfinite)/(.*(?:linear[^.]*|output))\.weight$")
 
 
 def draw_parameter(
@@ -315,7 +315,7 @@ def draw_gradients(
 ) -> Figure:
     """Draw how large the gradient of each layer's weights is over training: a heat map for each variant's first run.
 
-    From ``grad_norm/<path>.weight`` as :class:`~bnlightning.GradientMonitor` logs it, for layers whose name holds
+    From ``param_grad_norm/<path>.weight`` as :class:`~bnlightning.GradientMonitor` logs it, for layers whose name holds
     ``linear`` or is ``output``, in forward order, the first layer at the top. Colours are the logarithm of the norm, on
     one scale for all; a gradient with NaN or infinity is red, one that was not sampled grey. Over each map stands the
     norm of the last layer over that of the first, at the first and at the last sampled step.
@@ -337,7 +337,7 @@ def draw_gradients(
     logs = [gradients.logs for gradients in maps.values()]
     if not any(map(np.size, logs)):
         raise ValueError(
-            "no run has grad_norm/<path>.weight of a linear layer: train with bnlightning.GradientMonitor."
+            "no run has param_grad_norm/<path>.weight of a linear layer: train with bnlightning.GradientMonitor."
         )
     scale = _common_scale(logs)
     across, down = _in_order(key[1:] for key in cells), _in_order(key[0] for key in cells)
@@ -404,7 +404,9 @@ class _GradientMap:
     def of(cls, run: Run) -> "_GradientMap":
         paths = {match[1] for tag in run.scalars if (match := _LINEAR_WEIGHT.match(tag))}
         layers = sorted(paths, key=_forward_order)
-        logged = [[_by_step(run, f"grad_{what}/{layer}.weight") for layer in layers] for what in ("norm", "nonfinite")]
+        logged = [
+            [_by_step(run, f"param_grad_{what}/{layer}.weight") for layer in layers] for what in ("norm", "nonfinite")
+        ]
         steps = sorted({step for kind in logged for by_step in kind for step in by_step})
         norms, nonfinite = (
             np.array([[by_step.get(step, np.nan) for step in steps] for by_step in kind]) for kind in logged

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from textwrap import fill
 from typing import Any
 
@@ -13,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import blended_transform_factory
 from numpy.typing import NDArray
 
+from bnlightning.compare.names import VAL, Tag, parse_tag
 from bnlightning.compare.runs import (
     HistogramAt,
     Run,
@@ -356,9 +358,9 @@ def _set_value_scale(axes: Axes, values: Sequence[float]) -> None:
         axes.set_xscale("symlog", linthresh=float(np.median(magnitudes)))
 
 
-def _draw_heading(axes: Axes, variants: Variants, layers: Sequence[str]) -> None:
+def _draw_heading(axes: Axes, variants: Variants, layers: Sequence[Tag]) -> None:
     axes.set_axis_off()
-    where = "on the evaluated points" if layers[0].startswith("val_") else "in the sampled training batches"
+    where = "on the evaluated points" if layers[0].phase == VAL else "in the sampled training batches"
     text = (
         f"How the values of each layer are distributed {where}{_which_seed(variants)}: the first step at the top, "
         "each ridge in its own scale, lone spikes cut;\nunder the layer's name what stands out at the last step"
@@ -366,14 +368,18 @@ def _draw_heading(axes: Axes, variants: Variants, layers: Sequence[str]) -> None
     axes.text(0.0, 0.1, text, fontsize=11, transform=axes.transAxes, va="bottom", linespacing=1.4)
 
 
-def _layers(variants: Variants) -> list[str]:
+def _layers(variants: Variants) -> list[Tag]:
     """The histogram tags that are drawn: of evaluations, if there are any, and of layers that all variants have."""
-    by_variant = [[tag for tag in runs[0].histograms if "act_hist/" in tag] for runs in variants.values()]
-    tags = list(dict.fromkeys(tag for logged in by_variant for tag in logged))
-    tags = [tag for tag in tags if tag.startswith("val_")] or tags
+    by_variant = [
+        [tag for name in runs[0].histograms if (tag := parse_tag(name)) is not None and tag.kind == "layer"]
+        for runs in variants.values()
+    ]
+    tags = list(dict.fromkeys(tag for logged in by_variant for tag in logged if tag.statistic == "hist"))
+    tags = [tag for tag in tags if tag.phase == VAL] or tags
     # A few values have no distribution.
     most = {
-        tag: max(h.counts.sum() for runs in variants.values() for h in runs[0].histograms.get(tag, [])) for tag in tags
+        tag: max(h.counts.sum() for runs in variants.values() for h in runs[0].histograms.get(str(tag), []))
+        for tag in tags
     }
     tags = [tag for tag in tags if most[tag] >= _MIN_VALUES]
     # Less those that one variant only has, such as a normalisation.
@@ -382,7 +388,7 @@ def _layers(variants: Variants) -> list[str]:
     return [tags[index] for index in chosen]
 
 
-def _draw_layers(figure: Figure, place: SubplotSpec, name: str, variants: Variants, layers: Sequence[str]) -> None:
+def _draw_layers(figure: Figure, place: SubplotSpec, name: str, variants: Variants, layers: Sequence[Tag]) -> None:
     """A variant's row of layers."""
     # Room above for what is written over each cell, and below for the ticks.
     cells = place.subgridspec(3, len(layers), wspace=0.12, hspace=0.0, height_ratios=[0.72, 1.5, 0.2])
@@ -390,7 +396,7 @@ def _draw_layers(figure: Figure, place: SubplotSpec, name: str, variants: Varian
     for column, layer in enumerate(layers):
         axes = figure.add_subplot(cells[1, column])
         _draw_layer(axes, run, layer, labelled=column == 0)
-        axes.set_title(f"{layer.partition('/')[2]}\n{_health(run, layer)}", fontsize=9, pad=2)
+        axes.set_title(f"{layer.path}\n{_health(run, layer)}", fontsize=9, pad=2)
         if column == 0:
             color = style(name, variants)[0]
             # From the left edge of the page, however wide the columns are.
@@ -398,9 +404,9 @@ def _draw_layers(figure: Figure, place: SubplotSpec, name: str, variants: Varian
             axes.text(0.012, 1.36, name, fontsize=12, weight="bold", color=color, transform=left)
 
 
-def _draw_layer(axes: Axes, run: Run, tag: str, labelled: bool) -> None:
+def _draw_layer(axes: Axes, run: Run, tag: Tag, labelled: bool) -> None:
     """One ridge a step, the first step at the top."""
-    by_step = {histogram.step: histogram for histogram in run.histograms.get(tag, [])}
+    by_step = {histogram.step: histogram for histogram in run.histograms.get(str(tag), [])}
     steps = _steps(run, tag)
     low, high = _value_range(list(by_step.values()))
     for position, step in enumerate(steps):
@@ -453,18 +459,22 @@ def _scaled(density: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.minimum(density / scale, 1.0)
 
 
-def _steps(run: Run, tag: str) -> list[int]:
+def _steps(run: Run, tag: Tag) -> list[int]:
     """The steps at which the layer was sampled (also without a finite value), at most a few."""
-    logged = run.scalars.get(tag.replace("act_hist/", "act_nonfinite/"))
-    steps = logged[0] if logged is not None else np.array([histogram.step for histogram in run.histograms.get(tag, [])])
+    logged = run.scalars.get(str(replace(tag, statistic="nonfinite")))
+    steps = (
+        logged[0]
+        if logged is not None
+        else np.array([histogram.step for histogram in run.histograms.get(str(tag), [])])
+    )
     chosen = np.linspace(0, len(steps) - 1, min(len(steps), _MAX_STEPS)).round().astype(int)
     return [int(steps[index]) for index in chosen]
 
 
-def _health(run: Run, tag: str) -> str:
+def _health(run: Run, tag: Tag) -> str:
     """The last thing worth knowing of a layer, worst first."""
     shares = {
-        what: run.last(tag.replace("act_hist/", f"act_{key}/"))
+        what: run.last(str(replace(tag, statistic=key)))
         for key, what in (("nonfinite", "NaN/inf"), ("dead", "dead"), ("saturated", "saturated"), ("zero", "zero"))
     }
     for what, share in shares.items():

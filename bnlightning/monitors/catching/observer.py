@@ -220,10 +220,10 @@ class Observer:
         numbers.add(units)
         window = self.window
         assert window is not None
-        key = LayerKey("act", label, place.is_activation, units, place.limits if units else None)
+        key = LayerKey("layer", label, place.is_activation, units, place.limits if units else None)
         window.update(key, tensor, dim)
         if self.grad_scale is not None and tensor.requires_grad:
-            tensor.register_hook(_GradHook(self, window, LayerKey("act_grad", label)))
+            tensor.register_hook(_GradHook(self, window, LayerKey("layer_grad", label)))
 
 
 class _Hook:

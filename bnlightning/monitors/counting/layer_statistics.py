@@ -152,8 +152,8 @@ def health(layers: Iterable[tuple[dict[str, float], int]]) -> dict[str, float]:
         layers: The statistics of each activation, and how many units it has.
 
     Returns:
-        ``act_dead``, ``act_dormant``: share of all units. ``act_dead_max``: of the worst layer. ``act_nonfinite``,
-        ``act_saturated``: mean over the layers that have it.
+        ``dead``, ``dormant``: share of all units. ``dead_max``: of the worst layer. ``nonfinite``,
+        ``saturated``: mean over the layers that have it.
     """
     layers = list(layers)
     found: dict[str, float] = {}
@@ -161,12 +161,12 @@ def health(layers: Iterable[tuple[dict[str, float], int]]) -> dict[str, float]:
     if with_units:
         number = sum(units for _, units in with_units)
         for name in ("dead", "dormant"):
-            found[f"act_{name}"] = sum(values[name] * units for values, units in with_units) / number
-        found["act_dead_max"] = max(values["dead"] for values, _ in with_units)
+            found[name] = sum(values[name] * units for values, units in with_units) / number
+        found["dead_max"] = max(values["dead"] for values, _ in with_units)
     for name in ("nonfinite", "saturated"):
         shares = [values[name] for values, _ in layers if name in values]
         if shares:
-            found[f"act_{name}"] = sum(shares) / len(shares)
+            found[name] = sum(shares) / len(shares)
     return found
 
 

@@ -34,7 +34,7 @@ class LayerKey:
     """What tells one layer's row from another, the same on every rank.
 
     Args:
-        family: First part of the tags, ``"act"`` or ``"act_grad"``.
+        family: First part of the tags, ``"layer"`` or ``"layer_grad"``.
         label: Path of the module, with the number of the call and the place in the output, as it stands in tags.
         is_activation: Whether it counts under ``health/``.
         units: How many; 0 where units are not looked at.

@@ -201,7 +201,7 @@ def test_gradients_stand_in_maps(depths):
     deep = next(axes for axes in maps if len(axes.get_yticks()) > 5 and axes.get_xlabel())
     run = depths["custom_11"][0]
     layers = [f"net.linear{index}" for index in range(1, 12)] + ["net.output"]
-    norms = [run.scalars[f"grad_norm/{layer}.weight"] for layer in layers]
+    norms = [run.scalars[f"param_grad_norm/{layer}.weight"] for layer in layers]
     colours, red = (child for child in deep.get_children() if isinstance(child, QuadMesh))
     np.testing.assert_allclose(colours.get_array(), np.log10([values for _, values in norms]), rtol=1e-6)
     assert red.get_array().mask.all() and deep.yaxis_inverted()
@@ -215,13 +215,13 @@ def test_gradients_that_are_not_finite_are_red(depths):
     (diverged,) = (axes for axes in drawn.axes if axes.get_title().endswith("NaN"))
     run = depths["none_2"][0]
     _, red = (child for child in diverged.get_children() if isinstance(child, QuadMesh))
-    shares = run.scalars["grad_nonfinite/net.linear1.weight"]
+    shares = run.scalars["param_grad_nonfinite/net.linear1.weight"]
     steps = run.scalars["health/grad_nonfinite"][0]
     assert len(shares[0]) and (~red.get_array().mask[0]).tolist() == [step in shares[0] for step in steps]
 
 
 def test_a_gradient_of_zero_is_no_gap(tmp_path):
-    gradients = {"grad_norm/net.linear1.weight": [0.0, 1e-3], "grad_norm/net.output.weight": [1.0, 1.0]}
+    gradients = {"param_grad_norm/net.linear1.weight": [0.0, 1e-3], "param_grad_norm/net.output.weight": [1.0, 1.0]}
     write_run(tmp_path / "a", {"norm": "none", "depth": 1}, **gradients)
     drawn = draw_gradients(read_variants(tmp_path), "val/loss", "", [], columns=("depth",))
     colours, _ = (child for child in drawn.axes[0].get_children() if isinstance(child, QuadMesh))
@@ -233,7 +233,7 @@ def test_a_gradient_of_zero_is_no_gap(tmp_path):
 
 def test_a_run_that_explodes_leaves_colours_to_the_others(tmp_path):
     for norm, norms in (("none", [1.0, 1e30]), ("custom", [1.0, 0.01])):
-        gradients = {"grad_norm/net.linear1.weight": norms, "grad_norm/net.output.weight": [1.0, 0.1]}
+        gradients = {"param_grad_norm/net.linear1.weight": norms, "param_grad_norm/net.output.weight": [1.0, 0.1]}
         write_run(tmp_path / norm, {"norm": norm, "depth": 1}, **gradients)
     drawn = draw_gradients(read_variants(tmp_path), "val/loss", "", [], columns=("depth",))
     meshes = [next(c for c in axes.get_children() if isinstance(c, QuadMesh)) for axes in drawn.axes[:2]]
@@ -263,7 +263,7 @@ def test_a_parameter_that_is_no_number_is_named(depths):
 
 def test_runs_without_gradients_are_named(tmp_path):
     write_run(tmp_path / "a", {"norm": "none", "depth": 1}, val__loss=[1.0])
-    with pytest.raises(ValueError, match=r"no run has grad_norm/<path>.weight .*GradientMonitor"):
+    with pytest.raises(ValueError, match=r"no run has param_grad_norm/<path>.weight .*GradientMonitor"):
         draw_gradients(read_variants(tmp_path), "val/loss", "", [], columns=("depth",))
 
 

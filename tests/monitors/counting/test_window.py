@@ -41,7 +41,7 @@ TENSORS = {
 
 
 def key_of(x, dim, limits=LIMITS):
-    return LayerKey("act", "layer", True, x.shape[dim] if x.dim() > 1 else 1, limits)
+    return LayerKey("layer", "layer", True, x.shape[dim] if x.dim() > 1 else 1, limits)
 
 
 def as_matrix(x, dim):
@@ -99,7 +99,7 @@ def test_numbers_against_numpy_in_float64(name, dim):
 def test_a_standard_deviation_far_from_zero(mean):
     # What float32 itself leaves of the values is exact in float64.
     x = normal(500, 20, shift=mean)
-    window, key = ActivationWindow(), LayerKey("act", "layer")
+    window, key = ActivationWindow(), LayerKey("layer", "layer")
     for part in x.split(100):
         window.update(key, part)
     layer = window.reduce(CPU)[key]
@@ -109,7 +109,7 @@ def test_a_standard_deviation_far_from_zero(mean):
 @pytest.mark.parametrize("name", TENSORS)
 def test_histogram_counts_every_finite_value_in_the_right_bin(name):
     x = TENSORS[name]
-    window, key = ActivationWindow(), LayerKey("act", "layer")
+    window, key = ActivationWindow(), LayerKey("layer", "layer")
     window.update(key, x)
     layer = window.reduce(CPU)[key]
     histogram = finite_histogram(layer.bins, layer.minimum, layer.maximum, layer.sum, layer.sum_squares)
@@ -140,7 +140,7 @@ def test_a_layer_without_a_finite_value():
 
 
 def test_a_layer_of_zeros_is_dormant_all_over():
-    window, key = ActivationWindow(), LayerKey("act", "layer", True, 3)
+    window, key = ActivationWindow(), LayerKey("layer", "layer", True, 3)
     window.update(key, torch.zeros(5, 3))
     layer = window.reduce(CPU)[key]
     found = statistics(key, layer, layer.units, 0.0)
@@ -148,7 +148,7 @@ def test_a_layer_of_zeros_is_dormant_all_over():
 
 
 def test_a_reset_window_knows_nothing():
-    window, key = ActivationWindow(), LayerKey("act", "layer", True, 3)
+    window, key = ActivationWindow(), LayerKey("layer", "layer", True, 3)
     window.update(key, normal(5, 3))
     before = window.reduce(CPU)[key]
     window.reset()
@@ -162,12 +162,12 @@ def test_a_reset_window_knows_nothing():
 
 def test_an_empty_batch():
     window = ActivationWindow()
-    window.update(LayerKey("act", "layer", True, 3), torch.zeros(0, 3))
+    window.update(LayerKey("layer", "layer", True, 3), torch.zeros(0, 3))
     assert window.reduce(CPU) == {}
 
 
 def test_values_of_inference_mode_and_others_go_together():
-    window, key = ActivationWindow(), LayerKey("act", "layer", True, 3)
+    window, key = ActivationWindow(), LayerKey("layer", "layer", True, 3)
     x = normal(8, 3)
     with torch.inference_mode():
         window.update(key, x[:4] * 1.0)
@@ -177,7 +177,7 @@ def test_values_of_inference_mode_and_others_go_together():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_dtypes_are_counted_in_float32(dtype):
-    x, key = normal(100, 4, scale=3).to(dtype), LayerKey("act", "layer", True, 4)
+    x, key = normal(100, 4, scale=3).to(dtype), LayerKey("layer", "layer", True, 4)
     windows = [ActivationWindow() for _ in range(2)]
     windows[0].update(key, x)
     windows[1].update(key, x.float())
@@ -189,7 +189,7 @@ def test_other_dtypes_are_counted_in_float32(dtype):
 @pytest.mark.parametrize(("samples", "units", "rank"), [(2000, 10, 10), (2000, 10, 3), (5, 8, 5)])
 def test_effective_rank_against_the_singular_values(samples, units, rank):
     x = normal(samples, rank) @ normal(rank, units, seed=1)
-    window, key = ActivationWindow(effective_rank=True), LayerKey("act", "layer", True, units)
+    window, key = ActivationWindow(effective_rank=True), LayerKey("layer", "layer", True, units)
     for part in x.split(700):
         window.update(key, part)
     layer = window.reduce(CPU)[key]
@@ -202,7 +202,7 @@ def test_effective_rank_against_the_singular_values(samples, units, rank):
 
 def test_effective_rank_of_an_image_is_over_positions():
     x = normal(6, 4, 5, 5)
-    window, key = ActivationWindow(effective_rank=True), LayerKey("act", "layer", True, 4)
+    window, key = ActivationWindow(effective_rank=True), LayerKey("layer", "layer", True, 4)
     window.update(key, x.to(memory_format=torch.channels_last), 1)
     matrix = as_matrix(x.numpy(), 1)
     np.testing.assert_allclose(window.reduce(CPU)[key].second_moments, matrix.T @ matrix, rtol=1e-5)
@@ -212,7 +212,7 @@ def test_a_unit_that_fires_at_few_positions_is_rarely_active():
     x = torch.ones(2, 2, 20, 20)
     x[:, 0] = 0.0
     x[:, 0, 0, :2] = 1.0
-    window, key = ActivationWindow(), LayerKey("act", "layer", True, 2)
+    window, key = ActivationWindow(), LayerKey("layer", "layer", True, 2)
     window.update(key, x, 1)
     layer = window.reduce(CPU)[key]
     # In 4 of 800 samples and positions, of 1 % of which fewer than 8 are.
@@ -220,7 +220,7 @@ def test_a_unit_that_fires_at_few_positions_is_rarely_active():
 
 
 def test_recent_units_are_those_of_the_last_samples():
-    recent, key = RecentUnits(samples=10), LayerKey("act", "layer", True, 3)
+    recent, key = RecentUnits(samples=10), LayerKey("layer", "layer", True, 3)
     firing = [torch.eye(3)[[0, 0, 0, 0]], torch.eye(3)[[1] * 6], torch.eye(3)[[2] * 12], torch.eye(3)[[2] * 12]]
     seen = []
     for x in firing:
@@ -247,16 +247,16 @@ def test_recent_units_are_those_of_the_last_samples():
 def test_health_of_several_layers():
     layers = []
     for x, limits in ((torch.tensor([[0.0, 1.0, 0.0, 0.0]]), None), (torch.tensor([[0.0, 1.0]]), LIMITS)):
-        window, key = ActivationWindow(), LayerKey("act", "layer", True, x.shape[1], limits)
+        window, key = ActivationWindow(), LayerKey("layer", "layer", True, x.shape[1], limits)
         window.update(key, x)
         layer = window.reduce(CPU)[key]
         layers.append((statistics(key, layer, layer.units, 0.025), key.units))
     assert health(layers) == {
-        "act_dead": 4 / 6,
-        "act_dead_max": 3 / 4,
-        "act_dormant": 4 / 6,
-        "act_nonfinite": 0.0,
-        "act_saturated": 0.5,
+        "dead": 4 / 6,
+        "dead_max": 3 / 4,
+        "dormant": 4 / 6,
+        "nonfinite": 0.0,
+        "saturated": 0.5,
     }
     assert health([]) == {}
 
@@ -275,7 +275,7 @@ class Operations(TorchDispatchMode):
 def test_the_numbers_of_all_layers_are_packed_by_few_operations(on_device):
     def packed(number):
         rng = np.random.default_rng(0)
-        rows = [_Row(LayerKey("act", str(index)), CPU, False) for index in range(number)]
+        rows = [_Row(LayerKey("layer", str(index)), CPU, False) for index in range(number)]
         expected = []
         # The last layer has not run on this rank.
         for row in rows[:-1]:
@@ -293,7 +293,11 @@ def test_the_numbers_of_all_layers_are_packed_by_few_operations(on_device):
     assert packed(300) == packed(3)
 
 
-RELU, TANH, ONLY = LayerKey("act", "relu", True, 6), LayerKey("act", "tanh", True, 4, LIMITS), LayerKey("act", "only")
+RELU, TANH, ONLY = (
+    LayerKey("layer", "relu", True, 6),
+    LayerKey("layer", "tanh", True, 4, LIMITS),
+    LayerKey("layer", "only"),
+)
 
 
 def _reduce_on_rank(rank, parts):
