@@ -55,9 +55,9 @@ from bnlightning.monitors.counting import ranks as _ranks
 from bnlightning.monitors.counting.histogram import TypicalRanges
 from bnlightning.monitors.counting.layer_statistics import RecentUnits, health
 from bnlightning.monitors.counting.layer_statistics import statistics as layer_statistics
-from bnlightning.monitors.counting.window import ActivationWindow, LayerKey
-from bnlightning.monitors.gradients import GradientRows
-from bnlightning.monitors.norms import BatchNormRows
+from bnlightning.monitors.counting.layers import LayerAccumulators, LayerKey
+from bnlightning.monitors.counting.norms import NormAccumulators
+from bnlightning.monitors.counting.parameters import ParameterAccumulators
 from bnlightning.nn import sync
 from bnlightning.writing.history import History
 from bnlightning.writing.writers import Publication
@@ -115,7 +115,7 @@ class Activations:
     def __init__(self, modules: int) -> None:
         torch.manual_seed(0)
         self.keys = [LayerKey("layer", f"network.layers.{index}.act", True, UNITS) for index in range(modules)]
-        self.window = ActivationWindow()
+        self.window = LayerAccumulators()
         self.recent, self.ranges, self.history = RecentUnits(1000), TypicalRanges(), History()
         self.values = [torch.relu(torch.randn(8, UNITS) * 4.0**scale) for scale in range(-3, 4)]
 
@@ -163,7 +163,7 @@ class Gradients:
         return gradient_messages(modules, modules, sharded=True)
 
     def sample(self) -> None:
-        self.rows = GradientRows(self.parameters, self.parameters, CPU)
+        self.rows = ParameterAccumulators(self.parameters, self.parameters, CPU)
         with torch.no_grad():
             self.rows.record(self.parameters.values())
         # As if they were: what each rank has of a DTensor is recorded as here.
@@ -188,7 +188,7 @@ class BatchNorms:
         layers = [nn.BatchNorm1d(CHANNELS) for _ in self.names]
         for layer in layers:
             layer.num_batches_tracked.add_(1)
-        self.rows = BatchNormRows(layers, CPU)
+        self.rows = NormAccumulators(layers, CPU)
         self.input = torch.randn(8, CHANNELS)
 
     @staticmethod

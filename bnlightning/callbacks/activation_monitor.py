@@ -18,8 +18,8 @@ from bnlightning.monitors.catching.observer import Observer
 from bnlightning.monitors.catching.selection import Choice, checked_choices
 from bnlightning.monitors.counting.histogram import TypicalRanges, finite_histogram
 from bnlightning.monitors.counting.layer_statistics import RecentUnits, health, statistics
+from bnlightning.monitors.counting.layers import LayerAccumulators, LayerKey, LayerSums, UnitSums
 from bnlightning.monitors.counting.ranks import first_of_ranks, world_size
-from bnlightning.monitors.counting.window import ActivationWindow, LayerKey, LayerSums, UnitSums
 from bnlightning.monitors.schedule import TrainingCadence
 from bnlightning.writing.history import History
 from bnlightning.writing.pictures import draw_distributions, draw_surfaces
@@ -459,7 +459,7 @@ class ActivationMonitor(Callback):
 class _Opened:
     step: int
     global_step: int
-    window: ActivationWindow
+    window: LayerAccumulators
 
 
 @dataclass
@@ -482,13 +482,13 @@ class _State:
     # Apart, since an evaluation may come in the middle of an accumulation of gradients; those not open are kept to be
     # used again.
     opened: dict[str, _Opened] = field(default_factory=dict)
-    windows: dict[str, ActivationWindow] = field(default_factory=dict)
+    windows: dict[str, LayerAccumulators] = field(default_factory=dict)
     warned: set[str] = field(default_factory=set)
     told: set[str] = field(default_factory=set)
 
     def open(self, phase: str, step: int, global_step: int) -> None:
         """What is observed in ``phase`` from now on goes into a window that will be published at ``step``."""
-        window = self.windows.setdefault(phase, ActivationWindow(self.effective_rank))
+        window = self.windows.setdefault(phase, LayerAccumulators(self.effective_rank))
         window.reset()
         self.opened[phase] = _Opened(step, global_step, window)
 

@@ -17,7 +17,7 @@ from bnlightning.compare.names import Tag, health_tag
 from bnlightning.monitors.catching.compiled import is_compiled
 from bnlightning.monitors.catching.hooks import NoHook, is_recomputation
 from bnlightning.monitors.catching.selection import Choice, checked_choices, is_chosen, user_path
-from bnlightning.monitors.norms import BatchNormRows, BatchNormStatistics
+from bnlightning.monitors.counting.norms import NormAccumulators, NormCounts
 from bnlightning.monitors.schedule import TrainingCadence
 from bnlightning.writing.writers import Publication
 
@@ -89,7 +89,7 @@ class BatchNormMonitor(Callback):
         self._cadence = TrainingCadence(every_n_steps)
         self._handles: list[RemovableHandle] = []
         self._names: list[str] = []
-        self._rows: BatchNormRows | None = None
+        self._rows: NormAccumulators | None = None
         # Where the sample belongs: the number of optimizer steps before it, and its place on the x-axis.
         self._sample: tuple[int, int] | None = None
         self._observing = False
@@ -171,7 +171,7 @@ class BatchNormMonitor(Callback):
             torch.compiler.reset()
         self._names = list(layers)[: self.max_layers]
         watched = [layers[name] for name in self._names]
-        self._rows = BatchNormRows(watched, pl_module.device)
+        self._rows = NormAccumulators(watched, pl_module.device)
         self._handles = [
             layer.register_forward_pre_hook(_Hook(self, index), with_kwargs=True) for index, layer in enumerate(watched)
         ]
@@ -200,7 +200,7 @@ class BatchNormMonitor(Callback):
             self._warn_if_nothing_ran(list(layers.values()))
             Publication(x, scalars=_scalars(layers) | _health(list(layers.values()))).write(trainer)
 
-    def _warn_if_nothing_ran(self, layers: Sequence[BatchNormStatistics]) -> None:
+    def _warn_if_nothing_ran(self, layers: Sequence[NormCounts]) -> None:
         # In the first sample only: later, a step may well do without them.
         first, self._is_first = self._is_first, False
         if not first or not layers or any(layer.seen for layer in layers):
@@ -225,7 +225,7 @@ class _Hook:
         return NoHook, ()
 
 
-def _scalars(layers: dict[str, BatchNormStatistics]) -> dict[str, float]:
+def _scalars(layers: dict[str, NormCounts]) -> dict[str, float]:
     values = {
         str(Tag("norm", key, name)): getattr(layer, key)
         for name, layer in layers.items()
@@ -235,7 +235,7 @@ def _scalars(layers: dict[str, BatchNormStatistics]) -> dict[str, float]:
     return {tag: value for tag, value in values.items() if value is not None}
 
 
-def _health(layers: Sequence[BatchNormStatistics]) -> dict[str, float]:
+def _health(layers: Sequence[NormCounts]) -> dict[str, float]:
     scalars: dict[str, float] = {}
     for key, worst in (("mean_drift", max), ("var_drift", max), ("rank_spread", max), ("min_running_var", min)):
         values = [value for layer in layers if (value := getattr(layer, key)) is not None]

@@ -20,8 +20,8 @@ from bnlightning.callbacks._steps import logged_step
 from bnlightning.compare.names import Tag, health_tag
 from bnlightning.monitors.catching.selection import user_path
 from bnlightning.monitors.counting.histogram import TypicalRanges
+from bnlightning.monitors.counting.parameters import ParameterAccumulators, ParameterCounts
 from bnlightning.monitors.counting.ranks import is_sharded
-from bnlightning.monitors.gradients import GradientRows, ParameterStatistics
 from bnlightning.monitors.schedule import TrainingCadence
 from bnlightning.writing.writers import Publication
 
@@ -160,7 +160,7 @@ class GradientMonitor(Callback):
             self._choose(parameters)
             if not trainer.is_global_zero and not any(map(is_sharded, parameters.values())):
                 return
-            batch.rows = GradientRows(parameters, self._chosen, pl_module.device)
+            batch.rows = ParameterAccumulators(parameters, self._chosen, pl_module.device)
         batch.rows.record(_parameters(optimizer), _scale(trainer, optimizer))
 
     @torch.no_grad()
@@ -221,7 +221,7 @@ class GradientMonitor(Callback):
         patterns = [self.parameters] if isinstance(self.parameters, str) else self.parameters
         return any(fnmatchcase(path, pattern) for pattern in patterns)
 
-    def _publication(self, step: int, statistics: Mapping[str, ParameterStatistics]) -> Publication:
+    def _publication(self, step: int, statistics: Mapping[str, ParameterCounts]) -> Publication:
         chosen = {path: one for path, one in statistics.items() if path in self._chosen}
         scalars = {
             str(Tag("param", key, path)): value for path, one in chosen.items() for key, value in _scalars(one).items()
@@ -251,7 +251,7 @@ class _Batch:
 
     global_step: int
     logged_step: int
-    rows: GradientRows | None = None
+    rows: ParameterAccumulators | None = None
     seen: dict[int, int] = field(default_factory=dict)
 
 
@@ -282,7 +282,7 @@ def _scale(trainer: lightning.Trainer, optimizer: Optimizer) -> float:
     return float(scaler.get_scale())
 
 
-def _scalars(one: ParameterStatistics) -> dict[str, float]:
+def _scalars(one: ParameterCounts) -> dict[str, float]:
     scalars = {"grad_norm": one.norm, "grad_rms": one.norm / math.sqrt(one.values)}
     if one.nonfinite > 0:
         scalars["grad_nonfinite"] = one.nonfinite / one.values
@@ -291,7 +291,7 @@ def _scalars(one: ParameterStatistics) -> dict[str, float]:
     return scalars
 
 
-def _health(parameters: Sequence[ParameterStatistics]) -> dict[str, float]:
+def _health(parameters: Sequence[ParameterCounts]) -> dict[str, float]:
     """Of all parameters with a gradient."""
     if not parameters:
         return {}

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from bnlightning import BatchNorm1d, BatchNorm2d, BatchNormMonitor, SwapNorm
 from bnlightning.monitors.catching.hooks import NoHook
-from bnlightning.monitors.norms import BatchNormRows, BatchNormStatistics
+from bnlightning.monitors.counting.norms import NormAccumulators, NormCounts
 from bnlightning.nn import BatchNormAct2d
 
 # The loaders have no workers, as they need none, and many tests only train.
@@ -571,7 +571,7 @@ def _sharded_scales(rank):
     net = nn.Sequential(nn.Linear(3, 48), nn.BatchNorm1d(48))
     nn.init.zeros_(net[1].weight[:7])
     fully_shard(net, mesh=init_device_mesh("cpu", (2,)))
-    rows = BatchNormRows([net[1]], torch.device("cpu"))
+    rows = NormAccumulators([net[1]], torch.device("cpu"))
     rows.start()
     rows.reduce()
     return type(net[1].weight).__name__, rows.statistics()
@@ -581,7 +581,7 @@ def _sharded_scales(rank):
 def test_sharded_scales_are_put_together(tmp_path):
     for kind, (layer,) in run_on_ranks(_sharded_scales, 2, tmp_path):
         # Nothing has run.
-        want = BatchNormStatistics(48, 48, False, None, None, None, pytest.approx(7 / 48), 1.0, 0.0)
+        want = NormCounts(48, 48, False, None, None, None, pytest.approx(7 / 48), 1.0, 0.0)
         assert kind == "DTensor" and layer == want
 
 

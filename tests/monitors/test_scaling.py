@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from bnlightning import ActivationMonitor, BatchNorm1d, BatchNormMonitor, GradientMonitor
 from bnlightning.monitors.counting import ranks as _ranks
 from bnlightning.monitors.counting.layer_statistics import statistics
-from bnlightning.monitors.counting.window import ActivationWindow, LayerKey
-from bnlightning.monitors.gradients import GradientRows
+from bnlightning.monitors.counting.layers import LayerAccumulators, LayerKey
+from bnlightning.monitors.counting.parameters import ParameterAccumulators
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -112,7 +112,7 @@ def messages_on_rank(rank):
             parameters[path].grad = distribute_tensor(torch.randn(4, 3), mesh, [Shard(0)])
         sent.clear()
         # One without a histogram.
-        rows = GradientRows(parameters, list(parameters)[1:], CPU)
+        rows = ParameterAccumulators(parameters, list(parameters)[1:], CPU)
         rows.record(parameters.values())
         with torch.no_grad():
             rows.finish()
@@ -218,12 +218,12 @@ def test_many_ranks_in_any_order_are_one_process(ranks, seed):
         LayerKey("layer", "tanh", True, 5, (-0.99, 0.99)): torch.tensor(np.tanh(x), dtype=torch.float32),
         LayerKey("layer_grad", "far", False): torch.tensor(1e3 + x, dtype=torch.float32),
     }
-    one, order = ActivationWindow(), rng.permutation(samples)
+    one, order = LayerAccumulators(), rng.permutation(samples)
     # Each at least one sample, some many.
     ends = np.sort(rng.choice(np.arange(1, samples), ranks - 1, replace=False))
     many = Simulated()
     for number, part in enumerate(np.split(order, ends)):
-        window = ActivationWindow()
+        window = LayerAccumulators()
         for key, all_values in values.items():
             window.update(key, all_values[part])
         many.is_last = number == ranks - 1

@@ -24,7 +24,8 @@ from bnlightning.monitors.catching.selection import (
     unit_dim,
     user_path,
 )
-from bnlightning.monitors.counting.window import ActivationWindow, LayerKey, Limits, real_dtype
+from bnlightning.monitors.counting.layers import LayerAccumulators, LayerKey, Limits
+from bnlightning.monitors.counting.precision import real_dtype
 from bnlightning.nn.tap import add_listener, remove_listener
 
 MAX_CALLS = 16
@@ -61,7 +62,7 @@ class Observer:
     def __init__(self, choices: Sequence[Choice] | None, max_layers: int) -> None:
         self.choices = choices
         self.max_layers = max_layers
-        self.window: ActivationWindow | None = None
+        self.window: LayerAccumulators | None = None
         self.check: FiniteCheck | None = None
         self.grad_scale: float | None = None
         self.places: list[Place] = []
@@ -123,7 +124,7 @@ class Observer:
         for hooks in (self._handles, self._hooks, self.places):
             hooks.clear()
 
-    def start(self, window: ActivationWindow | None) -> None:
+    def start(self, window: LayerAccumulators | None) -> None:
         """From now on values go into ``window``, or nowhere; the next call of each module is its first."""
         self.window = window
         self.is_sampling = window is not None
@@ -274,7 +275,7 @@ class _Hook:
 class _GradHook:
     """Of a tensor: of the module it would break in-place operations behind it."""
 
-    def __init__(self, observer: Observer, window: ActivationWindow, key: LayerKey) -> None:
+    def __init__(self, observer: Observer, window: LayerAccumulators, key: LayerKey) -> None:
         self.observer = observer
         self.window = window
         self.key = key

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from bnlightning.monitors.counting.histogram import num_zero
-from bnlightning.monitors.counting.window import LayerKey, LayerSums, UnitSums
+from bnlightning.monitors.counting.layers import LayerKey, LayerSums, UnitSums
 
 RARELY = 0.01
 """Dohare et al., "Loss of plasticity in deep continual learning" (Nature 2024): active for less than 1 % of samples."""

@@ -4,7 +4,7 @@ import torch
 from helpers import run_on_ranks
 from torch import nn
 
-from bnlightning.monitors.gradients import GradientRows
+from bnlightning.monitors.counting.parameters import ParameterAccumulators
 
 SHAPES = {"plain": (3, 5), "sharded": (5, 2), "short": (1, 4), "replicated": (4, 3), "pending": (2, 3), "idle": (2, 2)}
 
@@ -31,7 +31,7 @@ def rows_on_rank(rank):
             parameter.grad = DTensor.from_local(values(name, 1) * (0.25 + 0.5 * rank), mesh, [Partial()])
         elif name != "idle":
             parameter.grad = place(name, values(name, 1))
-    rows = GradientRows(parameters, {"sharded", "pending"}, torch.device("cpu"))
+    rows = ParameterAccumulators(parameters, {"sharded", "pending"}, torch.device("cpu"))
     with torch.no_grad():
         rows.record(parameters.values())
         for name, parameter in parameters.items():
@@ -60,7 +60,7 @@ def test_every_value_of_a_dtensor_counts_once(tmp_path):
 
 def test_a_parameter_that_is_stepped_again_is_recorded_anew():
     parameter = nn.Parameter(torch.ones(3))
-    rows = GradientRows({"weight": parameter}, {"weight"}, torch.device("cpu"))
+    rows = ParameterAccumulators({"weight": parameter}, {"weight"}, torch.device("cpu"))
     for gradient in ([float("nan"), 1.0, 2.0], [3.0, 4.0, 0.0]):
         parameter.grad = torch.tensor(gradient)
         rows.record([parameter])
@@ -75,7 +75,7 @@ def test_an_empty_gradient_is_passed_over():
     empty.grad, weight.grad = torch.zeros(0, 3), torch.tensor([3.0, 4.0])
     sparse.grad = torch.sparse_coo_tensor(torch.zeros(1, 0), torch.zeros(0, 3), (5, 3), check_invariants=True)
     parameters = {"empty": empty, "sparse": sparse, "weight": weight}
-    rows = GradientRows(parameters, parameters, torch.device("cpu"))
+    rows = ParameterAccumulators(parameters, parameters, torch.device("cpu"))
     rows.record(parameters.values())
     rows.finish()
     found = rows.statistics()

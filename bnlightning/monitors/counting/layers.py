@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bnlightning.monitors.counting.histogram import NUM_BINS, count_values
+from bnlightning.monitors.counting.precision import real_dtype
 from bnlightning.monitors.counting.ranks import all_keys, reduce_maxima, reduce_sums
 
 MAX_UNITS_OF_RANK = 1024
@@ -101,7 +102,7 @@ class LayerSums:
     second_moments: NDArray[np.float64] | None
 
 
-class ActivationWindow:
+class LayerAccumulators:
     """Accumulators for any number of layers, which come into being as they are seen.
 
     Args:
@@ -305,11 +306,6 @@ class _Values:
             self.unit_dim = x.dim() - 1 if self.unit_dim == 1 else self.unit_dim - (self.unit_dim > 1)
             return x.movedim(1, -1)
         return x.contiguous()
-
-
-def real_dtype(device: torch.device) -> torch.dtype:
-    """Of sums: float64, where the device has it (Apple's GPUs have not)."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _middle(values: _Values) -> Number:

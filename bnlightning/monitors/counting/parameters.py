@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bnlightning.monitors.counting.histogram import NUM_BINS, Histogram, count_values, finite_histogram
+from bnlightning.monitors.counting.precision import where_float64_is
 from bnlightning.monitors.counting.ranks import is_sharded, own_part, reduce_maxima, reduce_sums
 
 # From there on, no square that underflows in float32 matters to a sum of squares.
@@ -23,7 +24,7 @@ _GRADIENT, _WEIGHT, _UPDATE, _FINITE, _TOTAL = range(5)
 
 
 @dataclass(frozen=True)
-class ParameterStatistics:
+class ParameterCounts:
     """The statistics of one parameter at one optimizer step, over all its values on all ranks.
 
     Args:
@@ -45,7 +46,7 @@ class ParameterStatistics:
     histogram: Histogram | None
 
 
-class GradientRows:
+class ParameterAccumulators:
     """One row for each parameter of a model, filled by the optimizer steps within one batch.
 
     Until :meth:`finish`, it holds a copy of the weights that were stepped.
@@ -137,7 +138,7 @@ class GradientRows:
             (extrema,) = reduce_maxima([extrema])
             self._counts, self._sums, self._extrema = (tensor.cpu().numpy() for tensor in (counts, sums, extrema))
 
-    def statistics(self) -> dict[str, ParameterStatistics]:
+    def statistics(self) -> dict[str, ParameterCounts]:
         """By path, of the parameters that were recorded."""
         bins = self._bins.cpu().numpy()
         norms = np.sqrt(self._sums[:, [_GRADIENT, _WEIGHT, _UPDATE]]).tolist()
@@ -151,9 +152,7 @@ class GradientRows:
                 squares, total = self._sums[row, [_FINITE, _TOTAL]].tolist()
                 histogram = finite_histogram(bins[self._bins_index[row]], -low, high, total, squares)
             norm, weight_norm, update_norm = norms[row]
-            found[path] = ParameterStatistics(
-                self._dims[row], values, nonfinite, norm, weight_norm, update_norm, histogram
-            )
+            found[path] = ParameterCounts(self._dims[row], values, nonfinite, norm, weight_norm, update_norm, histogram)
         return found
 
 
@@ -183,14 +182,9 @@ def _square_sums(tensors: Sequence[Tensor]) -> NDArray[np.float64]:
     # An overflow is rare, and then it takes the time it takes.
     unsafe = np.flatnonzero(~((squares > _SAFE_SQUARES) & np.isfinite(squares))).tolist()
     if unsafe:
-        exact = [_with_float64(tensors[index]) for index in unsafe]
+        exact = [where_float64_is(tensors[index]) for index in unsafe]
         squares[unsafe] = _read(torch._foreach_norm(exact, 2, torch.float64)) ** 2
     return squares
-
-
-def _with_float64(tensor: Tensor) -> Tensor:
-    """On a device that has the dtype, which Apple's GPUs do not have."""
-    return tensor.cpu() if tensor.device.type == "mps" else tensor
 
 
 def _read(tensors: Sequence[Tensor]) -> NDArray[np.float64]:

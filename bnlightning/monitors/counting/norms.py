@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from bnlightning.monitors.counting.precision import real_dtype
 from bnlightning.monitors.counting.ranks import reduce_sums
 from bnlightning.nn.functional import statistics_dtype
 
@@ -24,7 +25,7 @@ _NEAR_ZERO = 1e-3
 
 
 @dataclass(frozen=True)
-class BatchNormStatistics:
+class NormCounts:
     """The statistics of one layer; ``None`` for what it does not have, or of what no finite value is left.
 
     Args:
@@ -50,7 +51,7 @@ class BatchNormStatistics:
     nonfinite: float
 
 
-class BatchNormRows:
+class NormAccumulators:
     """Accumulators for the input of ``layers``, and a copy of their running statistics.
 
     Args:
@@ -62,8 +63,7 @@ class BatchNormRows:
     def __init__(self, layers: Sequence[_BatchNorm], device: torch.device) -> None:
         self._layers = list(layers)
         self._device = device
-        # Apple's GPUs have no float64.
-        self._real = torch.float32 if device.type == "mps" else torch.float64
+        self._real = real_dtype(device)
         self._allocate([_channels(layer) for layer in self._layers])
 
     def _allocate(self, sizes: list[int]) -> None:
@@ -141,7 +141,7 @@ class BatchNormRows:
         rows = torch.stack((n, sums, n * mean.square(), squares, has.to(n), mean, mean.square()))
         self._reduced, self._scales = reduce_sums([rows, self._scales])
 
-    def statistics(self) -> list[BatchNormStatistics | None]:
+    def statistics(self) -> list[NormCounts | None]:
         """The statistics of each layer, ``None`` for one without parameters so far; waits for the device once."""
         parts = (self._reduced, self._running, self._counted, self._scales)
         read = torch.cat([part.flatten() for part in parts]).cpu().double().numpy()
@@ -196,7 +196,7 @@ def _channel_statistics(reduced: Array, running: Array, eps: Array, unbiased: ND
     """The statistics of each channel, NaN where there are none.
 
     Args:
-        reduced: What :meth:`BatchNormRows.reduce` makes, shape ``(7, C)``.
+        reduced: What :meth:`NormAccumulators.reduce` makes, shape ``(7, C)``.
         running: Mean and variance before the step, shape ``(2, C)``.
         eps: What a layer adds to a variance, shape ``(C,)``.
         unbiased: Whether its running variance averages unbiased ones, shape ``(C,)``.
@@ -243,9 +243,9 @@ def _by_layer(values: Array, sizes: NDArray[np.int64]) -> Array:
 
 def _layer_statistics(
     channels: int, values: Array, near_zero: float, entries: float, tracked: bool, comparable: bool
-) -> BatchNormStatistics:
+) -> NormCounts:
     mean_drift, var_drift, rank_spread, minus_running_var, n, nonfinite = (_finite(value) for value in values)
-    return BatchNormStatistics(
+    return NormCounts(
         channels=channels,
         scales=int(entries),
         seen=bool(n),

@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnlightning.monitors.counting.histogram import finite_histogram
 from bnlightning.monitors.counting.layer_statistics import RecentUnits, health, statistics
-from bnlightning.monitors.counting.window import ActivationWindow, LayerKey, _moments, _Row, _table
+from bnlightning.monitors.counting.layers import LayerAccumulators, LayerKey, _moments, _Row, _table
 
 CPU = torch.device("cpu")
 LIMITS = (-0.99, 0.99)
@@ -78,7 +78,7 @@ def expected_statistics(x, dim, tau):
 def test_numbers_against_numpy_in_float64(name, dim):
     x = TENSORS[name]
     dim = dim % max(x.dim(), 1)
-    window, key = ActivationWindow(), key_of(x, dim)
+    window, key = LayerAccumulators(), key_of(x, dim)
     # In two unequal parts, where there are several samples.
     for part in x.tensor_split([len(x) // 3]) if x.dim() else [x]:
         window.update(key, part, dim)
@@ -99,7 +99,7 @@ def test_numbers_against_numpy_in_float64(name, dim):
 def test_a_standard_deviation_far_from_zero(mean):
     # What float32 itself leaves of the values is exact in float64.
     x = normal(500, 20, shift=mean)
-    window, key = ActivationWindow(), LayerKey("layer", "layer")
+    window, key = LayerAccumulators(), LayerKey("layer", "layer")
     for part in x.split(100):
         window.update(key, part)
     layer = window.reduce(CPU)[key]
@@ -109,7 +109,7 @@ def test_a_standard_deviation_far_from_zero(mean):
 @pytest.mark.parametrize("name", TENSORS)
 def test_histogram_counts_every_finite_value_in_the_right_bin(name):
     x = TENSORS[name]
-    window, key = ActivationWindow(), LayerKey("layer", "layer")
+    window, key = LayerAccumulators(), LayerKey("layer", "layer")
     window.update(key, x)
     layer = window.reduce(CPU)[key]
     histogram = finite_histogram(layer.bins, layer.minimum, layer.maximum, layer.sum, layer.sum_squares)
@@ -131,7 +131,7 @@ def test_histogram_counts_every_finite_value_in_the_right_bin(name):
 
 def test_a_layer_without_a_finite_value():
     x = torch.full((4, 3), float("nan"))
-    window, key = ActivationWindow(), key_of(x, 1)
+    window, key = LayerAccumulators(), key_of(x, 1)
     window.update(key, x)
     layer = window.reduce(CPU)[key]
     found = statistics(key, layer, layer.units, 0.025)
@@ -140,7 +140,7 @@ def test_a_layer_without_a_finite_value():
 
 
 def test_a_layer_of_zeros_is_dormant_all_over():
-    window, key = ActivationWindow(), LayerKey("layer", "layer", True, 3)
+    window, key = LayerAccumulators(), LayerKey("layer", "layer", True, 3)
     window.update(key, torch.zeros(5, 3))
     layer = window.reduce(CPU)[key]
     found = statistics(key, layer, layer.units, 0.0)
@@ -148,7 +148,7 @@ def test_a_layer_of_zeros_is_dormant_all_over():
 
 
 def test_a_reset_window_knows_nothing():
-    window, key = ActivationWindow(), LayerKey("layer", "layer", True, 3)
+    window, key = LayerAccumulators(), LayerKey("layer", "layer", True, 3)
     window.update(key, normal(5, 3))
     before = window.reduce(CPU)[key]
     window.reset()
@@ -161,13 +161,13 @@ def test_a_reset_window_knows_nothing():
 
 
 def test_an_empty_batch():
-    window = ActivationWindow()
+    window = LayerAccumulators()
     window.update(LayerKey("layer", "layer", True, 3), torch.zeros(0, 3))
     assert window.reduce(CPU) == {}
 
 
 def test_values_of_inference_mode_and_others_go_together():
-    window, key = ActivationWindow(), LayerKey("layer", "layer", True, 3)
+    window, key = LayerAccumulators(), LayerKey("layer", "layer", True, 3)
     x = normal(8, 3)
     with torch.inference_mode():
         window.update(key, x[:4] * 1.0)
@@ -178,7 +178,7 @@ def test_values_of_inference_mode_and_others_go_together():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_dtypes_are_counted_in_float32(dtype):
     x, key = normal(100, 4, scale=3).to(dtype), LayerKey("layer", "layer", True, 4)
-    windows = [ActivationWindow() for _ in range(2)]
+    windows = [LayerAccumulators() for _ in range(2)]
     windows[0].update(key, x)
     windows[1].update(key, x.float())
     first, second = (window.reduce(CPU)[key] for window in windows)
@@ -189,7 +189,7 @@ def test_other_dtypes_are_counted_in_float32(dtype):
 @pytest.mark.parametrize(("samples", "units", "rank"), [(2000, 10, 10), (2000, 10, 3), (5, 8, 5)])
 def test_effective_rank_against_the_singular_values(samples, units, rank):
     x = normal(samples, rank) @ normal(rank, units, seed=1)
-    window, key = ActivationWindow(effective_rank=True), LayerKey("layer", "layer", True, units)
+    window, key = LayerAccumulators(effective_rank=True), LayerKey("layer", "layer", True, units)
     for part in x.split(700):
         window.update(key, part)
     layer = window.reduce(CPU)[key]
@@ -202,7 +202,7 @@ def test_effective_rank_against_the_singular_values(samples, units, rank):
 
 def test_effective_rank_of_an_image_is_over_positions():
     x = normal(6, 4, 5, 5)
-    window, key = ActivationWindow(effective_rank=True), LayerKey("layer", "layer", True, 4)
+    window, key = LayerAccumulators(effective_rank=True), LayerKey("layer", "layer", True, 4)
     window.update(key, x.to(memory_format=torch.channels_last), 1)
     matrix = as_matrix(x.numpy(), 1)
     np.testing.assert_allclose(window.reduce(CPU)[key].second_moments, matrix.T @ matrix, rtol=1e-5)
@@ -212,7 +212,7 @@ def test_a_unit_that_fires_at_few_positions_is_rarely_active():
     x = torch.ones(2, 2, 20, 20)
     x[:, 0] = 0.0
     x[:, 0, 0, :2] = 1.0
-    window, key = ActivationWindow(), LayerKey("layer", "layer", True, 2)
+    window, key = LayerAccumulators(), LayerKey("layer", "layer", True, 2)
     window.update(key, x, 1)
     layer = window.reduce(CPU)[key]
     # In 4 of 800 samples and positions, of 1 % of which fewer than 8 are.
@@ -224,7 +224,7 @@ def test_recent_units_are_those_of_the_last_samples():
     firing = [torch.eye(3)[[0, 0, 0, 0]], torch.eye(3)[[1] * 6], torch.eye(3)[[2] * 12], torch.eye(3)[[2] * 12]]
     seen = []
     for x in firing:
-        window = ActivationWindow()
+        window = LayerAccumulators()
         window.update(key, x)
         units = recent.add(key, window.reduce(CPU)[key].units)
         seen.append((units.samples, (units.nonzero > 0).tolist()))
@@ -237,7 +237,7 @@ def test_recent_units_are_those_of_the_last_samples():
     ]
     again = RecentUnits(samples=10)
     again.load_state_dict(recent.state_dict())
-    window = ActivationWindow()
+    window = LayerAccumulators()
     window.update(key, firing[0])
     units = window.reduce(CPU)[key].units
     for mine, theirs in zip(vars(recent.add(key, units)).values(), vars(again.add(key, units)).values(), strict=True):
@@ -247,7 +247,7 @@ def test_recent_units_are_those_of_the_last_samples():
 def test_health_of_several_layers():
     layers = []
     for x, limits in ((torch.tensor([[0.0, 1.0, 0.0, 0.0]]), None), (torch.tensor([[0.0, 1.0]]), LIMITS)):
-        window, key = ActivationWindow(), LayerKey("layer", "layer", True, x.shape[1], limits)
+        window, key = LayerAccumulators(), LayerKey("layer", "layer", True, x.shape[1], limits)
         window.update(key, x)
         layer = window.reduce(CPU)[key]
         layers.append((statistics(key, layer, layer.units, 0.025), key.units))
@@ -301,7 +301,7 @@ RELU, TANH, ONLY = (
 
 
 def _reduce_on_rank(rank, parts):
-    window = ActivationWindow(effective_rank=True)
+    window = LayerAccumulators(effective_rank=True)
     collectives = []
 
     def counted(real):
@@ -329,7 +329,7 @@ def test_ranks_together_give_what_one_process_gives(world_size, tmp_path):
         for part, own in zip(values[key].tensor_split(number), parts, strict=False):
             own[key] = part
     parts[1][ONLY] = values[ONLY]
-    single = ActivationWindow(effective_rank=True)
+    single = LayerAccumulators(effective_rank=True)
     for key, x in values.items():
         single.update(key, x)
     expected = single.reduce(CPU)
