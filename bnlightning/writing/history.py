@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from bnlightning._check import check_integer
 from bnlightning.monitors.counting.histogram import MAGNITUDES, NUM_BINS
+from bnlightning.monitors.record import Record
 
 _BINS_AN_OCTAVE = 8
 _FINITE = len(MAGNITUDES) - 1
@@ -194,6 +195,19 @@ class History:
         if len(self._pending) >= _MAX_PENDING:
             self._coarsen_pending()
         self._thin()
+
+    def add_record(self, record: Record, statistics: Sequence[str]) -> None:
+        """Add a training record: the distributions of all layers, the statistics of the activations.
+
+        Args:
+            record: What a monitor found out.
+            statistics: Names of the statistics to keep.
+        """
+        bins = {path: layer.bins for path, layer in record.layers.items() if layer.bins is not None}
+        # Half of the picture would be empty for layers without units.
+        shown = [path for path in bins if record.layers[path].is_activation] or list(bins)
+        numbers = {name: {path: record.layers[path].numbers.get(name) for path in shown} for name in statistics}
+        self.add(record.step, bins, numbers)
 
     def state_dict(self) -> dict[str, Any]:
         """The history in lists, numbers and tensors on the CPU: what ``torch.load`` takes for safe."""

@@ -589,7 +589,7 @@ def test_a_batch_with_nan_stops_training_on_request(tmp_path):
 
 def test_layers_beyond_the_maximum_are_told(tmp_path):
     monitor = ActivationMonitor(modules="body.*", max_layers=2)
-    with pytest.warns(UserWarning, match=r"max_layers=2\) leaves out 3 layers from body\.2 on"):
+    with pytest.warns(UserWarning, match=r"max_layers=2\) leaves out 3 of 5 layers from body\.2 on"):
         quiet_trainer(tmp_path, max_epochs=1, callbacks=[monitor]).fit(Net(), loader())
     tags = read_events(tmp_path).Tags()["histograms"]
     assert tags == ["layer_hist/body.0", "layer_hist/body.1"]

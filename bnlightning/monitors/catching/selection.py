@@ -146,6 +146,12 @@ def _matches(choice: Choice, name: str, module: nn.Module, is_leaf: bool) -> boo
     return bool(choice(name, module))
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """The device of a module's first parameter; the CPU without any."""
+    parameter = next(module.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
 def user_path(name: str) -> str:
     """A module's path as its author wrote it, less what torch.compile, FSDP and activation checkpointing put around."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)

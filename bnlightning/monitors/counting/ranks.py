@@ -1,4 +1,4 @@
-"""The only code of the callbacks that knows of ranks.
+"""The only code of the monitors that communicates between ranks.
 
 Whatever is reduced is a sum or a maximum, packed, so that a publication takes a constant number of collectives, in the
 same order on every rank, however many modules there are and whichever of them ran on a rank.
@@ -19,6 +19,11 @@ def world_size() -> int:
     """The number of ranks that reduce together; 1 without a process group."""
     dist = torch.distributed
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_first_rank() -> bool:
+    """Whether this process is rank 0, or alone."""
+    return world_size() == 1 or torch.distributed.get_rank() == 0
 
 
 def all_keys(own: Sequence[Key], device: torch.device) -> list[Key]:
@@ -114,7 +119,7 @@ def own_part(tensor: Tensor, like: Tensor | None = None) -> Tensor | None:
         like: A tensor of the same shape, a DTensor if ``tensor`` is one.
     """
     if not is_sharded(tensor):
-        return tensor if world_size() == 1 or torch.distributed.get_rank() == 0 else None
+        return tensor if is_first_rank() else None
     sharded: Any = tensor
     placements: Any = sharded.placements if like is None else like.placements  # type: ignore[attr-defined]
     if placements != sharded.placements:

@@ -1,0 +1,167 @@
+"""How far batch norm layers are from what evaluation takes them for: plain torch, from any loop.
+
+>>> import torch
+>>> network = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8))
+>>> monitor = Norms()
+>>> monitor.attach(network)
+>>> _ = network(torch.randn(32, 4))
+>>> monitor.open(step=1)
+>>> monitor.observe()
+>>> _ = network(torch.randn(32, 4))
+>>> record = monitor.close()
+>>> sorted(record.norms["1"].numbers)
+['mean_drift', 'min_running_var', 'scale_near_zero', 'var_drift']
+>>> monitor.detach()
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
+
+from bnlightning.monitors.catching.compiled import is_compiled
+from bnlightning.monitors.catching.hooks import NoHook, is_recomputation
+from bnlightning.monitors.catching.selection import Choice, device_of, is_chosen, user_path
+from bnlightning.monitors.counting.norm_statistics import norm_catalogue
+from bnlightning.monitors.counting.norms import NormAccumulators, NormCounts
+from bnlightning.monitors.record import Entry, Record
+
+
+class Norms:
+    """Watch the batch norm layers of a network.
+
+    Args:
+        modules: Which batch norm layers to watch, as in :class:`~bnlightning.BatchNormMonitor`.
+        max_layers: Largest number of layers, the first ones in the order of ``named_modules``.
+    """
+
+    def __init__(self, modules: Sequence[Choice] | None = None, *, max_layers: int = 200) -> None:
+        self.modules = modules
+        self.max_layers = max_layers
+        self._catalogue = norm_catalogue()
+        self.catalogues = (self._catalogue,)
+        self.watched: list[str] = []
+        self.left_out: list[str] = []
+        # Whether no layer was called on any rank in the last sample.
+        self.saw_nothing = False
+        self._handles: list[RemovableHandle] = []
+        self._catcher: _Catcher | None = None
+        self._step: int | None = None
+
+    def attach(self, module: nn.Module, device: torch.device | None = None) -> None:
+        """Put one hook on every chosen batch norm layer of ``module``.
+
+        Args:
+            module: The network.
+            device: Where the accumulators lie; ``None``: where its first parameter is.
+        """
+        self.detach()
+        layers = {
+            user_path(name): layer
+            for name, layer in module.named_modules()
+            if isinstance(layer, _BatchNorm)
+            and (self.modules is None or is_chosen(self.modules, user_path(name), layer))
+        }
+        paths = list(layers)
+        self.watched, self.left_out = paths[: self.max_layers], paths[self.max_layers :]
+        if not self.watched:
+            return
+        if is_compiled(module):
+            # What ran before would not call the hooks.
+            torch.compiler.reset()
+        watched = [layers[path] for path in self.watched]
+        self._catcher = _Catcher(NormAccumulators(watched, device_of(module) if device is None else device))
+        self._handles = [
+            layer.register_forward_pre_hook(_Hook(self._catcher, index), with_kwargs=True)
+            for index, layer in enumerate(watched)
+        ]
+
+    def detach(self) -> None:
+        """Take all hooks away."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._catcher, self._step = [], None, None
+
+    def open(self, step: int) -> None:
+        """What is observed from now on makes a record that stands at ``step``."""
+        if self._catcher is not None:
+            self._catcher.accumulators.start()
+            self._step = step
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a sample is open."""
+        return self._step is not None
+
+    def observe(self) -> None:
+        """A training batch begins."""
+        if self._catcher is not None:
+            self._catcher.is_observing = self.is_open
+
+    def pause(self) -> None:
+        """A training batch has ended: an evaluation may come before the next one."""
+        if self._catcher is not None:
+            self._catcher.is_observing = False
+
+    def close(self) -> Record | None:
+        """Close the sample and reduce it over the ranks, all of which must call this.
+
+        Returns:
+            The record, the same on all ranks; ``None`` if no sample was open.
+        """
+        self.pause()
+        step, self._step = self._step, None
+        if self._catcher is None or step is None:
+            return None
+        self._catcher.accumulators.reduce()
+        read = zip(self.watched, self._catcher.accumulators.statistics(), strict=True)
+        layers = {path: counts for path, counts in read if counts is not None}
+        self.saw_nothing = bool(layers) and not any(counts.seen for counts in layers.values())
+        return self.record(step, layers)
+
+    def record(self, step: int, layers: Mapping[str, NormCounts]) -> Record:
+        """The record of what was counted.
+
+        Args:
+            step: Where it stands on the x-axis.
+            layers: The counts by path.
+        """
+        entries = {path: Entry(self._catalogue.numbers(counts)) for path, counts in layers.items()}
+        return Record(step, norms=entries, health=self._catalogue.health(list(layers.values())))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy, which a copy of the network in the middle of a fit brings along, has no part in that fit.
+        return vars(self) | {"_handles": [], "_catcher": None, "_step": None, "watched": [], "left_out": []}
+
+
+class _Catcher:
+    """What the hooks of one network share."""
+
+    def __init__(self, accumulators: NormAccumulators) -> None:
+        self.accumulators = accumulators
+        self.is_observing = False
+
+    def catch(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Layer ``index`` is called."""
+        if not self.is_observing or is_recomputation():
+            return
+        input = args[0] if args else kwargs.get("input")
+        if isinstance(input, Tensor):
+            self.accumulators.update(index, input)
+
+
+class _Hook:
+    """A layer's forward pre-hook."""
+
+    def __init__(self, catcher: _Catcher, index: int) -> None:
+        self.catcher = catcher
+        self.index = index
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.catcher.catch(self.index, args, kwargs)
+
+    def __reduce__(self) -> Any:
+        return NoHook, ()
