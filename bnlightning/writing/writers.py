@@ -105,13 +105,34 @@ def write_to_summary_writer(writer: Any, summaries: Summaries) -> None:
     for value in new:
         told.tags.add(_name(value))
         if description := summaries.descriptions.get(_name(value)):
-            value.metadata.summary_description = description
+            describe(value, description)
     charts = charts_of(value.tag for value in new if value.HasField("simple_value")) - told.charts
     if charts:
         told.charts |= charts
         summary.value.extend(layout(told.charts).value)
     if summary.value:
         file.add_summary(summary, summaries.step)
+
+
+def describe(value: Any, description: str) -> None:
+    """Give a value its description; TensorBoard reads that of a tag's first value in an event file.
+
+    Args:
+        value: A ``Summary.Value`` of TensorBoard's: a simple value, a histogram, an image or a text.
+        description: What the tag means.
+    """
+    from tensorboard.compat.proto import summary_pb2
+
+    plugin, data_class = {
+        "simple_value": ("scalars", summary_pb2.DATA_CLASS_SCALAR),
+        "histo": ("histograms", summary_pb2.DATA_CLASS_TENSOR),
+        "image": ("images", summary_pb2.DATA_CLASS_BLOB_SEQUENCE),
+        "tensor": ("text", summary_pb2.DATA_CLASS_TENSOR),
+    }[value.WhichOneof("value")]
+    value.metadata.summary_description = description
+    # TensorBoard's fast reader drops the description of a value that does not say its class.
+    value.metadata.plugin_data.plugin_name = plugin
+    value.metadata.data_class = data_class
 
 
 def write_to_wandb(logger: Any, summaries: Summaries) -> None:
