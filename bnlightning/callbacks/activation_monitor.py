@@ -30,93 +30,96 @@ from bnlightning.writing.writers import write
 class ActivationMonitor(MonitorCallback):
     """Show what the modules of any LightningModule put out: histograms, dead units, saturation, NaN.
 
-    Training is bit for bit the same with and without it. It samples: all forward passes of one optimizer step out of
-    ``every_n_steps``; evaluations within a fit that begin at least so many steps after the last one sampled, or with
-    the final weights; every ``trainer.validate`` and ``trainer.test``. What is sampled is exact over the samples of all
-    micro-batches and ranks; a publication takes five collectives, however many modules there are.
+    Training is bit for bit the same with and without it. What it samples is exact over all samples, micro-batches and
+    ranks of it. A sample takes five collectives, however many modules there are.
 
-    Logged, for every watched module by its path in the LightningModule, in training where Lightning's ``self.log``
-    would put it (the number of steps taken before the forward pass); with the prefix ``val_`` (or ``test_``) for an
-    evaluation, over all its batches, at the number of steps taken:
+    | phase | what is sampled | where it stands |
+    |---|---|---|
+    | training | all forward passes of one optimizer step out of ``every_n_steps`` | where ``self.log`` puts that step |
+    | validation within a fit | evaluations ``every_n_steps`` after the last sampled one, and of the final weights | the
+      number of steps taken |
+    | ``trainer.validate``, ``trainer.test`` | each one | the number of steps taken |
 
-    - ``hist``: histogram of the finite output values (TensorBoard and Weights & Biases). Values far outside of what
-      is typical, which would flatten the picture, are counted in its outermost bin; ``min`` and ``max`` tell
-      how far.
-    - ``mean``, ``std``, ``min``, ``max``: of the finite values; the population's standard deviation.
-    - ``zero``: share of zeros among the finite values; around one half is healthy for a ReLU.
-    - ``nonfinite``: share of NaN and infinities among all values.
-    - ``saturated``, and its parts ``saturated_low`` and ``saturated_high``: share of the finite values
-      beyond :func:`saturation_limits`, for bounded activations.
+    **Logged metrics.** ``<layer>`` is a module's path in the LightningModule. An evaluation has ``val_`` or ``test_``
+    before the statistic, as in ``layer_val_dead/<layer>``. Every tag has a description in TensorBoard.
 
-    Of the units of what is no normalisation and no linear or convolutional layer, in training over the last
-    ``window_samples`` to twice as many samples of the sampled steps (fewer at the beginning), in an evaluation over all
-    of it. A unit that died within the window still counts as alive: with a batch of 50 and a sample every 10 steps the
-    default window reaches back 200 to 400 steps. Evaluations have no such delay.
-
-    - ``dead``: share of the units whose output was exactly zero for every sample (for a ReLU: that never fired). A
-      unit with a NaN or an infinity is not dead but broken, and counts under ``nonfinite``.
-    - ``dormant``: share of the tau-dormant units: mean magnitude at most ``tau`` times the mean over the layer's
+    - ``layer_hist/<layer>``: histogram of the finite outputs (TensorBoard and Weights & Biases). Outliers that would
+      flatten the picture are counted in the outermost bin.
+    - ``layer_mean``, ``layer_std``, ``layer_min``, ``layer_max``, ``layer_zero``: of the finite outputs.
+    - ``layer_nonfinite``: share of NaN and infinities among all outputs.
+    - ``layer_saturated``, ``layer_saturated_low``, ``layer_saturated_high``: share of the outputs beyond
+      :func:`saturation_limits`, for bounded activations.
+    - ``layer_dead``: share of the units that put out exactly zero for every sample. A unit with a NaN or an infinity is
+      not dead but broken, and counts under ``layer_nonfinite``.
+    - ``layer_dormant``: share of the units whose mean magnitude is at most ``tau`` times the mean over the layer's
       units (Sokar et al., ICML 2023).
-    - ``rarely_active``: share of the units that were not zero for less than 1 % of the samples (Dohare et al.,
+    - ``layer_rarely_active``: share of the units that are not zero for less than 1 % of the samples (Dohare et al.,
       Nature 2024, who call these dormant).
-    - ``saturated_units``: share of the units beyond the limits for 95 % of the samples or more.
+    - ``layer_saturated_units``: share of the units that are saturated for 95 % of the samples or more.
+    - ``health/dead``, ``health/dormant``: share of all units of all activations. ``health/dead_max``: the worst layer.
+      ``health/saturated``, ``health/nonfinite``: mean over the activations.
+    - ``health/first_nonfinite_layer``, a text: the first module in the order of execution that made a NaN or an
+      infinity. ``input``: it came with the batch. ``before <module>`` or ``after <module>``: an operation that is no
+      module made it.
+    - ``health/watched``, a text: what is watched and what cannot be.
+    - ``health/values_by_step``, ``health/layers_by_step``, pictures: the outputs and the numbers of every layer at
+      every sampled training step. Drawn at the end of the epochs 1, 2, 4, 8, ... and of the training.
 
-    A unit is a feature of the layer before the activation: an entry of dimension 1 behind a convolution, of the last
-    dimension behind a linear layer; samples are then also its positions. Where that cannot be told it is a channel of
-    4-D and 5-D output, otherwise an entry of the last dimension. Padding counts like anything else.
+    **Units.** A unit is a feature of the layer before the activation: dimension 1 behind a convolution, the last
+    dimension behind a linear layer. Samples are then also its positions. Where the layer before does not tell, a unit
+    is a channel of 4-D and 5-D outputs, otherwise an entry of the last dimension. Normalisations, linear and
+    convolutional layers have no units. Padding counts like anything else.
 
-    All activations together (normalisations not), with ``val_`` in front for an evaluation:
+    **The window.** In training the numbers of units are over the last ``window_samples`` to twice as many samples of
+    the sampled steps. A unit that died within the window still counts as alive: with batches of 50 and a sample every
+    10 steps the default window reaches back 200 to 400 steps. An evaluation is a window of its own without that delay.
 
-    - ``health/dead``, ``health/dormant``: share of all units; ``health/dead_max``: of the worst layer.
-    - ``health/saturated``, ``health/nonfinite``: mean over the layers.
-    - ``health/first_nonfinite_layer``: as text, the first module in the order of execution that put out a NaN or an
-      infinity in training, at the first step checked at which one did; ``input`` if it came with the batch,
-      ``before <module>`` or ``after <module>`` if an operation that is no module made it.
-    - ``health/watched``: as text, once: what is watched and what cannot be.
+    **Calls.** A second call of a module within a batch is ``<path>#1``, further ones ``#2`` to ``#15``, which stands
+    for all that follow. A tensor in a tuple, mapping or dataclass is ``<path>:0`` or ``<path>:logits``. Activations
+    that are called as functions have no module: show them by :func:`bnlightning.tap`. A forward pass that activation
+    checkpointing repeats does not count.
 
-    In the Images tab, of the samples of the training so far (at most 128, evenly spaced, and 16 layers of those there
-    are in the first picture), at the end of the epochs 1, 2, 4, 8, ... and of the training:
+    **torch.compile.** Compiled graphs show no gradients of outputs. The first non-finite value is the first in the
+    order of the modules' paths. A sampled step has a graph of its own. What was compiled before the fit is compiled
+    again (:func:`torch.compiler.reset`), since it would not call the hooks.
 
-    - ``health/values_by_step``: how each layer's values are distributed at each step.
-    - ``health/layers_by_step``: the shares above and the standard deviation of every activation at each step.
-
-    The second and any further call of a module within a batch has ``#1``, ``#2``, ... behind its path, up to ``#15``
-    for all that follow; a tensor in a tuple, mapping or dataclass ``:0`` or ``:logits``. Activations that are called as
-    functions have no module: :func:`bnlightning.tap` shows them. Calls by activation checkpointing that only repeat a
-    forward pass do not count. Inside ``torch.compile`` gradients of outputs are not seen, a first non-finite value is
-    the first in the order of the modules' paths, and a sampled step has a graph of its own; what was compiled before
-    the fit is compiled again (:func:`torch.compiler.reset`), since it would not call the hooks. A layer takes 33 kB of
-    the device's memory in each phase (training, validation) and 32 bytes a unit, and at most 3 kB of the file a sample.
+    **Memory.** A layer takes 33 kB of the device's memory in each phase and 32 bytes a unit, and at most 3 kB of the
+    event file a sample. The pictures keep at most 128 samples, and the distributions of 16 layers.
 
     Args:
-        every_n_steps: Distance of two samples in optimizer steps.
+        every_n_steps: Distance of two sampled steps in optimizer steps.
         modules: What to watch: a type of modules, a pattern of module paths such as ``"net.act*"``, a function of a
-            path and a module, or several of these. By default all activations and normalisations that are modules of
-            their own. Patterns find modules without submodules only, a module's exact path finds any.
-        check_finite_every_n_steps: At which training steps all modules without submodules, watched or not, that could
-            make a non-finite value are checked for one, until one is found; ``None``: never. Only at 1, the default,
-            it is the very first. A module that puts out infinities on purpose, such as a mask, is found, too.
-        window_samples: Over how many samples of all ranks the units' numbers are, at least.
-        tau: Of ``dormant``.
-        output_gradients: Whether the gradients of the outputs are watched, too, in the training's samples:
-            ``act_grad_hist``, ``act_grad_mean``, ``_std``, ``_min``, ``_max``, ``_zero`` and ``_nonfinite``, of the
-            mean loss over the samples of all ranks, without the scale of a GradScaler.
-        effective_rank: Whether ``effective_rank`` is logged, the exponential of the entropy of the singular values
-            of the matrix of samples and positions by units, not centred (Roy & Vetterli, 2007), over one sample, for up
-            to 1024 units. It takes many more samples than units, and units squared times 8 bytes of memory.
-        max_layers: Watch no more than so many (calls of) modules; what is left out is told.
-        warn_dead_above: Warn once when ``dead`` of an activation exceeds it, over ``window_samples`` or more.
-        warn_dormant_above: Likewise of ``dormant``.
-        warn_saturated_above: Likewise of ``saturated``.
-        stop_on_nonfinite: Whether the first non-finite value stops the training: on a CPU in the same step, on a GPU or
-            several ranks at the next sample. There is a warning of it in any case.
+            path and a module, or several of these. Patterns find modules without submodules only, an exact path finds
+            any. By default all activations and normalisations that are modules of their own.
+        check_finite_every_n_steps: Distance of two training steps that are checked for NaN and infinities, until one is
+            found. ``None``: no step is. Only 1, the default, finds the very first one. All modules without submodules
+            that could make one are checked, watched or not, also a mask that puts out infinities on purpose.
+        window_samples: Least number of samples that the numbers of units are over, over all ranks.
+        tau: A unit is dormant below this share of the layer's mean magnitude.
+        output_gradients: Whether to log ``layer_grad_hist``, ``layer_grad_mean``, ``_std``, ``_min``, ``_max``,
+            ``_zero`` and ``_nonfinite``: the gradients of the outputs in sampled training steps. They are of the mean
+            loss over the samples of all ranks, without the scale of a GradScaler.
+        effective_rank: Whether to log ``layer_effective_rank``: the exponential of the entropy of the singular values
+            of the matrix of samples and positions by units, not centred (Roy & Vetterli, 2007). It needs many more
+            samples than units, and 8 bytes times the number of units squared, for up to 1024 units.
+        statistics: Further numbers of every layer: declarations as
+            :class:`~bnlightning.monitors.statistic.Statistic` describes them.
+        max_layers: Largest number of watched layers. What is left out is told.
+        warn_dead_above: Warn once when ``layer_dead`` of an activation exceeds this share, over ``window_samples`` or
+            more.
+        warn_dormant_above: Warn once when ``layer_dormant`` exceeds this share.
+        warn_saturated_above: Warn once when ``layer_saturated`` exceeds this share.
+        stop_on_nonfinite: Whether the first NaN or infinity stops the training: on a CPU in the same step, on a GPU or
+            several ranks at the next sampled step. There is a warning in any case.
 
     Raises:
         ValueError: If a number of steps is below 1, a share is none, nothing would be checked, or ``modules`` is
             something else.
 
     Example:
-        >>> trainer = lightning.Trainer(callbacks=[ActivationMonitor(every_n_steps=100, warn_dead_above=0.5)])
+        >>> import lightning
+        >>> monitor = ActivationMonitor(every_n_steps=100, warn_dead_above=0.5)
+        >>> trainer = lightning.Trainer(callbacks=[monitor], logger=False, enable_progress_bar=False)
     """
 
     def __init__(

@@ -14,56 +14,58 @@ from bnlightning.monitors.norms import Norms
 
 
 class BatchNormMonitor(MonitorCallback):
-    r"""Show how the batch norm layers of any LightningModule are: running against batch statistics, scales, ranks.
+    r"""Show how far batch norm layers are from what evaluation takes them for.
 
-    Evaluation normalises by the running statistics what training normalised by the batch's. Where they are apart, a
-    network that trains well is bad at evaluation. Watched are torch's layers, :class:`torch.nn.SyncBatchNorm` and lazy
-    ones (once they have parameters) included, and ours, whatever the convention; frozen ones and those in evaluation
-    mode, too. Instance norms are not batch norms.
+    Evaluation normalises by the running statistics, training by those of the batch. Where they are apart, a network
+    that trains well evaluates badly. It watches torch's layers, :class:`torch.nn.SyncBatchNorm`, lazy layers once they
+    have parameters, and ours with any convention, also frozen ones and those in evaluation mode. Instance norms are not
+    batch norms.
 
-    Training is bit for bit the same with and without it. It samples one optimizer step out of ``every_n_steps``. Of
-    that step it takes the input of every call of a layer in training, over all micro-batches and ranks: exactly the
-    mean and the variance of all these values put together (what activation checkpointing computes again counts once,
-    validation does not count). The running statistics are those before the step, on rank 0, which are those that DDP
-    gives to all ranks. Logged for every layer by its path in the LightningModule, at the step at which Lightning's own
-    loggers put what ``training_step`` logs, with :math:`\epsilon` the layer's ``eps``:
+    Training is bit for bit the same with and without it. It samples one optimizer step out of ``every_n_steps``. The
+    batch statistics are exactly those of all inputs of that step put together: every call of the layer in training,
+    all micro-batches, all ranks. A repeated forward pass of activation checkpointing counts once. The running
+    statistics are those before the step, on rank 0, which DDP gives to all ranks.
 
-    - ``norm_mean_drift``: :math:`\max_c |\mu_{run} - \mu_{batch}| / \sqrt{\sigma^2_{run} + \epsilon}`: the largest
+    **Logged metrics**, where ``self.log`` puts the values of that step, for every layer by its path in the
+    LightningModule. :math:`\epsilon` is the layer's ``eps``.
+
+    - ``norm_mean_drift``: :math:`\max_c |\mu_{run} - \mu_{batch}| / \sqrt{\sigma^2_{run} + \epsilon}`, the largest
       over the channels. How far evaluation would shift its normalised values.
-    - ``norm_var_drift``: :math:`\max_c |\log((\sigma^2_{run} + \epsilon) / (\sigma^2_{batch} + \epsilon))|`; 0.7 is a
-      factor of two. The variance of the batch is estimated as the layer's running variance is: unbiased for torch's.
-    - ``norm_rank_spread``: standard deviation over the ranks of their own batch means, divided by
-      :math:`\sqrt{\sigma^2_{batch} + \epsilon}` (biased, over all ranks); its maximum over the channels. Only with
+    - ``norm_var_drift``: :math:`\max_c |\log((\sigma^2_{run} + \epsilon) / (\sigma^2_{batch} + \epsilon))|`. A
+      value of 0.7 is a factor of two. The variance of the batch is unbiased where the running variance is.
+    - ``norm_rank_spread``: standard deviation of the ranks' own batch means over
+      :math:`\sqrt{\sigma^2_{batch} + \epsilon}` (biased, over all ranks), the largest over the channels. Only with
       several ranks.
     - ``norm_scale_near_zero``: share of the entries of ``weight`` below 1e-3 in magnitude, before the step.
     - ``norm_min_running_var``: smallest running variance before the step.
     - ``norm_nonfinite``: share of the channels with a NaN or an infinity in the input or in the running statistics.
-      Only if there are any. The other numbers leave these channels out, the two drifts and the spread by their
-      input, too.
-    - ``health/norm_mean_drift``, ``health/norm_var_drift``, ``health/norm_rank_spread``: the largest of all layers;
-      ``health/norm_min_running_var``: the smallest; ``health/norm_scale_near_zero``: over the scales of all layers;
-      ``health/norm_nonfinite``: over the channels of all layers.
+      Only if there are any. The other numbers leave these channels out.
+    - ``health/norm_mean_drift``, ``health/norm_var_drift``, ``health/norm_rank_spread``: the worst layer.
+      ``health/norm_min_running_var``: the smallest. ``health/norm_scale_near_zero``, ``health/norm_nonfinite``: over
+      the scales and the channels of all layers.
 
-    What a layer does not have is not written: no drifts and no smallest variance without running statistics, no
-    share without a scale, no drifts before the first batch has replaced the initial values. Drifts are never zero: the
+    A number that a layer does not have is not written: no drift and no smallest variance without running statistics, no
+    share without a scale, no drift before the first batch has replaced the initial values. Drifts are never zero: the
     mean of n independent values is off by about :math:`1 / \sqrt n` by chance, the largest of many channels by more.
 
-    Memory: about 100 bytes a channel, and in a sampled step for the time of one call a copy of its input. Hooks are
-    attached when the fit starts; what was compiled before is compiled again with them (:func:`torch.compiler.reset`).
+    A channel takes about 100 bytes, and a sampled step a copy of a call's input while the call lasts. Hooks are
+    attached when the fit starts. What was compiled before is compiled again (:func:`torch.compiler.reset`).
 
     Args:
-        every_n_steps: Distance of two samples in optimizer steps.
+        every_n_steps: Distance of two sampled steps in optimizer steps.
         modules: Which batch norm layers to watch: a pattern of module paths such as ``"layer1.*"``, a type, a function
-            of the path and the module that says whether, or several of these, of which one must say so. By default all.
-            (A lambda does not pickle.)
-        max_layers: How many layers to watch at most, the first ones in the order of ``named_modules``. Each has up to
+            of the path and the module, or several of these, of which one must say so. By default all. (A lambda does
+            not pickle.)
+        max_layers: Largest number of watched layers, the first ones in the order of ``named_modules``. Each has up to
             six tags.
 
     Raises:
         ValueError: If ``every_n_steps`` or ``max_layers`` is below 1, or ``modules`` holds something else.
 
     Example:
-        >>> trainer = lightning.Trainer(callbacks=[BatchNormMonitor(every_n_steps=100)])
+        >>> import lightning
+        >>> monitor = BatchNormMonitor(every_n_steps=100)
+        >>> trainer = lightning.Trainer(callbacks=[monitor], logger=False, enable_progress_bar=False)
     """
 
     def __init__(

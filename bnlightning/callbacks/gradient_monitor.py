@@ -25,55 +25,54 @@ class GradientMonitor(MonitorCallback):
     """Show how large the gradients and the updates of any LightningModule's parameters are.
 
     Training is bit for bit the same with and without it. It samples one step out of ``every_n_steps`` of each
-    optimizer; optimizers that are due within the same training batch make one sample. What it sees is the gradient that
-    the step is for: accumulated over micro-batches, reduced over ranks, unscaled (where a fused optimizer does that
-    later, too), and **before any gradient clipping** by Lightning, which comes after ``on_before_optimizer_step``.
+    optimizer. Optimizers that are due within the same training batch make one sample. It sees the gradient that the
+    step is for: accumulated over micro-batches, reduced over ranks, unscaled, and **before gradient clipping** by
+    Lightning, which comes after ``on_before_optimizer_step``.
 
-    Logged where ``self.log`` puts the values of that training batch; ``<param>`` is the path of a parameter in the
-    LightningModule, without what ``torch.compile``, activation checkpointing or another wrapper adds to it. For every
-    chosen parameter that has a gradient at the step, over all ``n`` values ``g`` of it:
+    **Logged metrics**, where ``self.log`` puts the values of that training batch. ``<param>`` is the path of a
+    parameter in the LightningModule, without what ``torch.compile`` or another wrapper adds. Let ``g`` be the gradient
+    of a parameter with ``n`` values, ``w0`` its weights just before the step and ``w1`` those at the end of the batch.
 
     - ``param_grad_norm/<param>``: ``||g||``, the 2-norm.
     - ``param_grad_rms/<param>``: ``||g|| / sqrt(n)``, comparable between parameters of different sizes.
-    - ``param_grad_hist/<param>``: histogram of the finite values (TensorBoard and Weights & Biases). Values far
-      outside of what is typical are counted in its outermost bin.
-    - ``param_grad_nonfinite/<param>``: share of NaN and infinities; only where there are any.
-    - ``param_update_ratio/<param>``: ``||w1 - w0|| / ||w0||`` of the weights ``w0`` just before the step and ``w1`` at
-      the end of the training batch, so with momentum, weight decay and clipping. Only where ``||w0||`` is not zero.
-      A rule of thumb is 1e-3.
-
-    Over all parameters of the LightningModule that have a gradient at the step, chosen or not:
-
+    - ``param_grad_hist/<param>``: histogram of the finite values (TensorBoard and Weights & Biases). Far outliers are
+      counted in the outermost bin.
+    - ``param_grad_nonfinite/<param>``: share of NaN and infinities, only where there are any.
+    - ``param_update_ratio/<param>``: ``||w1 - w0|| / ||w0||``, with momentum, weight decay and clipping. About 1e-3 is
+      healthy. Not written where ``||w0||`` is zero.
     - ``health/grad_norm``: the norm of all values together.
-    - ``health/grad_norm_ratio``: largest over smallest norm of the gradient among the layers' weights, which are the
-      parameters of two dimensions and more. Norms of zero are left out: they are in
+    - ``health/grad_norm_ratio``: largest over smallest norm among the layers' weights, the parameters of two dimensions
+      and more. Norms of zero are left out.
     - ``health/grad_zero``: share of these weights whose gradient is zero everywhere.
     - ``health/grad_nonfinite``: share of the parameters whose gradient holds a NaN or an infinity.
     - ``health/update_ratio``: the ratio of the norms over all parameters together.
 
-    A number that is not finite is not written: in a run that diverges the norms end, and ``grad_nonfinite`` and
-    ``health/grad_nonfinite`` rise above zero. Gradients are taken as float32, a complex number as two values, of a
-    sparse gradient those values that are stored, duplicates summed. A parameter that is shared stands under its first
-    path. If a step evaluates its closure repeatedly (LBFGS), the first evaluation counts; if a parameter is stepped
-    several times within a batch, the last step.
+    The numbers under ``health/`` are over all parameters that have a gradient at the step, chosen or not. A number that
+    is not finite is not written: in a run that diverges the norms end, and the shares of non-finite values rise.
 
-    At a sampled step it takes the memory of one more copy of the weights that are stepped, from before the step to the
-    end of the batch, and 32 KiB for each histogram. With several ranks it is the first that computes, without any
-    communication, since all of them step with the same gradients. DTensors (``ModelParallelStrategy``, FSDP2) are added
-    up over the ranks, in three collectives.
+    Gradients are taken as float32, a complex number as two values. A sparse gradient has those values that are stored,
+    duplicates summed. A shared parameter stands under its first path. If a step evaluates its closure repeatedly
+    (LBFGS), the first evaluation counts. If a parameter is stepped several times within a batch, the last step counts.
+
+    A sampled step takes the memory of one more copy of the stepped weights until the end of the batch, and 32 KiB for
+    each histogram. With several ranks the first one computes, without communication, since all of them step with the
+    same gradients. DTensors (``ModelParallelStrategy``, FSDP2) are added up over the ranks in three collectives.
 
     Args:
-        every_n_steps: Distance of two samples in optimizer steps.
+        every_n_steps: Distance of two sampled steps in optimizer steps.
         parameters: Which parameters get tags of their own: a pattern of paths such as ``"net.*.weight"``, several of
             them, or a function of the path and the parameter that says whether. By default all that require a gradient.
-        max_parameters: At most so many get tags of their own, the first ones; a warning says how many do not.
+        max_parameters: Largest number of parameters with tags of their own, the first ones. A warning says how many are
+            left out.
 
     Raises:
         ValueError: If a number is below 1, or ``parameters`` is something else.
         MisconfigurationException: If a fit starts with FSDP's first version or DeepSpeed.
 
     Example:
-        >>> trainer = lightning.Trainer(callbacks=[GradientMonitor(every_n_steps=100, parameters="*.weight")])
+        >>> import lightning
+        >>> monitor = GradientMonitor(every_n_steps=100, parameters="*.weight")
+        >>> trainer = lightning.Trainer(callbacks=[monitor], logger=False, enable_progress_bar=False)
     """
 
     def __init__(

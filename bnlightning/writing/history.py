@@ -69,7 +69,7 @@ def coarsen(bins: NDArray[np.int64]) -> list[Distribution]:
     """Distributions of what :func:`~bnlightning.monitors.counting.histogram.count_values` gave, added up.
 
     Args:
-        bins: Of shape ``(layers, NUM_BINS)``; no row without a value.
+        bins: Counts of shape ``(layers, NUM_BINS)``; no row without a value.
     """
     signed = bins.reshape(len(bins), 2, NUM_BINS // 2)
     cumulative = np.zeros((len(bins), 2, NUM_BINS // 2 + 1), dtype=np.int64)
@@ -111,7 +111,7 @@ class History:
 
     Args:
         max_steps: How many samples are kept.
-        max_layers: Of how many layers the distributions are kept, evenly chosen among all in forward order.
+        max_layers: Number of layers whose distributions are kept, evenly chosen among all in forward order.
     """
 
     def __init__(self, max_steps: int = 128, max_layers: int = 16) -> None:

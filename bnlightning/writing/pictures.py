@@ -83,8 +83,8 @@ class Panel:
     Args:
         low: Lower edge of the first row. What is below is in that row, too.
         high: Upper edge of the last row. Likewise.
-        shares: Of shape ``(rows, samples)``: the share of all values in each row; NaN where there is no sample.
-        nonfinite: Of shape ``(samples,)``: the share of NaN and infinities.
+        shares: Share of all values in each row, shape ``(rows, samples)``; NaN where there is no sample.
+        nonfinite: Share of NaN and infinities, shape ``(samples,)``.
     """
 
     low: float

@@ -116,7 +116,7 @@ class Observer:
         Args:
             module: The network.
             checks: Whether there will be a check.
-            device: Of the network.
+            device: The device of the network.
         """
         self.detach()
         self._is_compiled = is_compiled(module)

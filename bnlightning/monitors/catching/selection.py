@@ -96,7 +96,7 @@ def unit_dim(shape: Sequence[int], layer: tuple[int, bool] | None) -> int:
     volume, otherwise the last.
 
     Args:
-        shape: Of the output.
+        shape: Shape of the output.
         layer: :func:`features` of the last layer that ran.
     """
     last = len(shape) - 1

@@ -101,10 +101,10 @@ class LayerSums:
         bins: Counts by :func:`bnlightning.monitors.counting.histogram.count_values`.
         numel: How many values there are.
         finite: How many of them are finite.
-        sum: Of the finite values.
-        sum_squares: Of the finite values.
-        minimum: Of the finite values; infinity without one.
-        maximum: Of the finite values; minus infinity without one.
+        sum: Sum of the finite values.
+        sum_squares: Sum of the squares of the finite values.
+        minimum: Smallest finite value; infinity without one.
+        maximum: Largest finite value; minus infinity without one.
         units: ``None`` where they are not looked at.
         sums: What the statistics' own accumulators hold, by the name of the :class:`Sum`.
     """
@@ -155,7 +155,7 @@ class LayerAccumulators:
         Every rank must call it.
 
         Args:
-            device: Of the collectives.
+            device: The device of the collectives.
         """
         keys = all_keys([key for key, row in self._rows.items() if row.seen], device)
         if not keys:
@@ -270,9 +270,9 @@ class CallValues:
         unit_dim: The dimension of the units.
         samples: Size of the batch.
         finite: Which values are finite; ``None`` if all are known to be.
-        num_finite: How many are.
-        minimum: Of the finite ones.
-        maximum: Of the finite ones.
+        num_finite: Number of finite values.
+        minimum: Smallest finite value.
+        maximum: Largest finite value.
     """
 
     def __init__(self, values: Tensor, unit_dim: int) -> None:

@@ -31,10 +31,10 @@ class ParameterCounts:
         dims: Number of dimensions of the parameter.
         values: Number of values of its gradient.
         nonfinite: How many of them are NaN or infinite.
-        norm: Of the gradient; not finite if one of its values is not.
-        weight_norm: Of the parameter before the step.
-        update_norm: Of what the step added to it.
-        histogram: Of the finite values of the gradient; ``None`` if there is none, or nobody asked for it.
+        norm: 2-norm of the gradient; not finite if one of its values is not.
+        weight_norm: 2-norm of the parameter before the step.
+        update_norm: 2-norm of what the step added to the parameter.
+        histogram: Histogram of the finite values of the gradient; ``None`` if there are none, or nobody asked for it.
     """
 
     dims: int
@@ -54,7 +54,7 @@ class ParameterAccumulators:
     Args:
         parameters: All of the model, by path; on every rank the same paths in the same order.
         with_histogram: The paths of those that get a histogram.
-        device: Of the collectives.
+        device: The device of the collectives.
     """
 
     def __init__(

@@ -35,7 +35,7 @@ def all_keys(own: Sequence[Key], device: torch.device) -> list[Key]:
 
     Args:
         own: This rank's, each once; their ``repr`` tells them apart.
-        device: Of the collective: the device that the process group works on.
+        device: The device that the process group works on.
     """
     if world_size() == 1:
         return list(own)
@@ -59,7 +59,7 @@ def first_of_ranks(own: Found | None, device: torch.device) -> Found | None:
 
     Args:
         own: This rank's, a tuple that can be ordered.
-        device: Of the collectives.
+        device: The device of the collectives.
     """
     if world_size() == 1:
         return own
