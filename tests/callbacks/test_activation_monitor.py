@@ -812,4 +812,8 @@ def test_one_declaration_is_a_tag_a_description_a_chart_and_a_part_of_the_pictur
         quiet_trainer(tmp_path / "again", max_steps=5, callbacks=[monitor]).fit(model, loader(100, 20))
     history, looks = drawn.call_args.args
     assert looks["kurtosis"] is KURTOSIS.look and "kurtosis" in history.statistics
-    pickle.loads(pickle.dumps(monitor))
+
+
+def test_a_callback_with_a_declaration_of_its_own_is_pickled():
+    monitor = pickle.loads(pickle.dumps(ActivationMonitor(every_n_steps=2, statistics=[KURTOSIS])))
+    assert monitor.every_n_steps == 2
