@@ -1,4 +1,4 @@
-"""What the regressions have in common."""
+"""The steps that all regressions share."""
 
 from contextlib import nullcontext
 
@@ -10,25 +10,32 @@ from bnlightning.nn import batch_statistics
 
 
 class RegressionSteps(EvaluatedModule):
-    """The steps of a regression."""
+    """Training and validation of a regression by the mean squared error.
+
+    Logs:
+        ``train/loss``: mean squared error of the batch over the points of all ranks, before the optimizer step.
+        ``val/loss``: mean squared error over all evaluated points on all ranks. It is logged at the number of optimizer
+        steps taken before the evaluation.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.val_loss = MeanLoss()
 
     def forward(self, x: Tensor) -> Tensor:
-        """The network's y for ``x``."""
-        return self.net(x)
+        """Return the network's prediction for ``x``."""
+        prediction: Tensor = self.net(x)
+        return prediction
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """The mean squared error of one batch."""
+        """Return the mean squared error of one batch."""
         x, y = batch
         loss = self.over_ranks(F.mse_loss(self(x), y), len(x))
         self.log("train/loss", loss, batch_size=len(x), sync_dist=True)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """The mean squared error of one evaluated batch, and the prediction for it."""
+        """Return the mean squared error of one evaluated batch as ``loss``, and the ``prediction`` for it."""
         x, y = batch
         with batch_statistics(self.net) if self.hparams.get("eval_statistics") == "batch" else nullcontext():
             prediction = self(x)

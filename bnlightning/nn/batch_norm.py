@@ -35,7 +35,7 @@ class _ConventionBatchNorm(_TorchBatchNorm):
 
     Attributes:
         normalize_by: The statistics to normalise by: always those of the ``batch``, always the ``running`` ones, or by
-            ``mode`` as in torch (the batch's in training, the running ones in evaluation).
+            ``mode``. In the last case training uses the batch's and evaluation the running ones, as in torch.
         frozen: Whether training leaves the running statistics as they are.
         update_rule: Function called in the place of :meth:`update_running_stats`, which it may call. Its arguments are
             the layer, the batch's mean, its biased variance and the number of values per channel.

@@ -186,10 +186,14 @@ class BatchNormAct1d(_ActivatedBatchNorm, BatchNorm1d):
     The peak memory of a training step is 2 times the size of the input. ``nn.Sequential(BatchNorm1d(C), nn.ReLU())``
     needs 4 times that size (``benchmarks/norm.py``).
 
-    The layer fuses its two parts where this was measured to be no slower. All of these must hold: a training batch of
-    at least a million elements (2**20), on a CPU, in float32 or float64; ``backend="fast"``; no ``sync``; no rule of
-    :mod:`bnlightning.nn.statistics`. The fused layer can be differentiated once. Otherwise the layer does what the two
-    layers do.
+    The layer fuses its two parts where this was measured to be no slower. All of these must hold:
+
+    - The training batch has at least 2**20 elements.
+    - It is on a CPU, in float32 or float64.
+    - The layer has ``backend="fast"`` and no ``sync``.
+    - No rule of :mod:`bnlightning.nn.statistics` is in force.
+
+    The fused layer can be differentiated once. In all other cases the layer computes what the two layers compute.
 
     Args:
         *args: Arguments of :class:`BatchNorm1d`.

@@ -43,9 +43,9 @@ def recompute_statistics(
         module: The model. It is changed only after all batches have passed; an exception leaves it as it was.
         data: Batches.
         steps: Largest number of batches to take on each rank; by default all.
-        forward: Callable that runs the model on a batch. By default ``module`` is called with the tensors of the batch,
-            moved to the device of the statistics: with a tensor itself, with the first element of a tuple or list (the
-            others are taken for targets), with the items of a mapping as keyword arguments.
+        forward: Callable that runs the model on a batch. By default ``module`` is called with a batch that is a tensor,
+            with the first element of a tuple or list (the others are taken for targets), or with the items of a mapping
+            as keyword arguments. Tensors are moved to the device of the statistics.
         process_group: The ranks to merge if ``torch.distributed`` is initialised; by default all. Every rank must call
             this function, even without data.
 
