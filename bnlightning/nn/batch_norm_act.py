@@ -211,8 +211,18 @@ class BatchNormAct1d(_ActivatedBatchNorm, BatchNorm1d):
 
 
 class BatchNormAct2d(_ActivatedBatchNorm, BatchNorm2d):
-    """:class:`BatchNormAct1d` for ``(N, C, H, W)`` input."""
+    """:class:`BatchNormAct1d` for ``(N, C, H, W)`` input.
+
+    Example:
+        >>> BatchNormAct2d(6, activation="tanh")(torch.randn(10, 6, 5, 5)).shape
+        torch.Size([10, 6, 5, 5])
+    """
 
 
 class BatchNormAct3d(_ActivatedBatchNorm, BatchNorm3d):
-    """:class:`BatchNormAct1d` for ``(N, C, D, H, W)`` input."""
+    """:class:`BatchNormAct1d` for ``(N, C, D, H, W)`` input.
+
+    Example:
+        >>> BatchNormAct3d(6, activation="elu")(torch.randn(10, 6, 5, 5, 5)).shape
+        torch.Size([10, 6, 5, 5, 5])
+    """
