@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from bnlightning._check import check_number
-from bnlightning.models._regression import RegressionSteps
+from bnlightning.models.regression import RegressionSteps
 from bnlightning.nn import BatchNorm1d, get_norm_layer
 from bnlightning.nn.moments import world_size
 

@@ -16,7 +16,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torchvision import datasets
 
 from bnlightning import CONF_DIR, MNISTDataModule
-from bnlightning.data import TensorBatches
 
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 
@@ -237,29 +236,6 @@ def test_two_ranks_take_together_what_one_process_takes(tiny_mnist, tmp_path):
     assert evaluated == [numbers(x) for x, _ in data.val_dataloader()]
     # 253 images: of the last step's 53, rank 1 has 26.
     assert [smallest for *_, smallest in ranks] == [26, 26]
-
-
-@pytest.mark.parametrize("samples", [24, 25, 31])
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_ordered_batches_are_shared_among_ranks(samples, world_size):
-    x = torch.arange(samples)
-    order = torch.randperm(samples, generator=torch.Generator().manual_seed(0))
-    epochs = []
-
-    def order_of(epoch):
-        epochs.append(epoch)
-        return order
-
-    def batches(batch_size, **ranks):
-        return list(TensorBatches(x, x[:, None], batch_size=batch_size, epoch=lambda: 7, order=order_of, **ranks))
-
-    ranks = [batches(4, rank=rank, world_size=world_size) for rank in range(world_size)]
-    whole = batches(4 * world_size)
-    for step, (together, column) in enumerate(whole):
-        torch.testing.assert_close(torch.cat([rank[step][0] for rank in ranks]), together)
-        torch.testing.assert_close(torch.cat([rank[step][1] for rank in ranks]), column)
-    torch.testing.assert_close(torch.cat([together for together, _ in whole]), order)
-    assert set(epochs) == {7}
 
 
 def test_files_are_read_once(tiny_mnist):
