@@ -1,4 +1,3 @@
-import lightning
 import numpy as np
 import pytest
 import torch
@@ -78,6 +77,13 @@ def test_bad_arguments_are_named(options, message):
         SyntheticRegressionDataModule(**options)
 
 
-def test_is_a_datamodule_with_plain_hyperparameters():
-    data = SyntheticRegressionDataModule(batch_size=5)
-    assert isinstance(data, lightning.LightningDataModule) and data.hparams["batch_size"] == 5
+def test_hyperparameters_are_the_plain_arguments():
+    assert dict(SyntheticRegressionDataModule(batch_size=None, seed=3).hparams) == {
+        "num_points": 2500,
+        "x_min": -7.0,
+        "x_max": 10.0,
+        "noise_std": 8.0,
+        "shuffle": True,
+        "batch_size": None,
+        "seed": 3,
+    }

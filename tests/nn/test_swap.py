@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-import bnlightning
 from bnlightning import BatchNorm1d, BatchNorm2d, BatchNorm3d, swap_norm
 from bnlightning.nn import CONVENTIONS, Convention, frozen_statistics
 
@@ -729,11 +728,6 @@ class TestConvertSyncBatchnorm:
             assert copy.deepcopy(layer).qconfig == pickle.loads(pickle.dumps(layer)).qconfig == "any"
             del layer.qconfig
             assert not hasattr(layer, "qconfig")
-
-
-def test_public_names():
-    assert bnlightning.swap_norm is swap_norm
-    assert isinstance(swap_norm(network(), "none"), bnlightning.SwapReport)
 
 
 def test_the_report_says_what_a_swap_changes():
