@@ -82,5 +82,5 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
         ...
         ValueError: norm='layer' is not known: choose one of none, custom, torch.
     """
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}={value!r} is not known: choose one of {', '.join(choices)}.")

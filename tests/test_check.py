@@ -52,7 +52,12 @@ def test_other_shares_are_named(value):
     assert str(raised.value) == f"limit={value!r} is not possible: give a share from 0 to below 1, such as 0.5."
 
 
-def test_choices():
-    check_choice("norm", "torch", ["custom", "torch"])
-    with pytest.raises(ValueError, match=r"^norm='Torch' is not known: choose one of custom, torch\.$"):
-        check_choice("norm", "Torch", ["custom", "torch"])
+def test_one_of_the_choices_passes():
+    check_choice("norm", "torch", {"custom": 1, "torch": 2})
+
+
+@pytest.mark.parametrize("value", ["Torch", None, 1, ["torch"], {"torch": 2}])
+def test_others_are_named_with_the_choices(value):
+    with pytest.raises(ValueError) as raised:
+        check_choice("norm", value, {"custom": 1, "torch": 2})
+    assert str(raised.value) == f"norm={value!r} is not known: choose one of custom, torch."

@@ -1,5 +1,6 @@
 """A callback that sets the weights a training starts from."""
 
+import os
 from pathlib import Path
 
 import lightning
@@ -27,8 +28,8 @@ class InitialWeights(Callback):
         >>> trainer = lightning.Trainer(callbacks=[InitialWeights("weights.npz")])
     """
 
-    def __init__(self, path: str) -> None:
-        if not Path(path).is_file():
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        if not isinstance(path, str | os.PathLike) or not Path(path).is_file():
             raise ValueError(f"path={path!r} of InitialWeights is not a file: give the .npz file with the weights.")
         self.path = path
         self._is_done = False

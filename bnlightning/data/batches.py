@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from bnlightning._check import check_integer
+
 
 def smallest_batch(num_samples: int, batch_size: int, world_size: int) -> int:
     """Return the number of samples in the smallest batch that :class:`TensorBatches` gives to any rank.
@@ -40,6 +42,9 @@ class TensorBatches:
             shape ``(num_samples,)``, int64, on the tensors' device. It must be the same on every rank. By default the
             samples keep their order. Batches then are views of the tensors, otherwise copies.
 
+    Raises:
+        ValueError: If the tensors do not have equally many samples, or ``batch_size`` is below 1.
+
     Example:
         >>> x = torch.arange(5)
         >>> [batch for (batch,) in TensorBatches(x, batch_size=2)]
@@ -57,6 +62,10 @@ class TensorBatches:
         epoch: Callable[[], int] | None = None,
         order: Callable[[int], Tensor] | None = None,
     ) -> None:
+        check_integer("batch_size", batch_size, at_least=1)
+        numbers = [len(tensor) for tensor in tensors]
+        if len(set(numbers)) != 1:
+            raise ValueError(f"tensors have {numbers} samples: give one tensor or more, of equally many samples.")
         self.tensors = tensors
         self.batch_size = batch_size
         self.rank = rank

@@ -83,8 +83,8 @@ class LitMovingAverage(RegressionSteps):
         self.net = nn.Sequential(
             OrderedDict(linear1=linear, norm1=norm_layer(1), act1=nn.ReLU(), output=output, output_norm=norm_layer(1))
         )
-        # Of the last training step: the running variance before it, the weight of its batch in the next one, and the
-        # output of the hidden layer's linear map.
+        # The running variance before the last training step, the weight of that step's batch in the next running
+        # variance, and the output of the hidden layer's linear map in the step.
         self._update: tuple[Tensor, float, Tensor] | None = None
 
     @property

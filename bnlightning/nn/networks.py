@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from bnlightning._check import check_choice, check_integer
+from bnlightning._check import check_choice, check_integer, check_number
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "elu": nn.ELU,
@@ -139,8 +139,9 @@ class ConvNet(nn.Sequential):
         norm_after_act: bool = False,
     ) -> None:
         height, width = _checked_image(in_shape, channels, kernel_size)
-        for number in (*features, num_outputs):
+        for number in features:
             check_integer("features", number, at_least=1)
+        check_integer("num_outputs", num_outputs, at_least=1)
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         for index, (fan_in, fan_out) in enumerate(pairwise([in_shape[0], *channels]), start=1):
             layers[f"conv{index}"] = nn.Conv2d(fan_in, fan_out, kernel_size, padding=kernel_size // 2)
@@ -187,12 +188,16 @@ def init_normal_(module: nn.Module, std: float, bias: float) -> None:
         std: Standard deviation of the weights.
         bias: Value of every bias.
 
+    Raises:
+        ValueError: If ``std`` is negative.
+
     Example:
         >>> net = MLP([1, 30, 1])
         >>> init_normal_(net, std=0.1, bias=0.0)
         >>> net.linear1.bias.abs().max().item()
         0.0
     """
+    check_number("std", std, at_least=0.0)
     _init(module, lambda weight: nn.init.normal_(weight, std=std), bias)
 
 
@@ -207,12 +212,16 @@ def init_variance_scaling_(module: nn.Module, scale: float, bias: float = 0.0) -
         scale: Variance of the weights times their number of inputs. 1 is LeCun's, 2 is He's (He et al., 2015).
         bias: Value of every bias.
 
+    Raises:
+        ValueError: If ``scale`` is not above 0.
+
     Example:
         >>> net = MLP([784, 300, 10])
         >>> init_variance_scaling_(net, scale=2.0)
         >>> round(net.linear1.weight.var().item() * 784, 1)
         2.0
     """
+    check_number("scale", scale, above=0.0)
 
     def draw(weight: Tensor) -> None:
         # The cut makes the standard deviation smaller by this factor.

@@ -322,8 +322,8 @@ class _Accumulate(_Rule):
             super().__call__(layer, moments.mean, moments.var, moments.n)
 
 
-# From the inside out, whatever the order of the calls: the rules that leave out batches see them before they are
-# accumulated.
+# From the innermost to the outermost, in any order of the calls. The rules that leave out batches see a batch before it
+# is accumulated.
 _RULES = (_Accumulate, _SkipNonFinite, _SkipRecomputed)
 
 

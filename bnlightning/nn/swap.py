@@ -165,9 +165,9 @@ def swap_norm(
 
     Raises:
         ValueError: If an argument is not known. With ``strict``, if a layer cannot be swapped. Such layers override
-            ``forward``, are parametrised, lazy without parameters, compiled by TorchScript or sharded, or have an
-            unknown dimension (:class:`torch.nn.SyncBatchNorm`). Layers inside DDP or FSDP cannot be swapped to
-            ``"none"`` or a callable. After any error the module is as before.
+            ``forward`` or ``train``, are parametrised, lazy without parameters, compiled by TorchScript or sharded, or
+            have an unknown dimension (:class:`torch.nn.SyncBatchNorm`). Layers inside DDP or FSDP and layers with other
+            tensors of their own cannot be swapped to ``"none"`` or a callable. After any error the module is as before.
 
     Example:
         >>> network = nn.Sequential(nn.Linear(3, 30), nn.BatchNorm1d(30))

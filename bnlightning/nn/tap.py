@@ -40,7 +40,7 @@ def tap(x: Tensor, name: str, limits: tuple[float, float] | None = None) -> Tens
     """
     if not isinstance(x, Tensor):
         raise ValueError(f"x of tap(x, {name!r}) is a {type(x).__name__}: give a tensor, and each tensor its own name.")
-    if limits is not None and len(limits) != 2:
+    if limits is not None and not (isinstance(limits, tuple | list) and len(limits) == 2):
         raise ValueError(f"limits={limits!r} of tap(x, {name!r}) is not possible: give a pair, such as (-0.99, 0.99).")
     for listener in _listeners:
         listener(name, x, limits)

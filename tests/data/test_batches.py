@@ -81,3 +81,20 @@ def test_batches_in_the_tensors_own_order_are_views_and_others_are_copies():
     )
     x[0] = 9
     assert first[0] == 9 and copy[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("tensors", "batch_size", "message"),
+    [
+        ([torch.zeros(4)], 0, "batch_size=0 is not possible: give an integer of at least 1"),
+        (
+            [torch.zeros(4), torch.zeros(3)],
+            2,
+            r"tensors have \[4, 3\] samples: give one tensor or more, of equally many",
+        ),
+        ([], 2, r"tensors have \[\] samples"),
+    ],
+)
+def test_bad_arguments_are_named(tensors, batch_size, message):
+    with pytest.raises(ValueError, match=message):
+        TensorBatches(*tensors, batch_size=batch_size)

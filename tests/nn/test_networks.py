@@ -46,6 +46,7 @@ def test_conv_net(norm_after_act):
         (((1, 28, 28), [0], [], 10), "channels=0"),
         (((1, 4, 28), [4, 4, 4], [], 10), "3 poolings leave nothing of an image of 4x28"),
         (((1, 28, 28), [4], [0], 10), "features=0"),
+        (((1, 28, 28), [4], [], 0), "num_outputs=0"),
     ],
 )
 def test_conv_net_names_bad_arguments(arguments, message):
@@ -91,6 +92,13 @@ def test_init_normal_draws_the_weights_and_sets_the_biases():
 def test_activations_by_name(name):
     x = torch.linspace(-3, 3, 13)
     torch.testing.assert_close(get_act_layer(name)()(x), getattr(torch.nn.functional, name)(x), rtol=0, atol=0)
+
+
+def test_impossible_draws_are_named():
+    with pytest.raises(ValueError, match=r"std=-1\.0 is not possible: give a number of at least 0"):
+        init_normal_(nn.Linear(2, 2), std=-1.0, bias=0.0)
+    with pytest.raises(ValueError, match="scale=0 is not possible: give a number above 0"):
+        init_variance_scaling_(nn.Linear(2, 2), scale=0)
 
 
 def test_an_unknown_activation_is_named():

@@ -32,6 +32,7 @@ def test_listeners_are_called_until_they_are_removed():
             r"x of tap\(x, 'states'\) is a list: give a tensor, and each tensor its own name",
         ),
         ((torch.zeros(2), "gate", (0.5,)), r"limits=\(0.5,\) of tap\(x, 'gate'\) is not possible: give a pair"),
+        ((torch.zeros(2), "gate", 0.99), r"limits=0.99 of tap\(x, 'gate'\) is not possible: give a pair"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):
