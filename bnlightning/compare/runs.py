@@ -127,7 +127,7 @@ def read_run(path: Path, root: Path) -> Run:
         hparams=hparams,
         scalars=scalars,
         histograms={tag: _histograms(events.Histograms(tag)) for tag in tags[ea.HISTOGRAMS]},
-        predictions=_tensors(events, tags[ea.TENSORS], "val_prediction"),
+        predictions=_tensors(events, tags[ea.TENSORS], "val/prediction"),
         first_nonfinite=_text(events, tags[ea.TENSORS], "health/first_nonfinite_layer"),
         note=note[1] if (note := _text(events, tags[ea.TENSORS], "test/note")) is not None else None,
         seconds=max(times, default=0.0) - min(times, default=0.0),
