@@ -5,7 +5,7 @@ from typing import Any
 
 import lightning
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from bnlightning._check import check_integer
 from bnlightning.callbacks._steps import StepAxis

@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from bnlightning._check import check_integer, check_number, check_share
 from bnlightning.callbacks._monitor import MonitorCallback

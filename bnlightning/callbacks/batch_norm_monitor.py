@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from bnlightning._check import check_integer
 from bnlightning.callbacks._monitor import MonitorCallback

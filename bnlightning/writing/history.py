@@ -90,7 +90,8 @@ def coarsen(bins: NDArray[np.int64]) -> list[Distribution]:
 
 
 def _starts(anchor: Any) -> NDArray[np.int64]:
-    return np.clip(anchor + _STARTS, 1, _FINITE)
+    starts: NDArray[np.int64] = np.clip(anchor + _STARTS, 1, _FINITE)
+    return starts
 
 
 @dataclass(frozen=True)

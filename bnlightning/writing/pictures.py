@@ -164,7 +164,8 @@ def _rounded(low: float, high: float) -> tuple[float, float]:
 
 def _log_color(shares: NDArray[np.float64]) -> NDArray[np.float64]:
     # The sum of rounded shares may be above 1, and the colour would be another one.
-    return np.minimum(np.log1p(_VALUES * shares) / np.log1p(_VALUES), 1.0)
+    colors: NDArray[np.float64] = np.minimum(np.log1p(_VALUES * shares) / np.log1p(_VALUES), 1.0)
+    return colors
 
 
 def surface_image(history: History, statistic: str, looks: Looks) -> NDArray[np.float64]:

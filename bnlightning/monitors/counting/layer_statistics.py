@@ -111,7 +111,7 @@ def effective_rank(layer: LayerSums) -> float | None:
 
 def dead(units: UnitSums) -> NDArray[np.bool_]:
     """Which units were exactly zero for every sample and position. A unit with a non-finite value is not dead."""
-    return units.nonzero == 0
+    return np.equal(units.nonzero, 0)
 
 
 def dormant(units: UnitSums, tau: float) -> NDArray[np.bool_]:
@@ -121,17 +121,17 @@ def dormant(units: UnitSums, tau: float) -> NDArray[np.bool_]:
     of zeros are dormant. A unit without a finite value is not.
     """
     broken = (units.magnitude == 0) & (units.nonzero > 0)
-    return (units.magnitude <= tau * units.magnitude.mean()) & ~broken
+    return np.less_equal(units.magnitude, tau * units.magnitude.mean()) & ~broken
 
 
 def rarely_active(units: UnitSums) -> NDArray[np.bool_]:
     """Which units were not zero for less than :data:`RARELY` of the samples and positions."""
-    return units.nonzero < RARELY * units.observations
+    return np.less(units.nonzero, RARELY * units.observations)
 
 
 def always_saturated(units: UnitSums) -> NDArray[np.bool_]:
     """Which units were beyond the activation's limits for at least :data:`ALMOST_ALWAYS` of samples and positions."""
-    return units.low + units.high >= ALMOST_ALWAYS * units.observations
+    return np.greater_equal(units.low + units.high, ALMOST_ALWAYS * units.observations)
 
 
 # Classes and no lambdas: a callback that holds declarations has to be pickled for processes that are spawned.

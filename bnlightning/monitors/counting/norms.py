@@ -70,7 +70,7 @@ class NormAccumulators:
         self._sizes = sizes
         # By channel: number of values, sum, squared sum over number by call, squares about the mean of each call.
         self._moments = torch.zeros(4, sum(sizes), dtype=self._real, device=self._device)
-        self._parts = [part.unbind(0) for part in self._moments.split(sizes, dim=1)]
+        self._parts = [part.unbind(0) for part in torch.split(self._moments, sizes, dim=1)]
 
     @torch.no_grad()
     def start(self) -> None:
@@ -98,7 +98,7 @@ class NormAccumulators:
         """How many entries of each scale are near zero, and how many there are, shape ``(2, layers)``."""
         entries = [scale.numel() for scale in scales]
         near = self._packed(scales).abs() < _NEAR_ZERO
-        counts = torch.stack([part.sum() for part in near.split(entries)])
+        counts = torch.stack([part.sum() for part in torch.split(near, entries)])
         return torch.stack((counts, torch.tensor(entries, device=self._device))).to(self._real)
 
     @torch.no_grad()
@@ -179,7 +179,8 @@ def _scale(layer: _BatchNorm) -> Tensor:
     weight: Any = layer.weight
     if weight is None:
         return torch.zeros(0)
-    return weight.to_local() if hasattr(weight, "to_local") else weight.flatten()
+    part: Tensor = weight.to_local() if hasattr(weight, "to_local") else weight.flatten()
+    return part
 
 
 def _by_channel(layer: _BatchNorm, input: Tensor) -> Tensor | None:

@@ -97,7 +97,7 @@ def _reduce(tensors: Sequence[Tensor], operation: str) -> list[Tensor]:
         indices = [index for index, tensor in enumerate(tensors) if tensor.dtype == dtype]
         packed = torch.cat([tensors[index].flatten() for index in indices])
         torch.distributed.all_reduce(packed, op=getattr(torch.distributed.ReduceOp, operation))
-        parts = packed.split([tensors[index].numel() for index in indices])
+        parts = torch.split(packed, [tensors[index].numel() for index in indices])
         reduced |= {index: part.view_as(tensors[index]) for index, part in zip(indices, parts, strict=True)}
     return [reduced[index] for index in range(len(tensors))]
 
