@@ -121,7 +121,8 @@ def dormant(units: UnitSums, tau: float) -> NDArray[np.bool_]:
     of zeros are dormant. A unit without a finite value is not.
     """
     broken = (units.magnitude == 0) & (units.nonzero > 0)
-    return np.less_equal(units.magnitude, tau * units.magnitude.mean()) & ~broken
+    is_small: NDArray[np.bool_] = units.magnitude <= tau * units.magnitude.mean()
+    return is_small & ~broken
 
 
 def rarely_active(units: UnitSums) -> NDArray[np.bool_]:
