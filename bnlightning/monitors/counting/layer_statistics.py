@@ -122,7 +122,8 @@ def dormant(units: UnitSums, tau: float) -> NDArray[np.bool_]:
     """
     broken = (units.magnitude == 0) & (units.nonzero > 0)
     is_small: NDArray[np.bool_] = units.magnitude <= tau * units.magnitude.mean()
-    return is_small & ~broken
+    found: NDArray[np.bool_] = is_small & ~broken
+    return found
 
 
 def rarely_active(units: UnitSums) -> NDArray[np.bool_]:
