@@ -13,7 +13,6 @@ EXAMPLES = python_blocks(README)
 COMMANDS = sorted(set(re.findall(r"python -m (bnlightning\.\w+) ([^`\n]*)", README)))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("code", EXAMPLES, ids=range(len(EXAMPLES)))
 def test_examples_run_as_they_stand(code, tmp_path):
     run_example(code, tmp_path)
