@@ -11,12 +11,15 @@ ROOT = Path(__file__).parents[1]
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
+def dependencies():
+    """What the package needs at run time."""
+    return re.findall(r'"([^"]+)"', re.search(r"^dependencies = \[(.*?)^\]", PYPROJECT, re.DOTALL | re.MULTILINE)[1])
+
+
 def test_the_oldest_versions_are_those_that_are_allowed():
-    dependencies = re.search(r"^dependencies = \[\n(.*?)^\]", PYPROJECT, re.DOTALL | re.MULTILINE)[1]
-    allowed = dict(re.findall(r'"([\w-]+)>=([\d.]+)', dependencies))
+    allowed = dict(re.match(r"([\w-]+)>=([\d.]+)", need).groups() for need in dependencies())
     constraints = (ROOT / ".github" / "constraints-oldest.txt").read_text(encoding="utf-8")
     oldest = dict(re.findall(r"^([\w-]+)==([\d.]+)$", constraints, re.MULTILINE))
-    assert len(allowed) == dependencies.count("\n")
     assert {name: as_numbers(version) for name, version in oldest.items()} == {
         name: as_numbers(version) for name, version in allowed.items()
     }
@@ -28,12 +31,10 @@ def as_numbers(version):
     return numbers + [0] * (3 - len(numbers))
 
 
-def test_pre_commit_has_the_versions_of_the_test_extra():
+def test_pre_commit_has_the_same_versions():
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
-    needed = [need for repo in hooks for hook in repo["hooks"] for need in hook.get("additional_dependencies", [])]
-    needed += [f"ruff=={repo['rev'].removeprefix('v')}" for repo in hooks if repo["repo"] != "local"]
-    needed.remove(".")
-    assert len(needed) == 3
+    needed = {need for repo in hooks for hook in repo["hooks"] for need in hook["additional_dependencies"]}
+    assert len(needed) == 3 + len(dependencies())
     for need in needed:
         assert f'    "{need}",\n' in PYPROJECT
 
