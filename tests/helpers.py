@@ -1,5 +1,8 @@
 import os
+import re
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -114,6 +117,26 @@ def write_mnist(
         header = [0x800 + array.ndim, *array.shape]
         (raw / name).write_bytes(b"".join(number.to_bytes(4, "big") for number in header) + array.tobytes())
     return arrays
+
+
+def python_blocks(markdown: str) -> list[str]:
+    """The blocks of Python code in a page."""
+    return re.findall(r"```python\n(.*?)```", markdown, re.DOTALL)
+
+
+def run_example(code: str, directory: Path) -> None:
+    """Run a block of a page in a process of its own, in ``directory``, with a small MNIST there."""
+    write_mnist(directory / "data", num_train=5400)
+    # With Lightning's usual warnings: a reader sees them, too.
+    result = subprocess.run(
+        [sys.executable, "-c", f"import torch\ntorch.set_num_threads(1)\n{code}"],
+        cwd=directory,
+        env={**os.environ, "BNLIGHTNING_DATA_DIR": str(directory / "data")},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert (".fit(" in code) == bool(list(directory.glob("lightning_logs/version_0/events.out.tfevents.*")))
 
 
 def wait_for_files(process, directory, pattern, number=1):

@@ -1,42 +1,28 @@
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from helpers import write_mnist
+from helpers import python_blocks, run_example
 
+import bnlightning
 from bnlightning import CONF_DIR
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLES = python_blocks(README)
 COMMANDS = sorted(set(re.findall(r"python -m (bnlightning\.\w+) ([^`\n]*)", README)))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
+@pytest.mark.parametrize("code", EXAMPLES, ids=range(len(EXAMPLES)))
 def test_examples_run_as_they_stand(code, tmp_path):
-    write_mnist(tmp_path / "data", num_train=5400)
-    # With Lightning's usual warnings: a reader sees them, too.
-    result = subprocess.run(
-        [sys.executable, "-c", f"import torch\ntorch.set_num_threads(1)\n{code}"],
-        cwd=tmp_path,
-        env={**os.environ, "BNLIGHTNING_DATA_DIR": str(tmp_path / "data")},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    assert ("Trainer(" in code) == bool(list(tmp_path.glob("lightning_logs/version_0/events.out.tfevents.*")))
+    run_example(code, tmp_path)
 
 
 @pytest.mark.slow
 def test_commands_run(run_module):
-    """Those with an experiment are run in test_train.py; here that they name one that exists, and the rest."""
+    """The experiments are run in tests/experiments: here that those named exist, and that the other commands run."""
     assert ("bnlightning.train", "--help") in COMMANDS and ("bnlightning.compare", "DIRECTORY") in COMMANDS
-    # The one with a directory of the user's own is run in test_train.py, too.
-    commands = [command for command in COMMANDS if not command[1].startswith("--config-dir")]
-    for module, arguments in commands:
+    for module, arguments in COMMANDS:
         if arguments.startswith("+experiment="):
             assert (CONF_DIR / "experiment" / f"{arguments.removeprefix('+experiment=')}.yaml").is_file(), arguments
             continue
@@ -46,19 +32,25 @@ def test_commands_run(run_module):
         assert result.returncode == 0, result.stderr
 
 
-def test_the_first_screen_holds_the_two_commands_that_ci_runs():
+def test_it_is_read_in_one_go():
+    assert len(README.splitlines()) <= 150
+
+
+def test_the_first_screen_holds_the_figure_and_the_two_commands_that_ci_runs():
     screen = "\n".join(README.splitlines()[:25])
+    assert "(docs/tanh.png)" in screen
     assert "pip install -e . && python -m bnlightning.train +experiment=tanh" in screen
     command = 'pip install -e ".[test]" && python -m pytest'
-    script = Path(__file__).parents[1] / ".ci" / "run"
-    assert command in screen and (not script.exists() or command in script.read_text())
+    script = ROOT / ".ci" / "run"
+    assert command in screen and (not script.exists() or command in script.read_text(encoding="utf-8"))
 
 
 def test_names_and_files_exist():
-    import bnlightning
-
-    root = Path(__file__).parents[1]
-    for target in re.findall(r"\]\(([^)]+)\)", README):
-        assert (root / target).exists(), target
-    for name in re.findall(r"`(BatchNorm\dd|Lit\w+|\w+Monitor|\w+DataModule|compare_runs)`", README):
-        assert name in bnlightning.__all__
+    targets = re.findall(r"\]\(([^)]+)\)", README)
+    assert targets
+    for target in targets:
+        assert (ROOT / target).exists(), target
+    names = set(
+        re.findall(r"`(\w*(?:BatchNorm|Monitor|DataModule|SwapNorm)\w*|Lit\w+|swap_norm|compare_runs)[`(]", README)
+    )
+    assert {"ActivationMonitor", "swap_norm", "SwapNorm"} <= names <= set(bnlightning.__all__)

@@ -722,7 +722,8 @@ class TestConvertSyncBatchnorm:
             assert not hasattr(layer, "qconfig")
             with pytest.raises(AttributeError, match="'BatchNorm1d' object has no attribute 'qconfig'"):
                 layer.qconfig  # noqa: B018
-            with pytest.raises(AttributeError, match="'BatchNorm1d' object has no attribute 'qconfig'"):
+            # torch 2.6 says no more than the name here.
+            with pytest.raises(AttributeError, match="qconfig"):
                 del layer.qconfig
             layer.qconfig = "any"
             assert copy.deepcopy(layer).qconfig == pickle.loads(pickle.dumps(layer)).qconfig == "any"
