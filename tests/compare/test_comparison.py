@@ -22,9 +22,10 @@ from bnlightning import (
     SyntheticRegressionDataModule,
     compare_runs,
 )
-from bnlightning.compare.__main__ import declared_by_sweep, main
+from bnlightning.compare.__main__ import main
 from bnlightning.compare.figures import draw_parameter
 from bnlightning.compare.figures import overview as figure
+from bnlightning.compare.figures.style import style
 from bnlightning.compare.runs import (
     HistogramAt,
     digits,
@@ -34,6 +35,7 @@ from bnlightning.compare.runs import (
     quartiles,
     read_run,
 )
+from bnlightning.compare.sweep import declared_by_sweep
 
 
 @pytest.fixture(scope="module")
@@ -140,8 +142,8 @@ def test_the_legend_names_what_tells_variants_apart(names, title, labels, finish
 
 def test_many_variants_are_drawn_differently():
     variants = {f"custom_rate-{rate}": [] for rate in range(8)}
-    colors = {figure.style(name, variants)[0] for name in variants}
-    own = {figure.style(name, variants)[0] for name in ("none", "custom", "torch")}
+    colors = {style(name, variants)[0] for name in variants}
+    own = {style(name, variants)[0] for name in ("none", "custom", "torch")}
     assert len(colors | own) == 11
 
 
@@ -237,7 +239,7 @@ def test_layers_that_one_variant_lacks_and_names_with_brackets(tmp_path, capsys)
 
 def test_every_variant_has_a_style_of_its_own():
     variants = {name: [] for name in ["none", "custom", "torch", *map(str, range(12))]}
-    styles = [figure.style(name, variants) for name in variants]
+    styles = [style(name, variants) for name in variants]
     assert len(set(styles)) == len(styles)
 
 

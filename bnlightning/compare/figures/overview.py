@@ -1,10 +1,8 @@
 """The figure of a comparison: costs, fits, and how the values of every layer are distributed over the steps."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from textwrap import fill
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,6 +12,15 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import blended_transform_factory
 from numpy.typing import NDArray
 
+from bnlightning.compare.figures.style import (
+    _MEANINGS,
+    Variants,
+    in_words,
+    set_value_limits,
+    shared_beginning,
+    style,
+    value_range,
+)
 from bnlightning.compare.names import VAL, Tag, parse_tag
 from bnlightning.compare.runs import (
     HistogramAt,
@@ -27,30 +34,11 @@ from bnlightning.compare.runs import (
     worst,
 )
 
-Variants = Mapping[str, Sequence[Run]]
-
 _MAX_COLUMNS = 8
 _MAX_STEPS = 6
 _BINS = 40
 _MAX_RESULTS = 20
 _MIN_VALUES = 10
-# Told apart in grey, too: by lightness and by line style.
-_STYLES = {
-    "none": ("#c44e00", (0, (5, 2))),
-    "custom": ("#08306b", "solid"),
-    "torch": ("#41ab5d", (0, (1, 1))),
-}
-_OTHER_COLORS = ("#6a51a3", "#525252", "#a63603", "#0868ac", "#238b45", "#ce1256", "#b8860b", "#17becf")
-_OTHER_LINES = ("solid", (0, (5, 2)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (3, 1, 1, 1, 1, 1)))
-_MEANINGS = {
-    "none": "without normalisation",
-    "custom": "with bnlightning's batch normalisation",
-    "torch": "with torch's batch normalisation",
-}
-_ORDER_OF_MAGNITUDE = 30.0
-# As one says it.
-_SETS = {"train": "training", "val": "validation", "test": "test"}
-_WORDS = {"acc": "accuracy"}
 
 
 def draw(variants: Variants, metric: str, title: str, notes: Sequence[str]) -> Figure:
@@ -65,7 +53,7 @@ def draw(variants: Variants, metric: str, title: str, notes: Sequence[str]) -> F
     texts = [fill(note, 165) for note in notes]
     lines = sum(text.count("\n") + 1 for text in texts)
     tests = [1.2 + 0.27 * len(results)] if results else []
-    legend = 0.55 + 0.24 * (len(variants) + 1 + bool(_shared_beginning(variants)))
+    legend = 0.55 + 0.24 * (len(variants) + 1 + bool(shared_beginning(variants)))
     fitted = {name: runs[0].predictions[-1] for name, runs in variants.items() if runs[0].predictions}
     # Two evaluations are no curve, where there are other results to show.
     evaluations = max(len(curves(runs, metric)[0]) for runs in variants.values())
@@ -93,30 +81,6 @@ def draw(variants: Variants, metric: str, title: str, notes: Sequence[str]) -> F
         figure.text(0.03, y / sum(heights), text, fontsize=10.5, va="top")
         y -= 0.24 * (text.count("\n") + 1) + 0.1
     return figure
-
-
-def in_words(metric: str) -> str:
-    """A metric as one says it: of ``val/acc`` the validation accuracy."""
-    group, _, name = metric.rpartition("/")
-    return f"{_SETS.get(group, group)} {_WORDS.get(name, name.replace('_', ' '))}".strip()
-
-
-def _shared_beginning(variants: Variants) -> str:
-    """What all names begin with up to the value that tells them apart: ``custom_depth-`` of two depths."""
-    first = next(iter(variants))
-    # The minus sign of an exponent stands behind one letter.
-    beginnings = [first[: match.end()] for match in re.finditer(r"[^\W\d]{2}-", first) if len(variants) > 1]
-    return max((text for text in beginnings if all(name.startswith(text) for name in variants)), key=len, default="")
-
-
-def style(name: str, variants: Variants) -> tuple[str, Any]:
-    """A normalisation's own color and line, whatever it is compared with; other variants take what is left."""
-    if name in _STYLES:
-        return _STYLES[name]
-    index = [variant for variant in variants if variant not in _STYLES].index(name)
-    # All colors before a line style comes again with another one.
-    line = _OTHER_LINES[(index + index // len(_OTHER_COLORS)) % len(_OTHER_LINES)]
-    return _OTHER_COLORS[index % len(_OTHER_COLORS)], line
 
 
 def _draw_curves(
@@ -148,7 +112,7 @@ def _draw_costs(axes: Axes, variants: Variants, metric: str) -> None:
         # A curve of one point would be no line.
         marker = "o" if np.isfinite(median).sum() == 1 else None
         shown = np.where(np.isfinite(median), median, np.nan)
-        label = f"{name.removeprefix(_shared_beginning(variants))}{outcome}"
+        label = f"{name.removeprefix(shared_beginning(variants))}{outcome}"
         axes.plot(steps, shown, color=color, linestyle=line, linewidth=2.2, marker=marker, label=label)
         if len(costs) > 1:
             bottom = np.where(np.isfinite(lower), lower, low)
@@ -179,7 +143,7 @@ def _draw_legend(axes: Axes, variants: Variants) -> None:
     """Below the axes, where it hides nothing."""
     axes.legend(
         loc="upper left", bbox_to_anchor=(-0.02, -0.16), fontsize=11, handlelength=3.5, frameon=False,
-        borderaxespad=0.0, title=_shared_beginning(variants).removesuffix("-") or None, title_fontsize=11,
+        borderaxespad=0.0, title=shared_beginning(variants).removesuffix("-") or None, title_fontsize=11,
         alignment="left",
     )  # fmt: skip
 
@@ -192,30 +156,6 @@ def _published_lines(variants: Variants, metric: str) -> dict[str, tuple[NDArray
         "published" if is_one else f"published ({name})": (np.array([*curve]), np.array([*curve.values()]))
         for name, curve in published.items()
     }
-
-
-def value_range(curves: Sequence[NDArray[np.float64]], metric: str) -> tuple[float, float]:
-    """Limits that hold every curve; of costs less the few values that would flatten all others."""
-    finite = np.concatenate([np.zeros(0), *(values[np.isfinite(values)] for values in map(np.asarray, curves))])
-    if not len(finite):
-        return 0.0, 1.0
-    low = float(finite.min())
-    if is_higher_better(metric):
-        return low, float(finite.max())
-    typical = [np.median(values[np.isfinite(values)]) for values in curves if np.isfinite(values).mean() > 0.5]
-    # From the lowest value on, so that it holds for costs of any sign.
-    ceiling = low + _ORDER_OF_MAGNITUDE * (max(typical) - min(low, 0.0)) if typical else float(finite.max())
-    return low, float(finite[finite <= ceiling].max(initial=low))
-
-
-def set_value_limits(axes: Axes, low: float, high: float, metric: str) -> None:
-    """Limits a little beyond ``low`` and ``high``; a logarithmic scale for costs of several magnitudes."""
-    if low > 0 and high / low > 5 and not is_higher_better(metric):
-        axes.set_yscale("log")
-        axes.set_ylim(low / 1.1, high * 1.1)
-        return
-    margin = 0.05 * (high - low) or (0.05 if is_higher_better(metric) else 0.5)
-    axes.set_ylim(low - margin, high + margin)
 
 
 def _is_lost(runs: Sequence[Run], median: NDArray[np.float64], metric: str) -> bool:
@@ -257,7 +197,7 @@ def _draw_fits(axes: Axes, variants: Variants, shown: Mapping[str, tuple[int, ND
         color, line = style(name, variants)
         order = np.argsort(points[:, 0], kind="stable")
         x, prediction = points[order, 0], points[order, 2]
-        short = name.removeprefix(_shared_beginning(variants))
+        short = name.removeprefix(shared_beginning(variants))
         if np.isfinite(prediction).all():
             outside = " (off the axis)" if (prediction < bottom).all() or (prediction > top).all() else ""
             axes.plot(x, prediction, color=color, linestyle=line, linewidth=2.4, label=short + outside)
