@@ -78,7 +78,7 @@ class PredictionMonitor(Callback):
             return
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_tensor("val_prediction", everything, global_step=trainer.global_step)
+                logger.experiment.add_tensor("val/prediction", everything, global_step=trainer.global_step)
 
 
 def _gather(points: Tensor) -> Tensor:

@@ -4,15 +4,16 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from bnlightning.compare.sweep import METRIC, compare_sweep, declared_by_sweep
+from bnlightning.compare.names import VAL_LOSS
+from bnlightning.compare.sweep import compare_sweep, declared_by_sweep
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m bnlightning.compare", description="Compare finished runs.")
-    parser.add_argument("directory", help="with one run a subdirectory, at any depth")
+    parser.add_argument("directory", help="holds the runs, each in a subdirectory at any depth")
     parser.add_argument(
-        "--metric", help=f"the tag of the cost or of an accuracy (default: the sweep's own, otherwise {METRIC})"
+        "--metric", help=f"the tag of the cost or of an accuracy (default: the sweep's own, otherwise {VAL_LOSS})"
     )
     options = parser.parse_args(arguments)
     try:

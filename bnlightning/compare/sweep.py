@@ -10,15 +10,21 @@ from typing import Any
 import yaml
 
 from bnlightning.compare.comparison import Comparison, Draw, compare_runs
-
-METRIC = "val/loss"
-"""What runs are compared by if nobody says anything else."""
+from bnlightning.compare.names import SWEEP_CONFIG, VAL_LOSS
 
 
 def compare_sweep(directory: str | Path, metric: str, draw: Draw | None) -> Comparison:
-    """As :func:`compare_runs`, but with the default figure where ``draw`` refuses the runs.
+    """Compare the runs of a sweep, with the default figure if the sweep's own cannot show them.
 
-    A sweep that was widened or narrowed on the command line may be none that its own figure can show.
+    A sweep that was widened or narrowed on the command line may have runs that its own figure refuses.
+
+    Args:
+        directory: The directory of the sweep.
+        metric: The tag of the cost or of an accuracy.
+        draw: The function that draws the sweep's own figure, ``None`` for the default one.
+
+    Raises:
+        ValueError: If there is no run in the directory, or none with this metric.
     """
     try:
         return compare_runs(directory, metric, draw)
@@ -26,33 +32,39 @@ def compare_sweep(directory: str | Path, metric: str, draw: Draw | None) -> Comp
         if draw is None:
             raise
         comparison = compare_runs(directory, metric)
-        print(f"This is the default figure, since the sweep's own cannot be drawn: {error}", file=sys.stderr)
+        print(f"The sweep's own figure cannot be drawn, so this is the default one: {error}", file=sys.stderr)
         return comparison
 
 
 def declared_by_sweep(directory: Path) -> tuple[str, Draw | None]:
-    """How the sweep that made a directory compares its runs: the metric, and what draws the figure.
+    """The metric and the figure that a sweep declares for its runs.
 
-    Both are arguments of ``bnlightning.train.CompareRuns`` in the directory's ``multirun.yaml``, the sweep's
-    configuration. Without it, or if it says nothing else: ``val/loss`` and the default figure.
+    Both are arguments of the callback ``CompareRuns`` in the sweep's configuration, ``multirun.yaml``. A directory
+    without them has ``val/loss`` and the default figure.
+
+    Args:
+        directory: The directory of the sweep.
+
+    Returns:
+        The metric, and the function that draws. ``None`` stands for the default figure.
 
     Raises:
-        ValueError: If the function that draws is not found here.
+        ValueError: If the function that draws cannot be imported.
     """
-    file = directory / "multirun.yaml"
+    file = directory / SWEEP_CONFIG
     config = _read(file) if file.is_file() else {}
     for callback in _entries(_entries(config, "hydra"), "callbacks").values():
-        if isinstance(callback, Mapping) and callback.get("_target_") == "bnlightning.train.CompareRuns":
+        if isinstance(callback, Mapping) and str(callback.get("_target_")).endswith(".CompareRuns"):
             declared = callback.get("draw")
-            return callback.get("metric", METRIC), None if declared is None else _function(declared, file)
-    return METRIC, None
+            return callback.get("metric", VAL_LOSS), None if declared is None else _function(declared, file)
+    return VAL_LOSS, None
 
 
 def _read(file: Path) -> Any:
     try:
         return yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):
-        # Somebody else's.
+        # Another project's file of the same name.
         return {}
 
 
@@ -62,14 +74,14 @@ def _entries(config: Any, key: str) -> Mapping[str, Any]:
 
 
 def _function(declared: Mapping[str, Any], file: Path) -> Draw:
-    """What ``{_target_: path, _partial_: true, **options}`` stands for."""
+    """The function that ``{_target_: path, _partial_: true, **options}`` stands for."""
     path = declared["_target_"]
     module, _, name = path.rpartition(".")
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"draw={path!r} of {file} is not found here ({error}): run this where its module can be imported, or call "
+            f"draw={path!r} in {file} cannot be imported ({error}): run this where its module is found, or call "
             "bnlightning.compare_runs(directory, metric), which draws the default figure."
         ) from error
     return functools.partial(function, **{key: value for key, value in declared.items() if not key.startswith("_")})

@@ -13,17 +13,22 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-from bnlightning.compare.figures.style import Array, Variants, by_values, in_order, look, named, of_seeds, write_title
+from bnlightning.compare.figures.style import (
+    NONFINITE,
+    NOTHING,
+    Array,
+    Variants,
+    by_values,
+    in_order,
+    log_range,
+    seeds_in_words,
+    setting_in_words,
+    style,
+    write_title,
+)
 from bnlightning.compare.runs import Run
 
 _LINEAR_WEIGHT = re.compile(r"^param_grad_(?:norm|nonfinite)/(.*(?:linear[^.]*|output))\.weight$")
-# Below are zeros and underflow, above the last steps before an overflow.
-_TYPICAL = (0.01, 0.99)
-# To each side of the median: more of them, as of a run that overflows, would leave one colour to all others.
-_DECADES = 6
-# As in TensorBoard's pictures of activations.
-_NONFINITE = "#e3001b"
-_NOTHING = "#d4d4d4"
 
 
 def draw_gradients(
@@ -35,24 +40,26 @@ def draw_gradients(
     columns: Sequence[str] = ("activation", "depth"),
     rows: str = "norm",
 ) -> Figure:
-    """Draw how large the gradient of each layer's weights is over training: a heat map for each variant's first run.
+    """Draw how large the gradient of each layer's weights is over training.
 
-    From ``param_grad_norm/<path>.weight`` as :class:`~bnlightning.GradientMonitor` logs it, for layers whose name holds
-    ``linear`` or is ``output``, in forward order, the first layer at the top. Colours are the logarithm of the norm, on
-    one scale for all; a gradient with NaN or infinity is red, one that was not sampled grey. Over each map stands the
-    norm of the last layer over that of the first, at the first and at the last sampled step.
+    Each variant has a heat map of its first run. The rows are layers in forward order, the first layer at the top. A
+    colour is the logarithm of ``param_grad_norm/<path>.weight``, which :class:`~bnlightning.GradientMonitor` logs. All
+    maps have one scale. A gradient with NaN or infinity is red, one that was not sampled is grey.
+
+    A layer is drawn if its name holds ``linear`` or is ``output``. Over each map stands the norm of the last layer
+    divided by that of the first, at the first and at the last sampled step.
 
     Args:
         variants: The runs of each variant.
         metric: Not drawn.
-        title: Stands above.
+        title: The title above the figure.
         notes: Not drawn.
-        columns: The hyperparameters that tell maps side by side apart.
-        rows: The hyperparameter that tells maps below each other apart.
+        columns: The hyperparameters whose values stand side by side.
+        rows: The hyperparameter whose values stand below each other.
 
     Raises:
-        ValueError: If a run lacks one of the hyperparameters, variants differ in something else, or no run has logged
-            gradients.
+        ValueError: If a run lacks one of the hyperparameters, if variants differ in something else, or if no run has
+            logged gradients.
     """
     cells = by_values(variants, (rows, *columns))
     maps = {key: _GradientMap.of(runs[0]) for key, runs in cells.items()}
@@ -61,7 +68,7 @@ def draw_gradients(
         raise ValueError(
             "no run has param_grad_norm/<path>.weight of a linear layer: train with bnlightning.GradientMonitor."
         )
-    scale = _common_scale(logs)
+    scale = Normalize(*log_range(logs))
     across, down = in_order(key[1:] for key in cells), in_order(key[0] for key in cells)
     tallest = max(len(gradients.layers) for gradients in maps.values())
     cell_height = 0.75 + min(max(0.115 * tallest, 1.3), 4.0)
@@ -78,7 +85,7 @@ def draw_gradients(
         if row == len(down) - 1:
             axes.set_xlabel("training step", fontsize=10)
         if row == 0:
-            heading = ", ".join(named(name, value) for name, value in zip(columns, values, strict=True))
+            heading = ", ".join(setting_in_words(name, value) for name, value in zip(columns, values, strict=True))
             axes.text(
                 0.5,
                 1 + 0.4 / (cell_height - 0.62),
@@ -90,12 +97,12 @@ def draw_gradients(
             )
         if column == 0:
             y = page[row, 0].get_position(figure)
-            color = look(label, down)[0]
+            color = style(label, down)[0]
             figure.text(
-                0.22 / width, (y.y0 + y.y1) / 2, named(rows, label), color=color, weight="bold", fontsize=12,
+                0.22 / width, (y.y0 + y.y1) / 2, setting_in_words(rows, label), color=color, weight="bold", fontsize=12,
                 rotation=90, ha="center", va="center",
             )  # fmt: skip
-    write_title(figure, title, "gradient of each layer's weights in training" + of_seeds("first", variants))
+    write_title(figure, title, "gradient of each layer's weights in training" + seeds_in_words("first", variants))
     figure.text(
         0.2 / width, 1 - 0.56 / height,
         "2-norm by layer and training step; over each map the last layer's norm divided by the first layer's, "
@@ -111,10 +118,10 @@ class _GradientMap:
     """The gradients of one run.
 
     Args:
-        layers: Names, in forward order.
-        steps: Where any was sampled, rising.
-        logs: The decimal logarithm of each norm, shape ``(layers, steps)``: ``-inf`` for zero, NaN for none.
-        nonfinite: Where a gradient held NaN or infinity, the same shape.
+        layers: The layers' paths, in forward order.
+        steps: The steps at which any layer was sampled, rising.
+        logs: The decimal logarithm of each norm, shape ``(layers, steps)``. ``-inf`` is a norm of zero, NaN no sample.
+        nonfinite: Whether a gradient held NaN or infinity, shape ``(layers, steps)``.
     """
 
     layers: list[str]
@@ -137,7 +144,7 @@ class _GradientMap:
             return cls(layers, np.array(steps), np.log10(norms), nonfinite > 0)
 
     def draw(self, axes: Axes, scale: Normalize) -> None:
-        axes.set_facecolor(_NOTHING)
+        axes.set_facecolor(NOTHING)
         if not self.layers:
             axes.text(0.5, 0.5, "no gradients logged", ha="center", va="center", transform=axes.transAxes)
             axes.set_xticks([])
@@ -149,7 +156,7 @@ class _GradientMap:
         shown = np.ma.masked_array(below, np.isnan(self.logs) | self.nonfinite)
         axes.pcolormesh(x, y, shown, cmap="viridis", norm=scale)
         red = np.ma.masked_array(np.ones_like(self.logs), ~self.nonfinite)
-        axes.pcolormesh(x, y, red, cmap=ListedColormap([_NONFINITE]))
+        axes.pcolormesh(x, y, red, cmap=ListedColormap([NONFINITE]))
         axes.set_ylim(len(self.layers) - 0.5, -0.5)
         ticks = _some(len(self.layers))
         axes.set_yticks(ticks, [self.layers[tick].rpartition(".")[2] for tick in ticks], fontsize=8)
@@ -172,31 +179,22 @@ def _by_step(run: Run, tag: str) -> dict[int, float]:
 
 
 def _forward_order(path: str) -> tuple[bool, list[Any]]:
-    """The output last, and of numbered layers the tenth behind the ninth."""
+    """A sort key: the output comes last, layer 10 behind layer 9."""
     parts = re.split(r"(\d+)", path)
     return path.endswith("output"), [int(part) if index % 2 else part for index, part in enumerate(parts)]
 
 
 def _edges(steps: NDArray[np.int64]) -> Array:
-    """Borders between the steps, half a distance beyond the first and the last."""
+    """The borders between the steps. The outermost are half a distance beyond the first and the last."""
     if len(steps) == 1:
-        return steps[0] + np.array([-0.5, 0.5])
+        return np.array([steps[0] - 0.5, steps[0] + 0.5])
     middles = (steps[1:] + steps[:-1]) / 2
     return np.concatenate([[1.5 * steps[0] - 0.5 * steps[1]], middles, [1.5 * steps[-1] - 0.5 * steps[-2]]])
 
 
 def _some(layers: int) -> list[int]:
-    """Which layers have their name written: the first, the last and some between."""
+    """The indices of the layers whose names are written: the first, the last and some between."""
     return sorted({round(tick) for tick in np.linspace(0, layers - 1, min(layers, 11))})
-
-
-def _common_scale(logs: Sequence[Array]) -> Normalize:
-    finite = np.concatenate([values[np.isfinite(values)] for values in logs])
-    if not len(finite):
-        return Normalize(-1.0, 1.0)
-    middle = np.median(finite)
-    low, high = np.clip(np.quantile(finite, _TYPICAL), middle - _DECADES, middle + _DECADES)
-    return Normalize(float(low), float(max(high, low + 1)))
 
 
 def _draw_colour_bar(figure: Figure, scale: Normalize) -> None:

@@ -1,8 +1,7 @@
-"""Figures for sweeps: what :func:`~bnlightning.compare_runs` draws instead of its own, if given as its ``draw``.
+"""Figures of sweeps over hyperparameters, for the argument ``draw`` of :func:`~bnlightning.compare_runs`.
 
-Each is called with the runs of each variant, the metric, a title and the notes, and with options of its own; it draws
-from the runs alone and leaves the notes to the tables. Hyperparameters are those a run's ``hparams.yaml`` holds, nested
-ones by their path, such as ``norm_options.momentum``.
+A hyperparameter is one that a run's ``hparams.yaml`` holds. A nested one has a path with dots, such as
+``norm_options.momentum``.
 """
 
 import math
@@ -23,15 +22,15 @@ from bnlightning.compare.figures.style import (
     Array,
     Variants,
     by_values,
+    digits_of,
     in_order,
-    in_words,
-    look,
-    named,
-    number_text,
-    of_seeds,
-    parameter_name,
+    metric_in_words,
+    parameter_in_words,
+    seeds_in_words,
     set_value_limits,
-    short_name,
+    setting_in_words,
+    short_parameter,
+    style,
     value_range,
     write_title,
 )
@@ -45,21 +44,22 @@ def draw_parameter(
 ) -> Figure:
     """Draw how good the runs are at the end against one hyperparameter, a line for each value of another.
 
-    Points are medians of the last value of ``metric`` over the seeds, bars reach to the quartiles. A run that diverged
-    counts as worse than any other, so that a point is missing where half of them did; crosses above the axes say where
-    and how many. A triangle at the upper edge is a value beyond it.
+    A point is the median of the last value of ``metric`` over the seeds, a bar reaches to the quartiles. A run that
+    diverged counts as worse than any other. A point is missing where half of the runs diverged, and crosses above the
+    axes say how many did. A triangle at the upper edge is a value beyond it.
 
     Args:
         variants: The runs of each variant.
         metric: The tag of a loss or of an accuracy.
-        title: Stands above.
+        title: The title above the figure.
         notes: Not drawn.
-        parameter: The hyperparameter along the horizontal axis: numbers; logarithmic if all are positive.
-        group: The hyperparameter that tells the lines apart.
+        parameter: The hyperparameter along the horizontal axis. Its values are numbers. The axis is logarithmic if all
+            are positive.
+        group: The hyperparameter that has a line for each of its values.
 
     Raises:
-        ValueError: If a run lacks one of the two hyperparameters, ``parameter`` is not a number, or variants differ in
-            something else.
+        ValueError: If a run lacks one of the two hyperparameters, if a value of ``parameter`` is not a number, or if
+            variants differ in something else.
     """
     cells = by_values(variants, (group, parameter))
     for _, value in cells:
@@ -76,20 +76,20 @@ def draw_parameter(
     write_title(
         figure,
         title,
-        f"{in_words(metric)} after training, by {parameter_name(parameter)}"
-        + of_seeds("median and quartiles", variants),
+        f"{metric_in_words(metric)} after training, by {parameter_in_words(parameter)}"
+        + seeds_in_words("median and quartiles", variants),
     )
     low, high = value_range([part for results in lines.values() for part in results.quartiles], metric)
     for label, results in lines.items():
-        _draw_results(axes, results, high, label=named(group, label), look=look(label, lines))
+        _draw_results(axes, results, high, label=setting_in_words(group, label), look=style(label, lines))
     set_value_limits(axes, low, high, metric)
     _set_parameter_axis(axes, sorted({value for _, value in cells}))
-    axes.set_xlabel(f"{parameter_name(parameter)} ({parameter})")
-    axes.set_ylabel(f"{in_words(metric)} ({metric})")
+    axes.set_xlabel(f"{parameter_in_words(parameter)} ({parameter})")
+    axes.set_ylabel(f"{metric_in_words(metric)} ({metric})")
     axes.grid(alpha=0.25)
     for row, label in enumerate(reversed(lost)):
-        color = look(label, lines)[0]
-        _mark_diverged(axes, lines[label], 1.035 + 0.055 * row, f"{named(group, label)} diverged", color)
+        color = style(label, lines)[0]
+        _mark_diverged(axes, lines[label], 1.035 + 0.055 * row, f"{setting_in_words(group, label)} diverged", color)
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=11, handlelength=3.2, frameon=False)
     return figure
 
@@ -99,10 +99,11 @@ class _Results:
     """The results of one line.
 
     Args:
-        values: The hyperparameter, rising, shape ``(P,)``.
-        quartiles: Of the last values of the metric over the seeds, shape ``(3, P)``; not finite where runs diverged.
-        diverged: How many runs did, shape ``(P,)``.
-        runs: Of so many, shape ``(P,)``.
+        values: The values of the hyperparameter, rising, shape ``(P,)``.
+        quartiles: The quartiles of the last values of the metric over the seeds, shape ``(3, P)``. They are not finite
+            where runs diverged.
+        diverged: The number of runs that diverged, shape ``(P,)``.
+        runs: The number of runs, shape ``(P,)``.
     """
 
     values: Array
@@ -123,7 +124,7 @@ class _Results:
 
 
 def _last_values(runs: Sequence[Run], metric: str) -> Array:
-    """The runs' results, those that diverged as the worst; a run that did not log the metric has none, NaN if all."""
+    """The runs' last values. A run that diverged has the worst one. NaN if no run logged the metric."""
     last = [worst(metric) if run.has_diverged(metric) else run.last(metric) for run in runs]
     return np.array([value for value in last if value is not None] or [np.nan])
 
@@ -148,7 +149,7 @@ def _draw_results(axes: Axes, results: _Results, high: float, label: str, look: 
 
 
 def _mark_diverged(axes: Axes, results: _Results, y: float, label: str, color: str) -> None:
-    """Crosses in a line of their own above the axes, with the number of runs unless all did."""
+    """Draw crosses in a line of their own above the axes, with the number of runs unless all diverged."""
     where = axes.get_xaxis_transform()
     for x, diverged, runs in zip(results.values, results.diverged, results.runs, strict=True):
         if diverged == 0:
@@ -163,7 +164,7 @@ def _mark_diverged(axes: Axes, results: _Results, y: float, label: str, color: s
 
 
 def _set_parameter_axis(axes: Axes, values: Sequence[float]) -> None:
-    """A tick for each value that was tried, if they are few."""
+    """Set a tick for each value that was tried, if they are few."""
     if values[0] > 0:
         axes.set_xscale("log")
         axes.xaxis.set_minor_formatter(NullFormatter())
@@ -187,23 +188,23 @@ def draw_panels(
 ) -> Figure:
     """Draw the curves of ``metric`` over training in small panels, one for each value of a hyperparameter.
 
-    In each a line for each value of ``group``, the median over the seeds. The axes are the same in all of them; an
-    accuracy's reaches from 0 to 1. A cross at the upper edge says where a line's runs diverged.
+    A panel has a line for each value of ``group``, the median over the seeds. All panels have the same axes. An
+    accuracy's axis reaches from 0 to 1. A cross at the upper edge says where a line's runs diverged.
 
     Args:
         variants: The runs of each variant.
         metric: The tag of a loss or of an accuracy.
-        title: Stands above.
+        title: The title above the figure.
         notes: Not drawn.
-        parameter: The hyperparameter that tells the panels apart.
-        group: The hyperparameter that tells the lines apart.
-        panels_per_row: At most so many side by side.
+        parameter: The hyperparameter that has a panel for each of its values.
+        group: The hyperparameter that has a line for each of its values.
+        panels_per_row: How many panels stand side by side at most.
         largest_first: Whether the values fall from panel to panel.
-        steps_per_epoch: With it the horizontal axis counts epochs of so many training steps.
+        steps_per_epoch: The number of training steps in an epoch. With it the horizontal axis counts epochs.
 
     Raises:
-        ValueError: If a run lacks one of the two hyperparameters, variants differ in something else, or a number is
-            below 1.
+        ValueError: If a run lacks one of the two hyperparameters, if variants differ in something else, or if a number
+            is below 1.
     """
     check_integer("panels_per_row", panels_per_row, at_least=1)
     if steps_per_epoch is not None:
@@ -224,21 +225,26 @@ def draw_panels(
     for index, value in enumerate(values):
         axes = figure.add_subplot(page[index // columns, index % columns], sharex=first, sharey=first)
         first = first or axes
-        axes.set_title(f"{short_name(parameter)} = {number_text(value)}", fontsize=10, pad=6)
+        axes.set_title(f"{short_parameter(parameter)} = {digits_of(value)}", fontsize=10, pad=6)
         lines = {label: cells[value, label] for label in labels if (value, label) in cells}
         _draw_panel(
-            axes, lines, metric, high, looks={label: look(label, labels) for label in labels}, per=steps_per_epoch
+            axes, lines, metric, high, looks={label: style(label, labels) for label in labels}, per=steps_per_epoch
         )
         axes.tick_params(labelleft=index % columns == 0, labelbottom=index + columns >= len(values), labelsize=8.5)
     assert first is not None
     _set_common_limits(first, low, high, metric)
     first.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     write_title(
-        figure, title, f"{in_words(metric)} in training, by {parameter_name(parameter)}" + of_seeds("median", variants)
+        figure,
+        title,
+        f"{metric_in_words(metric)} in training, by {parameter_in_words(parameter)}"
+        + seeds_in_words("median", variants),
     )
     figure.text(0.5, 0.13 / height, "epochs" if steps_per_epoch else "training steps", ha="center", fontsize=11)
-    figure.text(0.12 / width, 0.5, f"{in_words(metric)} ({metric})", rotation=90, va="center", fontsize=11)
-    _draw_common_legend(figure, {named(group, label): look(label, labels) for label in labels}, cells, metric)
+    figure.text(0.12 / width, 0.5, f"{metric_in_words(metric)} ({metric})", rotation=90, va="center", fontsize=11)
+    _draw_common_legend(
+        figure, {setting_in_words(group, label): style(label, labels) for label in labels}, cells, metric
+    )
     return figure
 
 
@@ -293,7 +299,7 @@ def _draw_common_legend(
         for label, (color, line) in looks.items()
     ]
     if any(run.has_diverged(metric) for runs in cells.values() for run in runs):
-        label = "diverged: the loss is NaN or infinite at the end"
+        label = "diverged (NaN or infinity)"
         handles.append(Line2D([], [], color="black", marker="x", mew=2.4, markersize=8, linestyle="none", label=label))
     height = figure.get_figheight()
     figure.legend(
