@@ -412,7 +412,8 @@ def _notes(name: str, runs: Sequence[Run]) -> list[str]:
 def _write_image(directory: Path, png: Path) -> None:
     """Write the figure as a TensorBoard run of its own, with a description."""
     import matplotlib.image
-    from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+    from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_BLOB_SEQUENCE, Summary
+    from tensorboard.plugins.image.metadata import create_summary_metadata
     from torch.utils.tensorboard import FileWriter
 
     run = directory / COMPARISON
@@ -422,7 +423,9 @@ def _write_image(directory: Path, png: Path) -> None:
             old.unlink()
     height, width, channels = matplotlib.image.imread(png).shape
     image = Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=png.read_bytes())
-    metadata = SummaryMetadata(display_name=COMPARISON, summary_description=_DESCRIPTION)
+    metadata = create_summary_metadata(COMPARISON, _DESCRIPTION, converted_to_tensor=True)
+    # Without it TensorBoard's fast loader drops the description.
+    metadata.data_class = DATA_CLASS_BLOB_SEQUENCE
     writer = FileWriter(str(run), filename_suffix=COMPARISON_SUFFIX)
     writer.add_summary(Summary(value=[Summary.Value(tag=COMPARISON, image=image, metadata=metadata)]))
     writer.close()

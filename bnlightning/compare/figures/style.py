@@ -115,26 +115,28 @@ def digits_of(value: Any) -> str:
 def legend_of(variants: Variants) -> tuple[str, dict[str, str]]:
     """A legend's title and its label for each variant.
 
-    The title has what all variants share, the labels the rest: "batch norm (ours), depth" above "2" and "10". Without a
-    setting that tells the variants apart there is no title.
+    The title has what the variants' names begin with, the labels the rest: "batch norm (ours), depth" above "2" and
+    "10", "batch norm (ours)" above "depth 2, activation tanh" and "depth 10, activation relu". There is no title if a
+    label would have nothing left.
 
     Args:
         variants: The runs of each variant.
     """
     texts, names = labels(variants), run_names(variants)
     parts = [name.parts for name in names.values()]
-    folders = {name.folder for name in names.values()}
     shared = 0
     while all(len(each) > shared and each[shared] == parts[0][shared] for each in parts):
         shared += 1
-    setting, *others = {each[shared][0] if len(each) > shared else "" for each in parts}
-    if len(variants) == 1 or len(folders) > 1 or others or not setting:
+    beginning, rests = parts[0][:shared], [each[shared:] for each in parts]
+    settings = {name for rest in rests for name, _ in rest}
+    if all(len(rest) == 1 for rest in rests) and len(settings) == 1 and "" not in settings:
+        beginning = [*beginning, (settings.pop(), "")]
+        rests = [[("", value)] for ((_, value),) in rests]
+    short = dict(zip(variants, map(words_of, rests), strict=True))
+    folder, *others = {name.folder for name in names.values()}
+    if len(variants) == 1 or others or not beginning or not all(short.values()):
         return "", texts
-    title = words_of([*parts[0][:shared], (setting, "")])
-    return title, {
-        variant: words_of([("", each[shared][1]), *each[shared + 1 :]])
-        for variant, each in zip(variants, parts, strict=True)
-    }
+    return f"{folder}/{words_of(beginning)}".removeprefix("/"), short
 
 
 def seeds_in_words(what: str, variants: Variants) -> str:
