@@ -244,10 +244,10 @@ def test_a_rank_without_any_batch_in_an_evaluation_is_not_waited_for(tmp_path):
         assert tags == one.Tags()["scalars"] and two.Tags()["histograms"] == one.Tags()["histograms"]
         for tag in (tag for tag in tags if "val_" in tag):
             assert scalar(two, tag) == pytest.approx(scalar(one, tag), rel=1e-3, abs=1e-4), (tag, has_all)
-        for tag in ("health/watched/text_summary", "val_prediction"):
+        for tag in ("health/watched/text_summary", "val/prediction"):
             first, second = (tensor_of(each, tag) for each in (one, two))
             assert first.dtype == second.dtype and (
-                np.allclose(first, second, rtol=1e-3, atol=1e-4) if tag == "val_prediction" else first == second
+                np.allclose(first, second, rtol=1e-3, atol=1e-4) if tag == "val/prediction" else first == second
             )
 
 

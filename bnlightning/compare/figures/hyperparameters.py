@@ -37,6 +37,7 @@ from bnlightning.compare.figures.style import (
 from bnlightning.compare.runs import Run, curves, is_higher_better, quartiles, worst
 
 _MOST_TICKS = 12
+_DIVERGED = "diverged (NaN or infinity)"
 
 
 def draw_parameter(
@@ -214,10 +215,14 @@ def draw_panels(
     values = values[::-1] if largest_first else values
     columns = min(panels_per_row, len(values))
     rows = math.ceil(len(values) / columns)
-    width, height = max(3.0 * columns + 0.9, 7.5), 2.15 * rows + 1.75
+    width = max(3.0 * columns + 0.9, 10.5)
+    looks = {setting_in_words(group, label): style(label, labels) for label in labels}
+    legend_columns, legend_rows = _legend_layout([*looks, _DIVERGED], width)
+    top = 1.2 + 0.24 * (legend_rows - 1)
+    height = 2.15 * rows + 0.55 + top
     figure = Figure(figsize=(width, height), dpi=100, facecolor="white")
     page = figure.add_gridspec(
-        rows, columns, left=0.75 / width, right=1 - 0.2 / width, top=1 - 1.2 / height, bottom=0.62 / height,
+        rows, columns, left=0.75 / width, right=1 - 0.2 / width, top=1 - top / height, bottom=0.62 / height,
         wspace=0.07, hspace=0.27,
     )  # fmt: skip
     low, high = _common_range(cells, metric)
@@ -242,9 +247,7 @@ def draw_panels(
     )
     figure.text(0.5, 0.13 / height, "epochs" if steps_per_epoch else "training steps", ha="center", fontsize=11)
     figure.text(0.12 / width, 0.5, f"{metric_in_words(metric)} ({metric})", rotation=90, va="center", fontsize=11)
-    _draw_common_legend(
-        figure, {setting_in_words(group, label): style(label, labels) for label in labels}, cells, metric
-    )
+    _draw_common_legend(figure, looks, legend_columns, cells, metric)
     return figure
 
 
@@ -291,18 +294,31 @@ def _draw_panel(
     axes.grid(alpha=0.25)
 
 
+def _legend_layout(labels: Sequence[str], width: float) -> tuple[int, int]:
+    """The columns and rows of a legend above panels, in a figure so many inches wide."""
+    # A letter of the legend, and the line before it with the space behind.
+    entry = 0.085 * max(map(len, labels)) + 0.95
+    columns = min(max(int((width - 0.6) / entry), 1), len(labels))
+    return columns, math.ceil(len(labels) / columns)
+
+
 def _draw_common_legend(
-    figure: Figure, looks: Mapping[str, tuple[str, Any]], cells: Mapping[Any, Sequence[Run]], metric: str
+    figure: Figure,
+    looks: Mapping[str, tuple[str, Any]],
+    columns: int,
+    cells: Mapping[Any, Sequence[Run]],
+    metric: str,
 ) -> None:
     handles = [
         Line2D([], [], color=color, linestyle=line, linewidth=2.2, label=label)
         for label, (color, line) in looks.items()
     ]
     if any(run.has_diverged(metric) for runs in cells.values() for run in runs):
-        label = "diverged (NaN or infinity)"
-        handles.append(Line2D([], [], color="black", marker="x", mew=2.4, markersize=8, linestyle="none", label=label))
+        handles.append(
+            Line2D([], [], color="black", marker="x", mew=2.4, markersize=8, linestyle="none", label=_DIVERGED)
+        )
     height = figure.get_figheight()
     figure.legend(
         handles=handles, loc="upper left", bbox_to_anchor=(0.6 / figure.get_figwidth(), 1 - 0.55 / height),
-        ncols=len(handles), fontsize=11, handlelength=3.2, frameon=False, borderaxespad=0.0,
+        ncols=columns, fontsize=11, handlelength=3.2, frameon=False, borderaxespad=0.0,
     )  # fmt: skip

@@ -43,6 +43,8 @@ _MAX_STEPS = 6
 _BINS = 40
 _MAX_RESULTS = 20
 _MIN_VALUES = 10
+# The width of the table of test metrics, in bold letters of one point.
+_HEADINGS = 650.0
 
 
 def draw(variants: Variants, metric: str, title: str, notes: Sequence[str]) -> Figure:
@@ -293,7 +295,7 @@ def _write_digits(
     words = labels(variants)
     for column, name in enumerate(columns):
         color = style(name, variants)[0] if name in variants else "black"
-        label = fill(words.get(name, name), max(8, 72 // len(columns)))
+        label = fill(words.get(name, name), int(_HEADINGS / (len(columns) * size)), break_long_words=False)
         axes.text(column + 0.5, -0.6, label, color=color, weight="bold", fontsize=size, ha="center", va="bottom")
         for row, (metric, values) in enumerate(results.items()):
             text = digits(quartiles(values[name], worst(metric))[1]) if name in values else "-"

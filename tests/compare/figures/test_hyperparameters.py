@@ -134,6 +134,23 @@ def test_panels_of_accuracies_reach_from_0_to_1_and_count_epochs(tmp_path, write
         draw_panels(variants, "val/acc", "", [], parameter="weight_std", steps_per_epoch=0)
 
 
+@pytest.mark.parametrize("group", ["norm", "momentum"])
+def test_a_legend_lies_between_the_title_and_the_panels(group, tmp_path, write_run, read_variants):
+    for index, norm in enumerate(("none", "custom", "torch")):
+        hparams = {"norm": norm, "momentum": 0.1 * index, "weight_std": 1.0}
+        write_run(tmp_path / norm, hparams, 10, val__acc=[0.3, 0.5, 0.6])
+    if group == "momentum":
+        for index in range(3, 9):
+            hparams = {"norm": "torch", "momentum": 0.1 * index, "weight_std": 1.0}
+            write_run(tmp_path / f"torch_momentum-{index}", hparams, val__acc=[0.3, 0.5, 0.6])
+    drawn = draw_panels(read_variants(tmp_path), "val/acc", "stds", [], parameter="weight_std", group=group)
+    drawn.draw_without_rendering()
+    box, title, panel = (part.get_window_extent() for part in (drawn.legends[0], drawn.texts[0], drawn.axes[0].title))
+    assert len(drawn.legends[0].get_texts()) == (4 if group == "norm" else 10)
+    assert box.x0 > 0 and box.x1 < drawn.bbox.x1 and title.x1 < drawn.bbox.x1
+    assert panel.y1 <= box.y0 and box.y1 <= title.y0
+
+
 @pytest.mark.parametrize(
     ("draw", "options", "message"),
     [

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -150,3 +151,17 @@ def test_metrics_of_other_magnitudes_share_an_axis(values, scale):
     axes = Figure().add_subplot()
     figure._set_value_scale(axes, values)
     assert axes.get_xscale() == scale
+
+
+@pytest.mark.parametrize("settings", [[""], ["_activation-leaky_relu", "_activation-tanh"]])
+def test_the_headings_of_test_metrics_do_not_overlap(settings, tmp_path, write_run, read_variants):
+    for norm in ("none", "custom", "torch"):
+        for setting in settings:
+            write_run(tmp_path / f"{norm}{setting}", val__loss=[1.0], published__acc=[0.5], test__acc=[0.5])
+    drawn = figure.draw(read_variants(tmp_path), "val/loss", "title", [])
+    drawn.draw_without_rendering()
+    headings = [text for axes in drawn.axes for text in axes.texts if text.get_weight() == "bold"]
+    assert headings[0].get_text() == "published" and len(headings) == 1 + 3 * len(settings)
+    boxes = [text.get_window_extent() for text in headings]
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
+    assert all(box.y1 < drawn.bbox.y1 and box.x1 < drawn.bbox.x1 for box in boxes)
