@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -49,18 +48,18 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnlightning import GradientMonitor
-from bnlightning.callbacks import activation_monitor, batch_norm_monitor
+from bnlightning.monitors.activations import Activations
 from bnlightning.monitors.counting import ranks as _ranks
-from bnlightning.monitors.counting.histogram import TypicalRanges
-from bnlightning.monitors.counting.layer_statistics import RecentUnits, health
-from bnlightning.monitors.counting.layer_statistics import statistics as layer_statistics
-from bnlightning.monitors.counting.window import ActivationWindow, LayerKey
-from bnlightning.monitors.gradients import GradientRows
-from bnlightning.monitors.norms import BatchNormRows
+from bnlightning.monitors.counting.layers import LayerAccumulators, LayerKey
+from bnlightning.monitors.counting.norms import NormAccumulators
+from bnlightning.monitors.counting.parameters import ParameterAccumulators
+from bnlightning.monitors.gradients import Gradients
+from bnlightning.monitors.norms import Norms
+from bnlightning.monitors.record import Record
 from bnlightning.nn import sync
 from bnlightning.writing.history import History
-from bnlightning.writing.writers import Publication
+from bnlightning.writing.summaries import summarize
+from bnlightning.writing.writers import write
 
 CPU = torch.device("cpu")
 # 200 are the monitors' own maxima, beyond which they leave out what is to be watched.
@@ -107,16 +106,16 @@ GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gat
 PARTS = {"reduce": "packing", "numbers": "numbers", "queue": "queue", "file": "file's thread"}
 
 
-class Activations:
+class ActivationLoad:
     """``ActivationMonitor`` on so many ReLUs of :data:`UNITS` units."""
 
     name = "ActivationMonitor"
 
     def __init__(self, modules: int) -> None:
         torch.manual_seed(0)
-        self.keys = [LayerKey("layer", f"network.layers.{index}.act", True, UNITS) for index in range(modules)]
-        self.window = ActivationWindow()
-        self.recent, self.ranges, self.history = RecentUnits(1000), TypicalRanges(), History()
+        self.keys = [LayerKey(f"network.layers.{index}.act", True, UNITS) for index in range(modules)]
+        self.monitor, self.accumulators, self.history = Activations(), LayerAccumulators(), History()
+        self.catalogues = self.monitor.catalogues
         self.values = [torch.relu(torch.randn(8, UNITS) * 4.0**scale) for scale in range(-3, 4)]
 
     @staticmethod
@@ -124,25 +123,21 @@ class Activations:
         return activation_messages([(UNITS, False)] * modules)
 
     def sample(self) -> None:
-        self.window.reset()
+        self.accumulators.reset()
         for key, values in zip(self.keys, itertools.cycle(self.values), strict=False):
-            self.window.update(key, values)
+            self.accumulators.update(key, values)
 
     def reduce(self) -> None:
-        self.layers = self.window.reduce(CPU)
+        self.layers = self.accumulators.reduce(CPU)
         _ranks.first_of_ranks(None, CPU)
 
-    def publication(self, step: int) -> Publication:
-        recent = {key: self.recent.add(key, layer.units) for key, layer in self.layers.items()}
-        numbers = {key: layer_statistics(key, layer, recent[key], 0.025) for key, layer in self.layers.items()}
-        publication = activation_monitor._publication(step, "", self.layers, numbers, self.ranges)
-        summary = health((numbers[key], key.units) for key in self.layers)
-        publication.scalars |= {f"health/{name}": value for name, value in summary.items()}
-        activation_monitor._remember(self.history, step, self.layers, numbers)
-        return publication
+    def record(self, step: int) -> Record:
+        record = self.monitor.record(step, "train", self.layers)
+        self.history.add_record(record, list(self.catalogues[0].looks()))
+        return record
 
 
-class Gradients:
+class GradientLoad:
     """``GradientMonitor`` on so many sharded parameters of :data:`VALUES` values, each with a histogram."""
 
     name = "GradientMonitor, sharded"
@@ -155,29 +150,30 @@ class Gradients:
         gradients = [torch.randn(VALUES // 32, 32) * 4.0**scale for scale in range(-3, 4)]
         for parameter, gradient in zip(self.parameters.values(), itertools.cycle(gradients), strict=False):
             parameter.grad = gradient
-        self.monitor = GradientMonitor(max_parameters=modules)
-        self.monitor._choose(self.parameters)
+        self.monitor = Gradients(max_parameters=modules)
+        self.monitor.chosen = dict.fromkeys(self.parameters)
+        self.catalogues = self.monitor.catalogues
 
     @staticmethod
     def messages(modules: int) -> list[int]:
         return gradient_messages(modules, modules, sharded=True)
 
     def sample(self) -> None:
-        self.rows = GradientRows(self.parameters, self.parameters, CPU)
+        self.accumulators = ParameterAccumulators(self.parameters, self.parameters, CPU)
         with torch.no_grad():
-            self.rows.record(self.parameters.values())
+            self.accumulators.record(self.parameters.values())
         # As if they were: what each rank has of a DTensor is recorded as here.
-        self.rows._is_sharded = True
+        self.accumulators._is_sharded = True
 
     def reduce(self) -> None:
         with torch.no_grad():
-            self.rows.finish()
+            self.accumulators.finish()
 
-    def publication(self, step: int) -> Publication:
-        return self.monitor._publication(step, self.rows.statistics())
+    def record(self, step: int) -> Record:
+        return self.monitor.record(step, self.accumulators.statistics())
 
 
-class BatchNorms:
+class NormLoad:
     """``BatchNormMonitor`` on so many layers of :data:`CHANNELS` channels."""
 
     name = "BatchNormMonitor"
@@ -188,7 +184,8 @@ class BatchNorms:
         layers = [nn.BatchNorm1d(CHANNELS) for _ in self.names]
         for layer in layers:
             layer.num_batches_tracked.add_(1)
-        self.rows = BatchNormRows(layers, CPU)
+        self.accumulators, self.monitor = NormAccumulators(layers, CPU), Norms()
+        self.catalogues = self.monitor.catalogues
         self.input = torch.randn(8, CHANNELS)
 
     @staticmethod
@@ -196,20 +193,18 @@ class BatchNorms:
         return batch_norm_messages([CHANNELS] * modules)
 
     def sample(self) -> None:
-        self.rows.start()
+        self.accumulators.start()
         for index in range(len(self.names)):
-            self.rows.update(index, self.input)
+            self.accumulators.update(index, self.input)
 
     def reduce(self) -> None:
-        self.rows.reduce()
+        self.accumulators.reduce()
 
-    def publication(self, step: int) -> Publication:
-        layers = dict(zip(self.names, self.rows.statistics(), strict=True))
-        scalars = batch_norm_monitor._scalars(layers) | batch_norm_monitor._health(list(layers.values()))
-        return Publication(step, scalars=scalars)
+    def record(self, step: int) -> Record:
+        return self.monitor.record(step, dict(zip(self.names, self.accumulators.statistics(), strict=True)))
 
 
-MONITORS = [Activations, Gradients, BatchNorms]
+MONITORS = [ActivationLoad, GradientLoad, NormLoad]
 
 
 @dataclass
@@ -235,10 +230,10 @@ def publish(load: Any, step: int, logger: TensorBoardLogger) -> tuple[dict[str, 
     with counting(pretend=True) as sent:
         load.reduce()
     clock.append(time.thread_time())
-    publication = load.publication(step)
+    summaries = summarize(load.record(step), load.catalogues)
     clock.append(time.thread_time())
     everything = time.process_time()
-    publication.write(SimpleNamespace(is_global_zero=True, loggers=[logger]))
+    write([logger], summaries)
     clock.append(time.thread_time())
     # The queue is filled by this thread, the file written by another one.
     logger.experiment.flush()
@@ -470,7 +465,7 @@ def print_file(largest: dict[str, tuple[int, Measured]]) -> None:
 
 
 def print_keys() -> None:
-    keys = [LayerKey("layer", f"network.layers.{index}.mlp.act", True, UNITS) for index in range(1000)]
+    keys = [LayerKey(f"network.layers.{index}.mlp.act", True, UNITS) for index in range(1000)]
     start = time.thread_time()
     repr(keys)
     microseconds = (time.thread_time() - start) / 1000 * 1e6

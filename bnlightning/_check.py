@@ -1,4 +1,4 @@
-"""Checks of what a user passed: each raises one message with the argument's name, the value received and the cure."""
+"""Checks of a user's arguments. Each raises one message that names the argument, the value and the cure."""
 
 import math
 from collections.abc import Collection
@@ -7,7 +7,20 @@ from typing import Any
 
 
 def check_integer(name: str, value: Any, *, at_least: int, at_most: int | None = None) -> None:
-    """Raise ``ValueError`` unless ``value`` is an integer (no bool) within the bounds."""
+    """Raise ``ValueError`` unless ``value`` is an integer within the bounds. A bool is not an integer here.
+
+    Args:
+        name: Name of the argument, for the message.
+        value: Value to check.
+        at_least: Smallest integer allowed.
+        at_most: Largest integer allowed; by default there is none.
+
+    Example:
+        >>> check_integer("depth", 0, at_least=1)
+        Traceback (most recent call last):
+        ...
+        ValueError: depth=0 is not possible: give an integer of at least 1.
+    """
     is_integer = isinstance(value, Integral) and not isinstance(value, bool)
     if is_integer and value >= at_least and (at_most is None or value <= at_most):
         return
@@ -16,7 +29,20 @@ def check_integer(name: str, value: Any, *, at_least: int, at_most: int | None =
 
 
 def check_number(name: str, value: Any, *, above: float | None = None, at_least: float | None = None) -> None:
-    """Raise ``ValueError`` unless ``value`` is a finite number within the bounds."""
+    """Raise ``ValueError`` unless ``value`` is a finite number within the bounds. A bool is not a number here.
+
+    Args:
+        name: Name of the argument, for the message.
+        value: Value to check.
+        above: Number that the value must exceed; by default there is none.
+        at_least: Smallest number allowed; by default there is none.
+
+    Example:
+        >>> check_number("learning_rate", -0.1, above=0.0)
+        Traceback (most recent call last):
+        ...
+        ValueError: learning_rate=-0.1 is not possible: give a number above 0.
+    """
     is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     if is_number and (above is None or value > above) and (at_least is None or value >= at_least):
         return
@@ -25,13 +51,36 @@ def check_number(name: str, value: Any, *, above: float | None = None, at_least:
 
 
 def check_share(name: str, value: Any) -> None:
-    """Raise ``ValueError`` unless ``value`` is a number from 0 to below 1, what a share can exceed."""
+    """Raise ``ValueError`` unless ``value`` is a number from 0 to below 1, a limit that a share can exceed.
+
+    Args:
+        name: Name of the argument, for the message.
+        value: Value to check.
+
+    Example:
+        >>> check_share("warn_dead", 1.0)
+        Traceback (most recent call last):
+        ...
+        ValueError: warn_dead=1.0 is not possible: give a share from 0 to below 1, such as 0.5.
+    """
     if isinstance(value, Real) and not isinstance(value, bool) and 0.0 <= float(value) < 1.0:
         return
     raise ValueError(f"{name}={value!r} is not possible: give a share from 0 to below 1, such as 0.5.")
 
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
-    """Raise ``ValueError`` unless ``value`` is one of ``choices``."""
-    if value not in choices:
+    """Raise ``ValueError`` unless ``value`` is one of ``choices``.
+
+    Args:
+        name: Name of the argument, for the message.
+        value: Value to check.
+        choices: The values allowed.
+
+    Example:
+        >>> check_choice("norm", "layer", ["none", "custom", "torch"])
+        Traceback (most recent call last):
+        ...
+        ValueError: norm='layer' is not known: choose one of none, custom, torch.
+    """
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}={value!r} is not known: choose one of {', '.join(choices)}.")

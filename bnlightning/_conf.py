@@ -1,4 +1,4 @@
-"""Where the package finds its own configuration files."""
+"""The directory of the package's own configuration files."""
 
 from pathlib import Path
 
@@ -7,3 +7,4 @@ _PACKAGE = Path(__file__).resolve().parent
 _CHECKOUT = _PACKAGE.parent / "conf"
 
 CONF_DIR = _CHECKOUT if (_PACKAGE.parent / "pyproject.toml").is_file() and _CHECKOUT.is_dir() else _PACKAGE / "conf"
+"""The directory of ``train.yaml`` and its groups, for Hydra's ``initialize_config_dir`` and ``hydra.searchpath``."""

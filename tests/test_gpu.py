@@ -14,7 +14,7 @@ from bnlightning import (
 from bnlightning.monitors.catching.finite_check import make_check
 from bnlightning.monitors.catching.observer import Observer
 from bnlightning.monitors.counting.histogram import count_values
-from bnlightning.monitors.counting.window import ActivationWindow
+from bnlightning.monitors.counting.layers import LayerAccumulators
 from bnlightning.nn import CONVENTIONS, skip_nonfinite_batches
 
 pytestmark = [
@@ -86,7 +86,7 @@ def test_monitor_counts_on_the_gpu_what_it_counts_on_the_cpu(tmp_path):
 
 
 def test_monitoring_never_waits_for_the_gpu():
-    observer, window = Observer(None, 100), ActivationWindow()
+    observer, window = Observer(None, 100), LayerAccumulators()
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), BatchNorm2d(8), torch.nn.Sigmoid(), torch.nn.Flatten()).cuda()
     observer.attach(net, True, torch.device("cuda"))
     observer.check, observer.grad_scale = make_check(torch.device("cuda")), 1.0

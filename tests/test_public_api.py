@@ -1,7 +1,6 @@
 import types
 
 import bnlightning
-from bnlightning import CONF_DIR
 
 
 def test_all_is_sorted_and_complete():
@@ -19,10 +18,6 @@ def test_all_is_sorted_and_complete():
 def test_everything_public_is_documented():
     for name in bnlightning.__all__:
         assert name == "CONF_DIR" or getattr(bnlightning, name).__doc__, name
-
-
-def test_configuration_is_found():
-    assert (CONF_DIR / "train.yaml").is_file()
 
 
 def test_version():

@@ -1,5 +1,6 @@
-"""A training that starts from given weights."""
+"""A callback that sets the weights a training starts from."""
 
+import os
 from pathlib import Path
 
 import lightning
@@ -9,30 +10,32 @@ from lightning.pytorch.callbacks import Callback
 
 
 class InitialWeights(Callback):
-    """Start from the weights in a file, such as those that another framework's training started from.
+    """Start from the weights in a file, such as the first weights of another framework's training.
 
-    They are set before the fit, and before an evaluation in front of it; a checkpoint that is resumed from replaces
-    them. What the file does not hold keeps its own initial values.
+    The weights are set before the fit, or before an evaluation that precedes it. A resumed checkpoint replaces them.
+    Parameters that the file does not hold keep their own initial values.
 
     Args:
-        path: Of a ``.npz`` file with one array a parameter, by its name in the module's ``state_dict``, such as
-            ``net.linear1.weight``.
+        path: Path of a ``.npz`` file with one array for each parameter, by the parameter's name in the module's
+            ``state_dict``, such as ``net.linear1.weight``.
 
     Raises:
-        ValueError: If the file is not there, or an array in it is not one of the module's in name and shape.
+        ValueError: If the file does not exist. In ``setup``, if the module has no parameter of an array's name and
+            shape.
 
     Example:
+        >>> np.savez("weights.npz", **{"net.linear1.weight": np.zeros((30, 1), np.float32)})
         >>> trainer = lightning.Trainer(callbacks=[InitialWeights("weights.npz")])
     """
 
-    def __init__(self, path: str) -> None:
-        if not Path(path).is_file():
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        if not isinstance(path, str | os.PathLike) or not Path(path).is_file():
             raise ValueError(f"path={path!r} of InitialWeights is not a file: give the .npz file with the weights.")
         self.path = path
         self._is_done = False
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        # A fit behind an evaluation goes on from the weights that were evaluated, a test from those that were trained.
+        # A fit after an evaluation keeps the evaluated weights, and a test keeps the trained ones.
         if self._is_done or stage not in ("fit", "validate"):
             return
         self._is_done = True

@@ -1,4 +1,4 @@
-"""What a regression predicts, point by point, in TensorBoard's files."""
+"""A callback that keeps the predictions of a regression, point by point, in TensorBoard's files."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,22 +14,26 @@ from bnlightning.callbacks._steps import EvaluationCadence
 
 
 class PredictionMonitor(Callback):
-    """Keep the evaluated points and the predictions for them, so that a finished run can be drawn.
+    """Keep the evaluated points and their predictions, so that a finished run can be drawn.
 
-    For any LightningModule whose ``validation_step`` takes batches ``(x, y)`` with one number a sample in each and
-    returns a mapping with the ``prediction``.
+    It works with any LightningModule whose ``validation_step`` takes batches ``(x, y)`` of one number a sample and
+    returns a mapping with the ``prediction``. If a sample has more numbers, only the first one is kept.
 
-    Logged, at the number of optimizer steps taken before the evaluation, to TensorBoard loggers:
-    ``val_prediction``, a float32 tensor of shape ``(N, 3)`` with columns x, y and prediction, over all batches of the
-    evaluation and all ranks, or the first ``max_points`` of each rank.
+    Logs:
+        ``val/prediction``, to TensorBoard loggers: a float32 tensor of shape ``(N, 3)`` with the columns x, y and
+        prediction. It holds the points of all batches and all ranks, up to ``max_points`` a rank. It is logged at the
+        number of optimizer steps taken before the evaluation.
 
     Args:
-        every_n_steps: Within a fit, evaluations that begin at least so many optimizer steps after the last one kept, or
-            with the final weights, are kept; every ``trainer.validate`` is.
-        max_points: Upper bound of N on each rank.
+        every_n_steps: Smallest number of optimizer steps between two evaluations of a fit that are kept. The evaluation
+            of the final weights and every ``trainer.validate`` are kept too.
+        max_points: Largest number of points to keep on each rank.
 
     Raises:
-        ValueError: If an argument is below 1; in the evaluation, if the module gives no ``prediction``.
+        ValueError: If an argument is below 1. In an evaluation, if the module returns no ``prediction``.
+
+    Example:
+        >>> trainer = lightning.Trainer(callbacks=[PredictionMonitor(every_n_steps=100)])
     """
 
     def __init__(self, every_n_steps: int = 50, max_points: int = 5000) -> None:
@@ -71,7 +75,7 @@ class PredictionMonitor(Callback):
         points, self._points = self._points, None
         if points is None:
             return
-        # A rank may have had no batch at all; all of them gather.
+        # Every rank gathers, even one that had no batch.
         local = torch.cat([*points, torch.zeros(0, 3, device=pl_module.device)])[: self.max_points]
         everything = _gather(local).cpu()
         if not trainer.is_global_zero:
@@ -82,7 +86,7 @@ class PredictionMonitor(Callback):
 
 
 def _gather(points: Tensor) -> Tensor:
-    """The points of all ranks, which may differ in number, one rank after the other."""
+    """Return the points of all ranks, one rank after the other. The ranks may have different numbers of points."""
     dist = torch.distributed
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return points

@@ -1,4 +1,4 @@
-"""A checkpoint when the machine is about to be taken away."""
+"""A callback that saves a checkpoint when the machine is about to be taken away."""
 
 import os
 import signal
@@ -17,29 +17,35 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from bnlightning.monitors.counting.ranks import reduce_maxima, world_size
 
-# How often the ranks ask each other whether one of them was told to end.
+# The time between two exchanges of the ranks, and the most steps between them.
 _SECONDS = 1.0
 _MAX_STEPS = 1000
 
 
 class PreemptionCheckpoint(Checkpoint):
-    """On SIGTERM ends training after the same step on all ranks, with a checkpoint to resume from.
+    """Save a checkpoint on SIGTERM and end the training after the same step on all ranks.
 
-    Clusters send SIGTERM, to one process or to all, some seconds before they take a machine away. Lightning's answer
-    saves nothing, and communicates from within the signal's handler, where the ranks are at different places. Here
-    the handler sets a flag; the ranks exchange their flags about once a second, in one small collective, and whichever
-    rank got the signal, all of them save after the same optimizer step and raise Lightning's ``SIGTERMException``,
-    which ends the program. A signal amid an evaluation within a fit counts after the next step; in ``validate`` and
-    ``test`` it ends the program with the next batch or, with several ranks, with the evaluation.
+    Clusters send SIGTERM to one process or to all, some seconds before they take a machine away. Lightning's own answer
+    saves nothing. It also communicates within the signal's handler, where the ranks are at different places.
 
-    As with Lightning's ``OnExceptionCheckpoint``, a Trainer that has this callback makes no ``ModelCheckpoint`` by
-    itself: give one, too, if the training is to leave checkpoints without a signal.
+    Here the handler only sets a flag. The ranks exchange their flags about once a second, in one small collective. If
+    any rank got the signal, all ranks save after the same optimizer step. They then raise Lightning's
+    ``SIGTERMException``, which ends the program.
+
+    A signal during an evaluation of a fit takes effect after the next step. In ``validate`` and ``test`` a single
+    process ends at the next batch, and several ranks end after the evaluation.
+
+    A Trainer with this callback does not add a ``ModelCheckpoint`` by itself, as with Lightning's
+    ``OnExceptionCheckpoint``. Add a ``ModelCheckpoint`` if the training shall save checkpoints without a signal.
 
     Args:
-        path: The checkpoint's file. Relative to the working directory.
+        path: Path of the checkpoint's file, relative to the working directory.
 
     Raises:
         ValueError: If ``path`` is not the path of a file.
+
+    Example:
+        >>> trainer = lightning.Trainer(callbacks=[PreemptionCheckpoint("preempted.ckpt")])
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -52,8 +58,8 @@ class PreemptionCheckpoint(Checkpoint):
         self._asked_at = 0.0
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        # Not earlier: Lightning's handler, which would come in front of this one, is there from here on. It is
-        # Lightning, too, that puts back at the end of the fit what was there before.
+        # Not earlier, because Lightning installs its own handler just before this hook. At the end of the fit Lightning
+        # restores the handler that was there before.
         self._listen()
         self._step = trainer.global_step
         self._steps_left = self._steps_asked = 1
@@ -67,7 +73,7 @@ class PreemptionCheckpoint(Checkpoint):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        # Between two optimizer steps gradients are accumulated, which no checkpoint holds.
+        # Gradients that accumulate between two optimizer steps are in no checkpoint.
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
@@ -80,12 +86,12 @@ class PreemptionCheckpoint(Checkpoint):
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        # What the step before has logged is written by now, and its evaluation, if it was due.
+        # By now the values that the last step logged are written, and so is its evaluation if one was due.
         if self._stops:
             self._stop(trainer, f"after step {self._step}: {self.path}")
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        # The last step, or one since the ranks last asked.
+        # The signal may have come after the ranks' last exchange.
         if not self._stops and self._ask(trainer.strategy.root_device):
             trainer.save_checkpoint(self.path)
             self._stops = True
@@ -107,12 +113,12 @@ class PreemptionCheckpoint(Checkpoint):
         self._leave_evaluation(trainer)
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        # A rank that has nothing to evaluate gets no other hook.
+        # A rank without anything to evaluate gets no other hook.
         if stage in ("validate", "test") and self._ask(trainer.strategy.root_device):
             self._stop(trainer, "in an evaluation")
 
     def _leave_evaluation(self, trainer: lightning.Trainer) -> None:
-        # Several ranks may have different numbers of batches.
+        # Several ranks may have different numbers of batches, so they end in teardown.
         if self._requested and world_size() == 1:
             self._stop(trainer, "in an evaluation")
 
@@ -130,12 +136,12 @@ class PreemptionCheckpoint(Checkpoint):
         self._requested = True
 
     def _ask(self, device: torch.device) -> bool:
-        """Whether any rank was told to end; all of them ask again after the same number of steps."""
+        """Return whether any rank got the signal, and agree on the number of steps until the next exchange."""
         if world_size() == 1:
             return self._requested
         per_step = (time.monotonic() - self._asked_at) / self._steps_asked
         steps = max(1, min(_MAX_STEPS, int(_SECONDS / max(per_step, 1e-6))))
-        # The fewest steps that any rank proposes.
+        # The maximum of negative numbers: the fewest steps that any rank proposes.
         (agreed,) = reduce_maxima([torch.tensor([self._requested, -steps], device=device, dtype=torch.int64)])
         requested, proposal = agreed.tolist()
         self._steps_left = self._steps_asked = -proposal

@@ -1,4 +1,4 @@
-"""A progress bar for trainings that evaluate often."""
+"""A progress bar callback for trainings that evaluate often."""
 
 import sys
 from typing import Any
@@ -9,18 +9,23 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 
 class TrainingProgressBar(TQDMProgressBar):
-    """Lightning's progress bar without those of the evaluations, which would flash by, and only on a terminal.
+    """Lightning's progress bar, without bars for the evaluations and only on a terminal.
+
+    The bars of short evaluations would only flash. Output that goes to a file shows no bar at all.
 
     Args:
-        refresh_rate: Batches from one update to the next.
+        refresh_rate: Number of batches from one update to the next.
+
+    Example:
+        >>> trainer = lightning.Trainer(callbacks=[TrainingProgressBar(refresh_rate=10)])
     """
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Show nothing where the output goes to a file."""
+        """Disable the bar if the output does not go to a terminal."""
         super().setup(trainer, pl_module, stage)
         if not sys.stdout.isatty():
             self.disable()
 
     def init_validation_tqdm(self) -> Any:
-        """No bar."""
+        """Return a bar that shows nothing."""
         return Tqdm(disable=True)

@@ -1,4 +1,4 @@
-"""Published values beside those of a run, in the logger."""
+"""Callbacks that log published values beside those of a run."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,18 +10,21 @@ from bnlightning._check import check_integer, check_number
 
 
 class PublishedValues(Callback):
-    """Log what somebody else measured beside what this run's test measures, so that a comparison shows both.
+    """Log published results beside the results of this run's test, so that a comparison shows both.
 
-    For any LightningModule with a ``test_step``. Logged at the end of the test, at the number of optimizer steps taken:
-    ``published/<name>``, the value that was published for the metric ``test/<name>``.
+    It works with any LightningModule with a ``test_step``.
+
+    Logs:
+        ``published/<name>``: the published value of the metric ``test/<name>``. It is logged at the end of the test, at
+        the number of optimizer steps taken.
 
     Args:
-        values: By name, that of the metric less its ``test/``.
-        step: The number of optimizer steps after which they hold; a test after another number logs none of them.
-            ``None``: any.
+        values: Published values by the metric's name without its ``test/``.
+        step: Number of optimizer steps after which the values hold. A test after another number of steps logs none of
+            them. By default every test logs them.
 
     Raises:
-        ValueError: If a value is not a finite number, or ``step`` not an integer of at least 0.
+        ValueError: If a value is not a finite number, or ``step`` is not an integer of at least 0.
 
     Example:
         >>> trainer = lightning.Trainer(callbacks=[PublishedValues({"acc": 0.9723})])
@@ -44,19 +47,22 @@ class PublishedValues(Callback):
 
 
 class PublishedCurve(Callback):
-    """Log how somebody else's metric went in training beside how this run's goes, so that a comparison shows both.
+    """Log a published curve of a metric beside the curve of this run, so that a comparison shows both.
 
-    For any LightningModule that logs the metric while it trains. Logged at the end of the training batch in which so
-    many optimizer steps are taken: ``published/<metric>``, e.g. ``published/val/acc``. A run that is resumed logs the
-    values after the step it goes on from, one that is stopped those before.
+    It works with any LightningModule that logs the metric while it trains. A resumed run logs the values after the step
+    that it resumes from. A stopped run logs the values up to its last step.
+
+    Logs:
+        ``published/<metric>``, such as ``published/val/acc``: one published value, at its own step. It is logged at the
+        end of the training batch in which that step is reached.
 
     Args:
-        metric: The metric's tag, such as ``val/acc``.
-        values: What was published, after ``every_n_steps`` optimizer steps, after twice as many, and so on.
-        every_n_steps: The distance of two values in optimizer steps: with one value an epoch the steps of an epoch.
+        metric: Tag of the metric, such as ``val/acc``.
+        values: Published values after ``every_n_steps`` optimizer steps, after twice as many, and so on.
+        every_n_steps: Number of optimizer steps between two values. For one value an epoch, the steps of an epoch.
 
     Raises:
-        ValueError: If ``values`` is empty, a value is not a finite number, or ``every_n_steps`` not an integer of at
+        ValueError: If ``values`` is empty, a value is not a finite number, or ``every_n_steps`` is not an integer of at
             least 1.
 
     Example:
@@ -67,7 +73,7 @@ class PublishedCurve(Callback):
     def __init__(self, metric: str, values: Sequence[float], every_n_steps: int) -> None:
         check_integer("every_n_steps", every_n_steps, at_least=1)
         if not len(values):
-            raise ValueError(f"values={values!r} is not possible: give the published values, one at least.")
+            raise ValueError(f"values={values!r} is not possible: give at least one published value.")
         for index, value in enumerate(values):
             check_number(f"values[{index}]", value)
         self.metric = metric

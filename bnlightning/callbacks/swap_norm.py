@@ -1,4 +1,4 @@
-"""Swapping the batch norm layers of a LightningModule before it trains."""
+"""A callback and a plugin that swap the batch norm layers of a LightningModule before it trains."""
 
 import warnings
 from collections.abc import Callable
@@ -11,37 +11,40 @@ from torch import nn
 
 from bnlightning.nn.swap import SwapReport, swap_norm
 
-# Where a module may build layers after the callbacks' setup, the last one first.
+# The hooks in which a module may build layers after the callbacks' setup, the last one first.
 _LATE_HOOKS = ("configure_model", "setup")
 
 
 class SwapNorm(Callback):
     """Swap the batch norm layers of the LightningModule, by :func:`bnlightning.swap_norm`.
 
-    The swap comes before checkpoints are restored, optimizers are built and the strategy wraps the module, whatever the
-    strategy: in ``setup``, or, if the module overrides ``setup`` or ``configure_model`` and so may build its layers
-    there, right after the last of these. List the callback before others that copy the module in ``setup``, such as
-    ``WeightAveraging``.
+    The swap happens in ``setup``. Some modules override ``setup`` or ``configure_model`` and may build their layers
+    there: those are swapped right after the last of the two. In both cases, and with every strategy, the swap comes
+    before checkpoints are restored, optimizers are built and the strategy wraps the module. List this callback before
+    others that copy the module in ``setup``, such as ``WeightAveraging``.
 
-    A module is swapped once, however many stages and trainers follow, and stays swapped after them:
-    ``callback.report.revert()`` undoes it. A checkpoint has the keys of the swapped module; those of ``"custom"``,
-    ``"torch"`` and ``"sync"`` are the original's. ``load_from_checkpoint`` builds the module as its class does, so a
-    Trainer that goes on with it needs the callback again. With a strategy that runs in spawned or forked processes
-    (``ddp_spawn``, ``ddp_notebook``) the module that the caller holds stays as it was, and only the trained values come
-    back to it: there use only the three choices that keep the keys.
+    A module is swapped once and stays swapped through all later stages and Trainers. ``callback.report.revert()``
+    undoes the swap.
+
+    A checkpoint has the keys of the swapped module. With ``"custom"``, ``"torch"`` and ``"sync"`` these are the
+    original's keys. A checkpoint also remembers ``to`` and the options, so Lightning warns if it is resumed without the
+    callback. ``load_from_checkpoint`` builds the module as its class does, so a Trainer that continues with it needs
+    the callback again.
+
+    Strategies with spawned or forked processes (``ddp_spawn``, ``ddp_notebook``) leave the caller's module as it was.
+    Only the trained values return to it. With those strategies use only the three choices that keep the keys.
 
     Args:
-        to: As in :func:`bnlightning.swap_norm`: ``"none"``, ``"custom"``, ``"torch"``, ``"sync"`` or a callable.
+        to: Target of the swap: ``"none"``, ``"custom"``, ``"torch"``, ``"sync"`` or a callable. See
+            :func:`bnlightning.swap_norm`.
         strict: Whether a layer that cannot be swapped is an error.
-        **options: As in :func:`bnlightning.swap_norm`.
+        **options: Options of the new layers. See :func:`bnlightning.swap_norm`.
 
     Attributes:
-        report: Of the last swap, a :class:`bnlightning.SwapReport`; ``None`` before the first.
+        report: The :class:`bnlightning.SwapReport` of the last swap; ``None`` before the first.
 
     Raises:
-        ValueError: For unknown arguments; and in ``setup``, as :func:`bnlightning.swap_norm`.
-
-    A checkpoint remembers ``to`` and the options, so that Lightning warns when it is resumed without the callback.
+        ValueError: If an argument is not known. In ``setup``, for the reasons of :func:`bnlightning.swap_norm`.
 
     Example:
         >>> trainer = lightning.Trainer(callbacks=[SwapNorm("custom", convention="keras", momentum=0.01)])
@@ -50,7 +53,7 @@ class SwapNorm(Callback):
     def __init__(self, to: str | Callable[..., nn.Module], strict: bool = True, **options: Any) -> None:
         if isinstance(to, str):
             with warnings.catch_warnings():
-                # What is wrong with the arguments is told here; what there is to warn of, when it happens.
+                # Errors in the arguments are told here, warnings when the swap happens.
                 warnings.simplefilter("ignore")
                 swap_norm(nn.BatchNorm1d(1, device="meta"), to, **options)
         self.to = to
@@ -80,7 +83,7 @@ class SwapNorm(Callback):
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        # The hook may not have been reached.
+        # The exception may have come before the hook was called.
         if self._put_back is not None:
             self._put_back()
 
@@ -89,7 +92,7 @@ class SwapNorm(Callback):
         self._swapped.append(module)
 
     def _swap_after(self, module: lightning.LightningModule, name: str) -> None:
-        """Let the module's next call of a hook of its own be followed by the swap."""
+        """Swap after the module's next call of its own hook ``name``."""
         hook = getattr(module, name)
         attributes = vars(module)
         own = {name: attributes[name]} if name in attributes else {}
@@ -109,16 +112,20 @@ class SwapNorm(Callback):
 
 
 class BatchNormSync(LayerSync):
-    """Synchronise the batch norm layers during a fit, by :func:`bnlightning.swap_norm`: a plugin of the Trainer.
+    """Synchronise the batch norm layers during a fit, by :func:`bnlightning.swap_norm`. A plugin of the Trainer.
 
-    Takes the place of ``Trainer(sync_batchnorm=True)``, which would replace our layers by torch's and lose their
-    convention: ``Trainer(plugins=[BatchNormSync()], strategy="ddp")``. Torch's layers become ours of torch's convention
-    meanwhile, so that this works on the CPU, too. When the fit is over every layer is what it was.
+    Use it instead of ``Trainer(sync_batchnorm=True)``, which would replace our layers by torch's and lose their
+    convention. During the fit torch's layers become ours with torch's convention, so this works on the CPU too. After
+    the fit every layer is what it was.
 
-    Of the strategies only DDP and FSDP use such plugins, and only in a fit; for others take ``SwapNorm("sync")``.
+    Only the strategies DDP and FSDP use such plugins, and only in a fit. With other strategies use
+    ``SwapNorm("sync")``.
 
     Args:
-        strict: Whether a layer that cannot be synchronised, or a module without any, is an error.
+        strict: Whether a layer that cannot be synchronised is an error, or a module without batch norm layers.
+
+    Example:
+        >>> trainer = lightning.Trainer(plugins=[BatchNormSync()], strategy="ddp", accelerator="cpu", devices=2)
     """
 
     def __init__(self, strict: bool = True) -> None:

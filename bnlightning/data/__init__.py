@@ -1,4 +1,4 @@
-"""LightningDataModules."""
+"""LightningDataModules, and the batches that they serve."""
 
 from bnlightning.data.batches import TensorBatches as TensorBatches
 from bnlightning.data.mnist import MNISTDataModule as MNISTDataModule

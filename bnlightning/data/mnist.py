@@ -1,4 +1,4 @@
-"""MNIST and the data sets of its format."""
+"""A data module for MNIST and the data sets of its format."""
 
 import math
 import os
@@ -19,39 +19,48 @@ from bnlightning.data.batches import TensorBatches, smallest_batch
 _DATASETS = ("MNIST", "FashionMNIST", "KMNIST")
 _NUM_CLASSES = 10
 _VARIABLE = "BNLIGHTNING_DATA_DIR"
-_CURE = "remove the files, and they are downloaded again, or put the right ones there."
+_CURE = "remove the files to download them again, or put the right ones there."
 _FILES = tuple(f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
 
 
 class MNISTDataModule(lightning.LightningDataModule):
-    """The images of MNIST, Fashion-MNIST or Kuzushiji-MNIST, served from memory on the device that trains.
+    """The images of MNIST, Fashion-MNIST or Kuzushiji-MNIST, kept in memory on the device that trains.
 
-    The first ``num_val`` training images are for validation, the rest, or as many of it as ``num_train`` says, for
-    training, the test images for the test. Epoch ``e``, counted from 0, trains in the order that the ``e``-th call of
-    ``numpy.random.permutation`` gives after ``numpy.random.seed(seed)``, also in a resumed run.
+    The first ``num_val`` training images are for validation. The next ``num_train`` are for training, by default all
+    others. The test images are for the test.
+
+    Every epoch has an order of its own, also in a resumed run. Epoch ``e``, counted from 0, uses the ``e``-th result of
+    ``numpy.random.permutation`` after ``numpy.random.seed(seed)``.
 
     Args:
         dataset: ``"MNIST"``, ``"FashionMNIST"`` or ``"KMNIST"``, as torchvision names them.
-        data_dir: Holds ``<dataset>/raw/train-images-idx3-ubyte`` and the other three files, or will when they have been
-            downloaded; ``None`` is the environment's ``BNLIGHTNING_DATA_DIR``, or else the user's cache.
-        batch_size: Images of a training step on one rank.
-        num_val: Images for validation.
-        num_train: Images for training; ``None`` takes all that are not for validation.
-        seed: Of the order, from 0 to 2**32 - 1.
-        eval_batch_size: Images of a step of validation or test on one rank.
+        data_dir: Directory of ``<dataset>/raw/train-images-idx3-ubyte`` and the other three files. Missing files are
+            downloaded to it. With ``None`` it is the environment variable ``BNLIGHTNING_DATA_DIR``, or
+            ``~/.cache/bnlightning`` if that is not set.
+        batch_size: Number of images of a training step on one rank.
+        num_val: Number of images for validation.
+        num_train: Number of images for training. ``None`` takes all that are not for validation.
+        seed: Seed of the order, from 0 to 2**32 - 1.
+        eval_batch_size: Number of images of a validation or test step on one rank.
 
     Attributes:
-        train_set: Images and labels for training, in the files' order; there after :meth:`setup`.
-        val_set: Those for validation, likewise.
-        test_set: Those for the test; there after :meth:`setup` for the test.
+        train_set: Images and labels for training, in the files' order. Set by :meth:`setup` for a fit.
+        val_set: Images and labels for validation, in the files' order. Set by :meth:`setup` for a fit.
+        test_set: Images and labels for the test, in the files' order. Set by :meth:`setup` for the test.
 
     Shape:
-        Batches ``(x, y)``: x of ``(N, 1, 28, 28)``, float32, the files' bytes divided by 255; y of ``(N,)``, int64,
-        from 0 to 9.
+        Batches ``(x, y)``: images of shape ``(N, 1, 28, 28)``, float32, the files' bytes divided by 255; labels of
+        shape ``(N,)``, int64, from 0 to 9.
 
     Raises:
-        ValueError: If an argument is out of range; from :meth:`prepare_data` if files are missing and cannot be
-            downloaded; from :meth:`setup` if one is missing, damaged, or too small for ``num_val`` and ``num_train``.
+        ValueError: If an argument is out of range. In :meth:`prepare_data`, if a file is missing and cannot be
+            downloaded. In :meth:`setup`, if a file is missing, damaged, or too small for ``num_val`` and ``num_train``.
+            In the data loaders, if a rank would get an empty last batch.
+
+    Example:
+        >>> data = MNISTDataModule(dataset="FashionMNIST", batch_size=100, num_train=20000)
+        >>> data.num_train, data.smallest_batch
+        (20000, 100)
     """
 
     def __init__(
@@ -87,11 +96,16 @@ class MNISTDataModule(lightning.LightningDataModule):
     @property
     def directory(self) -> Path:
         """The directory of the four files."""
-        return _data_dir(self.hparams["data_dir"]) / self.hparams["dataset"] / "raw"
+        dataset: str = self.hparams["dataset"]
+        return _data_dir(self.hparams["data_dir"]) / dataset / "raw"
 
     @property
     def num_train(self) -> int:
-        """Images for training; before :meth:`setup` by the file's header, or 60000 with validation's without a file."""
+        """Number of images for training.
+
+        Before :meth:`setup` the file's header tells it. Without a file the data set is taken to have 60000 images,
+        including those for validation.
+        """
         if self.train_set is not None:
             return len(self.train_set[1])
         images = self.directory / "train-images-idx3-ubyte"
@@ -99,19 +113,19 @@ class MNISTDataModule(lightning.LightningDataModule):
 
     @property
     def smallest_batch(self) -> int:
-        """Images of the smallest training batch on any rank."""
+        """Number of images in the smallest training batch of any rank."""
         return smallest_batch(self.num_train, self.batch_size, self._ranks()[1])
 
     def order(self, epoch: int) -> Tensor:
-        """Indices into the training images in the order of an epoch, shape ``(num_train,)``, int64, on the CPU."""
+        """Return the order of an epoch: indices of training images, shape ``(num_train,)``, int64, on the CPU."""
         return self._permutations.draw(epoch, self.num_train)
 
     def prepare_data(self) -> None:
-        """Download the files that are missing, by torchvision and checked by its MD5 sums."""
+        """Download the files that are missing. torchvision does it and checks its MD5 sums."""
         missing = self._missing()
         if not missing:
             return
-        from torchvision import datasets  # takes a second, which a run that has its files need not wait
+        from torchvision import datasets  # takes a second, which a run with its files need not spend
 
         source = getattr(datasets, self.hparams["dataset"])
         archives = dict(source.resources)
@@ -122,7 +136,7 @@ class MNISTDataModule(lightning.LightningDataModule):
             raise self._missing_error(f"could not be downloaded ({_first_line(error)})") from None
 
     def setup(self, stage: str) -> None:
-        """Read the files of the stage, unless that is done, and place the images on the device that trains."""
+        """Read the files of the stage once, and move the images to the device that trains."""
         if stage == "test":
             self.test_set = self._place(self.test_set or self._read("t10k"))
         elif stage in ("fit", "validate"):
@@ -133,15 +147,15 @@ class MNISTDataModule(lightning.LightningDataModule):
             self.train_set, self.val_set = self._place(self.train_set), self._place(self.val_set)
 
     def train_dataloader(self) -> TensorBatches:
-        """Batches of ``batch_size`` images a rank, in the order of the trainer's epoch (0 without a trainer)."""
+        """Return batches of ``batch_size`` images a rank, in the order of the Trainer's epoch (0 without a Trainer)."""
         return self._batches("train", self.train_set, self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> TensorBatches:
-        """Batches of ``eval_batch_size`` images a rank, in the files' order."""
+        """Return batches of ``eval_batch_size`` validation images a rank, in the files' order."""
         return self._batches("val", self.val_set, self.hparams["eval_batch_size"])
 
     def test_dataloader(self) -> TensorBatches:
-        """The test's images, likewise."""
+        """Return batches of ``eval_batch_size`` test images a rank, in the files' order."""
         return self._batches("test", self.test_set, self.hparams["eval_batch_size"])
 
     def _ranks(self) -> tuple[int, int]:
@@ -178,7 +192,7 @@ class MNISTDataModule(lightning.LightningDataModule):
             argument = "batch_size" if split == "train" else "eval_batch_size"
             raise ValueError(
                 f"{argument}={batch_size} is not possible with {len(samples[1])} {split} images on {world_size} ranks: "
-                f"one of them would get an empty last batch. Choose another data.{argument}."
+                f"one rank would get an empty last batch. Choose another data.{argument}."
             )
         return TensorBatches(
             *samples,
@@ -190,21 +204,21 @@ class MNISTDataModule(lightning.LightningDataModule):
         )
 
     def _split(self, num_images: int) -> int:
-        """Images for training of ``num_images`` with those for validation."""
+        """Return the number of images for training, out of ``num_images`` for training and validation."""
         num_val, num_train = self.hparams["num_val"], self.hparams["num_train"]
         dataset = f"{self.hparams['dataset']} in {self.directory}"
         if num_val >= num_images:
             raise ValueError(
-                f"num_val={num_val} is not possible: {dataset} has {num_images} training images; "
-                "give fewer of them for validation."
+                f"num_val={num_val} is not possible: {dataset} has {num_images} training images. "
+                f"Give at most {num_images - 1}."
             )
         rest = num_images - num_val
         if num_train is not None and num_train > rest:
             raise ValueError(
-                f"num_train={num_train} is not possible: {dataset} has {num_images} training images, of which "
-                f"num_val={num_val} are for validation; give at most {rest}, or null for all of them."
+                f"num_train={num_train} is not possible: {dataset} has {num_images} training images, and "
+                f"num_val={num_val} of them are for validation. Give at most {rest}, or null for all others."
             )
-        return rest if num_train is None else num_train
+        return rest if num_train is None else int(num_train)
 
     def _missing(self) -> list[str]:
         return [name for name in _FILES if not (self.directory / name).is_file()]
@@ -220,7 +234,7 @@ class MNISTDataModule(lightning.LightningDataModule):
 
 
 class _Permutations:
-    """The stream of ``numpy.random.seed(seed)`` and one ``numpy.random.permutation`` after another."""
+    """The permutations that ``numpy.random.permutation`` gives one after another after ``numpy.random.seed(seed)``."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -229,7 +243,7 @@ class _Permutations:
 
     def draw(self, epoch: int, num_samples: int) -> Tensor:
         if num_samples != self._num_samples or epoch + 1 < self._drawn or self._drawn == 0:
-            # The legacy generator, because its stream is the published script's.
+            # The legacy generator, because the published script uses its stream.
             self._rng = np.random.RandomState(self.seed)
             self._drawn, self._num_samples = 0, num_samples
         while self._drawn <= epoch:
@@ -246,7 +260,10 @@ def _data_dir(given: str | None) -> Path:
 
 
 def _download(mirrors: Sequence[str], archive: str, md5: str, path: Path) -> None:
-    """Download one archive from the first mirror that has it, and put its content at ``path``, or nothing."""
+    """Download one archive from the first mirror that has it, and put its content at ``path``.
+
+    After an error there is no file at ``path``.
+    """
     from torchvision.datasets.utils import download_and_extract_archive
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -258,7 +275,7 @@ def _download(mirrors: Sequence[str], archive: str, md5: str, path: Path) -> Non
                 if mirror == mirrors[-1]:
                     raise
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Several processes may do the same; none of them is to see half a file.
+        # Several processes may do the same, and none of them may see half a file.
         with tempfile.TemporaryDirectory(dir=path.parent) as beside:
             os.replace(shutil.copy(Path(scratch, path.name), beside), path)
 
@@ -282,7 +299,7 @@ def _read(directory: Path, split: str) -> tuple[Tensor, Tensor]:
 
 
 def _count(path: Path, shape: tuple[int, ...]) -> int:
-    """Samples of ``shape`` in a file, by its header, which must agree with the length of the file."""
+    """Return the number of samples of ``shape`` in a file by its header, which must fit the length of the file."""
     dims = 1 + len(shape)
     with path.open("rb") as file:
         start = file.read(4 + 4 * dims)
@@ -291,13 +308,16 @@ def _count(path: Path, shape: tuple[int, ...]) -> int:
         raise ValueError(f"{path} is compressed: unpack it (gzip -d), or {_CURE}")
     # The magic number: two zeros, the type (8 for unsigned bytes), the number of dimensions.
     if len(start) < 4 + 4 * dims or start[:4] != bytes([0, 0, 8, dims]):
-        raise ValueError(f"{path} is no file of {kind}, it begins with {start[:4].hex() or 'nothing'}: {_CURE}")
-    count, *rest = (int(size) for size in np.frombuffer(start, ">u4", offset=4))
+        raise ValueError(f"{path} is not a file of {kind}. It begins with {start[:4].hex() or 'nothing'}: {_CURE}")
+    sizes: list[int] = np.frombuffer(start, ">u4", offset=4).tolist()
+    count, *rest = sizes
     if tuple(rest) != shape:
         raise ValueError(f"{path} has images of {' × '.join(map(str, rest))}, not 28 × 28: {_CURE}")
+    if count == 0:
+        raise ValueError(f"{path} has no {kind}: {_CURE}")
     expected, size = len(start) + count * math.prod(shape), path.stat().st_size
-    if count == 0 or size != expected:
-        raise ValueError(f"{path} has {size} bytes, where its header of {count} {kind} makes {expected}: {_CURE}")
+    if size != expected:
+        raise ValueError(f"{path} has {size} bytes, but its header of {count} {kind} makes {expected}: {_CURE}")
     return count
 
 

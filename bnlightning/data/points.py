@@ -1,4 +1,4 @@
-"""Points given one by one."""
+"""A data module of points that are given one by one."""
 
 from collections.abc import Sequence
 
@@ -10,25 +10,29 @@ from bnlightning.data.batches import TensorBatches, smallest_batch
 
 
 class PointsDataModule(lightning.LightningDataModule):
-    """The points one gives, in that order, for training, for evaluation and for the test.
+    """Points given one by one, in that order, for training, validation and test.
 
     Args:
-        x: One row of numbers a point, such as ``[[0.0], [1.0]]``.
-        y: Its target, likewise.
-        batch_size: Points of a training step on one rank; ``None`` takes all of them.
+        x: One row of numbers for each point, such as ``[[0.0], [1.0]]``.
+        y: One row of numbers for each point's target.
+        batch_size: Number of points of a training step on one rank. ``None``, the default, takes all points.
 
     Attributes:
-        x: Shape ``(num_points, features)``, float32.
-        y: Likewise, its own features.
+        x: Tensor of shape ``(num_points, features)``, float32.
+        y: Tensor of shape ``(num_points, targets)``, float32.
 
     Shape:
-        Batches ``(x, y)`` of ``(N, features)`` each, float32.
+        Batches ``(x, y)``: of shape ``(N, features)`` and ``(N, targets)``, float32.
 
     Raises:
         ValueError: If x and y are not equally many rows of numbers, or ``batch_size`` is below 1.
 
     Example:
         >>> data = PointsDataModule(x=[[0.0], [1.0]], y=[[3.0], [4.0]])
+        >>> x, y = next(iter(data.train_dataloader()))
+        >>> y
+        tensor([[3.],
+                [4.]])
     """
 
     def __init__(
@@ -46,20 +50,20 @@ class PointsDataModule(lightning.LightningDataModule):
 
     @property
     def smallest_batch(self) -> int:
-        """Points of the smallest training batch on any rank."""
+        """Number of points in the smallest training batch of any rank."""
         world_size = self.trainer.world_size if self.trainer is not None else 1
         return smallest_batch(self.num_points, self.batch_size, world_size)
 
     def train_dataloader(self) -> TensorBatches:
-        """Batches of ``batch_size`` points a rank, in the points' order."""
+        """Return batches of ``batch_size`` points a rank, in the points' order."""
         return self._batches(self.batch_size)
 
     def val_dataloader(self) -> TensorBatches:
-        """All points in one batch, divided among the ranks."""
+        """Return all points in one batch, shared among the ranks."""
         return self._batches(self.num_points)
 
     def test_dataloader(self) -> TensorBatches:
-        """The same as :meth:`val_dataloader`."""
+        """Return the same as :meth:`val_dataloader`."""
         return self._batches(self.num_points)
 
     def _batches(self, batch_size: int) -> TensorBatches:

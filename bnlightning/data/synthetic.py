@@ -1,4 +1,4 @@
-"""Data made up by a formula."""
+"""A data module of noisy points on a parabola."""
 
 from typing import Any
 
@@ -13,28 +13,34 @@ from bnlightning.data.batches import TensorBatches, smallest_batch
 class SyntheticRegressionDataModule(lightning.LightningDataModule):
     """Points on the parabola y = x² - 5 with normal noise.
 
-    Training goes through the points in one fixed order, again in every epoch; evaluation is on all of them in one
-    batch, there is no split. The points depend on ``seed`` alone and are those that ``numpy.random.seed(seed)``
-    followed by linspace, shuffle and normal gives, as the published scripts do it.
+    Training takes the points in one fixed order, the same in every epoch. Evaluation takes all points in one batch;
+    there is no split. The seed decides the points. They are the points of the published scripts:
+    ``numpy.random.seed(seed)``, then linspace, shuffle and normal.
 
     Args:
-        num_points: Number of points, evenly spaced.
-        x_min: The smallest x.
-        x_max: The largest x.
+        num_points: Number of points, evenly spaced in x.
+        x_min: Smallest x.
+        x_max: Largest x.
         noise_std: Standard deviation of the noise on y.
-        shuffle: Whether to shuffle the points, once; otherwise x rises.
-        batch_size: Points of a training step on one rank; ``None`` takes all of them.
-        seed: Of the order and the noise, from 0 to 2**32 - 1.
+        shuffle: Whether to shuffle the points once. Otherwise x increases.
+        batch_size: Number of points of a training step on one rank. ``None`` takes all points.
+        seed: Seed of the order and the noise, from 0 to 2**32 - 1.
 
     Attributes:
-        x: All points' x in the order of training, shape ``(num_points, 1)``, float32; there after :meth:`setup`.
-        y: Their y, likewise.
+        x: Tensor of all x in the order of training, shape ``(num_points, 1)``, float32. Set by :meth:`setup`.
+        y: Tensor of all y, of the same shape and dtype. Set by :meth:`setup`.
 
     Shape:
-        Batches ``(x, y)`` of ``(N, 1)`` each, float32.
+        Batches ``(x, y)``: both of shape ``(N, 1)``, float32.
 
     Raises:
-        ValueError: If an argument is out of range; the message says which and what would do.
+        ValueError: If an argument is out of range. In the data loaders, if a rank would get an empty last batch.
+
+    Example:
+        >>> data = SyntheticRegressionDataModule(num_points=100, batch_size=10)
+        >>> data.setup("fit")
+        >>> len(data.train_dataloader()), data.x.shape
+        (10, torch.Size([100, 1]))
     """
 
     def __init__(
@@ -61,18 +67,18 @@ class SyntheticRegressionDataModule(lightning.LightningDataModule):
 
     @property
     def smallest_batch(self) -> int:
-        """Points of the smallest training batch on any rank."""
+        """Number of points in the smallest training batch of any rank."""
         world_size = self.trainer.world_size if self.trainer is not None else 1
         return smallest_batch(self.num_points, self.batch_size, world_size)
 
     def target(self, x: Any) -> Any:
-        """The noiseless y for a float64 numpy array of x; the place to override for another curve."""
+        """Return y without noise for a float64 numpy array of x. Override this method for another curve."""
         return x**2 - 5
 
     def setup(self, stage: str) -> None:
         """Make the points, the same on every rank."""
         hparams = self.hparams
-        # The legacy generator, because its stream is the published scripts'.
+        # The legacy generator, because the published scripts use its stream.
         rng = np.random.RandomState(hparams["seed"])
         x = np.linspace(hparams["x_min"], hparams["x_max"], hparams["num_points"])
         if hparams["shuffle"]:
@@ -82,11 +88,11 @@ class SyntheticRegressionDataModule(lightning.LightningDataModule):
         self.y = torch.as_tensor(y, dtype=torch.float32)[:, None]
 
     def train_dataloader(self) -> TensorBatches:
-        """Batches of ``batch_size`` points a rank, in the points' order."""
+        """Return batches of ``batch_size`` points a rank, in the points' order."""
         return self._batches(self.batch_size)
 
     def val_dataloader(self) -> TensorBatches:
-        """All points in one batch, divided among the ranks."""
+        """Return all points in one batch, shared among the ranks."""
         return self._batches(len(self.x))
 
     def _batches(self, batch_size: int) -> TensorBatches:
@@ -95,7 +101,7 @@ class SyntheticRegressionDataModule(lightning.LightningDataModule):
         if self.smallest_batch < 1:
             raise ValueError(
                 f"num_points={len(self.x)} is not possible with batch_size={self.batch_size} on {world_size} ranks: "
-                "one of them would get an empty last batch. Choose another data.num_points or data.batch_size."
+                "one rank would get an empty last batch. Choose another data.num_points or data.batch_size."
             )
         epoch = None if trainer is None else lambda: trainer.current_epoch
         return TensorBatches(self.x, self.y, batch_size=batch_size, rank=rank, world_size=world_size, epoch=epoch)

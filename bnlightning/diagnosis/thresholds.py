@@ -1,9 +1,15 @@
-"""When a layer is so ill that its owner should be told."""
+"""Limits that a user sets, and the sentence that is said when a layer exceeds one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from bnlightning.compare.names import TEST, TRAIN, VAL
+from bnlightning.monitors.record import Entry, Record
+from bnlightning.monitors.statistic import Alarm, Statistic
+
+_PHASES = {TRAIN: "training", VAL: "validation", TEST: "test"}
+_MAX_LISTED = 5
 
 
 @dataclass(frozen=True)
@@ -11,78 +17,58 @@ class Threshold:
     """One number of the layers and what it may be at most.
 
     Args:
-        statistic: As in :func:`bnlightning.monitors.counting.layer_statistics.statistics`.
-        argument: Of the monitor, which sets it.
+        statistic: Name of the statistic.
+        argument: Name of the argument that set the limit.
         limit: The number above which there is a warning.
-        meaning: What is said of the share.
-        cures: What people do about it.
+        alarm: What the warning says.
     """
 
     statistic: str
     argument: str
     limit: float
-    meaning: str
-    cures: str
+    alarm: Alarm
 
 
-_MEANINGS = {
-    "dead": (
-        "of the units are dead: zero for every one of",
-        "a lower learning rate, a normalisation in front of the activation, He initialisation, or an activation with a "
-        "slope on both sides (leaky_relu, elu, gelu)",
-    ),
-    "dormant": (
-        "of the units are dormant, their mean magnitude at most tau times the layer's, over",
-        "a lower learning rate, a normalisation in front of the activation, or setting these units' weights anew",
-    ),
-    "saturated": (
-        "of the values are saturated, where the activation is flat and passes hardly any gradient, over",
-        "smaller initial weights, a normalisation in front of the activation, a lower learning rate, or an activation "
-        "without bounds",
-    ),
-}
+def make_thresholds(limits: Mapping[str, float | None], statistics: Iterable[Statistic[Any]]) -> list[Threshold]:
+    """The thresholds for the limits that are set.
 
-
-def make_thresholds(limits: Mapping[str, float | None]) -> list[Threshold]:
-    """Those that are set, by the name of their statistic."""
+    Args:
+        limits: The limit by name of the statistic; ``None``: there is none.
+        statistics: The declarations, which say what a warning says.
+    """
     return [
-        Threshold(name, f"warn_{name}_above", limit, *_MEANINGS[name])
-        for name, limit in limits.items()
-        if limit is not None
+        Threshold(statistic.name, f"warn_{statistic.name}_above", limit, statistic.alarm)
+        for statistic in statistics
+        if statistic.alarm is not None and (limit := limits.get(statistic.name)) is not None
     ]
 
 
-def warn_above(
-    threshold: Threshold, layers: Mapping[str, tuple[dict[str, float], int]], where: str, needed: int
-) -> bool:
-    """Warn once of the worst layer, if one is above the threshold.
+def exceeds(threshold: Threshold, record: Record, needed: int) -> str | None:
+    """The sentence on the worst activation, if one is above the threshold.
 
     Args:
         threshold: The number and its limit.
-        layers: By label, the statistics and the samples they are over.
-        where: When that was, in words.
+        record: What a monitor found out.
         needed: Samples below which a number is not believed.
-
-    Returns:
-        Whether there was something to warn of.
     """
-    ill = {
-        label: (values[threshold.statistic], samples)
-        for label, (values, samples) in layers.items()
-        if values.get(threshold.statistic, 0.0) > threshold.limit and samples >= needed
-    }
+    ill = {path: layer for path, layer in record.layers.items() if _is_ill(layer, threshold, needed)}
     if not ill:
-        return False
-    worst = max(ill, key=lambda label: ill[label][0])
-    share, samples = ill[worst]
-    others = f" Above the limit as well: {_listed([label for label in ill if label != worst])}." if len(ill) > 1 else ""
-    rank_zero_warn(
-        f"ActivationMonitor({threshold.argument}={threshold.limit:g}): {share:.0%} {threshold.meaning} the last "
-        f"{samples} samples of {worst} ({where}).{others} Usual cures: {threshold.cures}."
+        return None
+    worst = max(ill, key=lambda path: ill[path].numbers[threshold.statistic])
+    share, samples = ill[worst].numbers[threshold.statistic], ill[worst].samples
+    others = [path for path in ill if path != worst]
+    more = f" Above the limit as well: {_listed(others)}." if others else ""
+    return (
+        f"{share:.0%} {threshold.alarm.meaning} the last {samples} samples "
+        f"of {worst} ({_PHASES[record.phase]} at step {record.step}).{more} Usual cures: {threshold.alarm.cures}."
     )
-    return True
 
 
-def _listed(labels: Sequence[str]) -> str:
-    shown = ", ".join(labels[:5])
-    return shown if len(labels) <= 5 else f"{shown} and {len(labels) - 5} more"
+def _is_ill(layer: Entry, threshold: Threshold, needed: int) -> bool:
+    share = layer.numbers.get(threshold.statistic, 0.0)
+    return layer.is_activation and layer.units > 0 and layer.samples >= needed and share > threshold.limit
+
+
+def _listed(paths: Sequence[str]) -> str:
+    shown = ", ".join(paths[:_MAX_LISTED])
+    return shown if len(paths) <= _MAX_LISTED else f"{shown} and {len(paths) - _MAX_LISTED} more"

@@ -1,4 +1,4 @@
-"""LightningModules to run and to subclass."""
+"""LightningModules to train as they are and to subclass."""
 
 from bnlightning.models.classification import PLACEMENTS as PLACEMENTS
 from bnlightning.models.classification import LitClassifier as LitClassifier

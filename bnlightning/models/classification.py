@@ -1,4 +1,4 @@
-"""Classification of images, with a perceptron or a convolutional network."""
+"""LightningModules that classify images with a multilayer perceptron or a convolutional network."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,18 +13,23 @@ from bnlightning.models._evaluation import EvaluatedModule, MeanLoss
 from bnlightning.nn import MLP, ConvNet, get_act_layer, get_norm_layer, init_normal_, init_variance_scaling_
 
 PLACEMENTS = ("none", "conv", "linear", "both", "conv_after", "linear_after", "both_after")
-"""Which layers of a :class:`LitConvClassifier` are normalised: none, the convolutions, the hidden linear ones or both;
-``_after``: behind their activation and not in front of it."""
+"""The layers that a :class:`LitConvClassifier` normalises: none, convolutions, hidden linear layers, or both. With
+``_after`` the normalisation comes after the activation, otherwise before it."""
 
 
 class ClassificationSteps(EvaluatedModule):
-    """The steps of a classification by ``net``; a subclass's constructor calls :meth:`init_weights` after making it.
+    """Training, validation and test of a classification by ``net``.
+
+    The constructor of a subclass builds ``net`` and then calls :meth:`init_weights`.
+
+    Args:
+        num_classes: Number of classes, at least 2.
 
     Logs:
-        ``train/loss``: mean cross entropy of the batch, over the samples of all ranks, before the step it leads to.
-        ``val/loss``, ``test/loss``: mean cross entropy over all samples evaluated, on all ranks.
-        ``val/acc``, ``test/acc``: share of the samples, on all ranks, whose largest output is that of their class. The
-        x-axis of an evaluation is the number of optimizer steps taken before it.
+        ``train/loss``: mean cross entropy of the batch over the samples of all ranks, before the optimizer step.
+        ``val/loss``, ``test/loss``: mean cross entropy over all evaluated samples on all ranks.
+        ``val/acc``, ``test/acc``: share of the evaluated samples on all ranks whose largest output is that of their
+        class, from 0 to 1. Evaluations are logged at the number of optimizer steps taken before them.
     """
 
     def __init__(self, num_classes: int) -> None:
@@ -35,7 +40,12 @@ class ClassificationSteps(EvaluatedModule):
         self.test_acc = MulticlassAccuracy(num_classes, average="micro")
 
     def init_weights(self, init_scale: float, weight_std: float | None) -> None:
-        """Draw the weights: N(0, weight_std²) where it is given, otherwise by variance scaling; the biases are 0."""
+        """Draw the weights and set the biases to 0.
+
+        Args:
+            init_scale: Variance of the weights times their number of inputs. Used if ``weight_std`` is ``None``.
+            weight_std: Standard deviation of normally distributed weights.
+        """
         check_number("init_scale", init_scale, above=0.0)
         if weight_std is None:
             init_variance_scaling_(self.net, init_scale)
@@ -44,21 +54,21 @@ class ClassificationSteps(EvaluatedModule):
             init_normal_(self.net, weight_std, bias=0.0)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """The mean cross entropy of one batch."""
+        """Return the mean cross entropy of one batch."""
         x, y = batch
         loss = self.over_ranks(F.cross_entropy(self(x), y), len(x))
         self.log("train/loss", loss, batch_size=len(x), sync_dist=True)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Cross entropy and accuracy of one evaluated batch."""
+        """Add one evaluated batch to ``val/loss`` and ``val/acc``."""
         x, y = batch
         self._evaluate(x, y, self.val_loss, self.val_acc)
         self.log_validation("loss", self.val_loss, len(x))
         self.log_validation("acc", self.val_acc, len(x))
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Cross entropy and accuracy of one batch of the test."""
+        """Add one batch of the test to ``test/loss`` and ``test/acc``."""
         x, y = batch
         self._evaluate(x, y, self.test_loss, self.test_acc)
         self.log("test/loss", self.test_loss, batch_size=len(x))
@@ -67,46 +77,50 @@ class ClassificationSteps(EvaluatedModule):
     def _evaluate(self, x: Tensor, y: Tensor, loss: MeanLoss, accuracy: MulticlassAccuracy) -> None:
         logits = self(x)
         loss.update(F.cross_entropy(logits, y), len(x))
-        # It does not take a batch without samples.
+        # The metric does not take a batch without samples.
         if len(x):
             accuracy.update(logits, y)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Plain stochastic gradient descent."""
+        """Return plain stochastic gradient descent."""
         return torch.optim.SGD(self.parameters(), lr=self.hparams["learning_rate"])
 
 
 class LitClassifier(ClassificationSteps):
     """An :class:`~bnlightning.MLP` that learns the class of an image by plain SGD on the cross entropy.
 
-    Every argument is a plain value, so that ``load_from_checkpoint`` rebuilds the same layers.
+    Every argument is a plain value, so that ``load_from_checkpoint`` rebuilds the same layers. Each rank normalises its
+    part of a batch by itself. With ``norm="custom"`` and ``norm_options={"sync": True}`` the ranks normalise the whole
+    batch together in training.
 
     Args:
-        norm: The normalisation: ``none``, ``custom`` (ours) or ``torch``.
-        norm_options: Keyword arguments of the normalisation layer, e.g. ``{"eps": 1e-3, "momentum": 0.1}``.
-        activation: A key of :data:`bnlightning.nn.ACTIVATIONS`.
-        width: Features of each hidden layer, one number for all or a number each.
-        depth: Number of hidden layers, where ``width`` is one number.
-        normalize_output: Whether to normalise the outputs (logits), too.
-        init_scale: The weights' variance times their number of inputs: 1 is LeCun's, 2 is He's.
-        weight_std: Standard deviation of normally distributed weights, in the place of ``init_scale``.
-        learning_rate: Of the gradient descent.
-        in_features: Values of an image.
+        norm: Name of the normalisation: ``none``, ``custom`` (ours) or ``torch``.
+        norm_options: Keyword arguments of the normalisation layers, such as ``{"eps": 1e-3, "momentum": 0.1}``.
+        activation: Name of the activation, a key of :data:`bnlightning.nn.ACTIVATIONS`.
+        width: Number of features of each hidden layer: one number for all layers, or one number for each.
+        depth: Number of hidden layers if ``width`` is one number; by default 1.
+        normalize_output: Whether to normalise the outputs (logits) too.
+        init_scale: Variance of the initial weights times their number of inputs. 1 is LeCun's, 2 is He's.
+        weight_std: Standard deviation of normally distributed initial weights. If given, it replaces ``init_scale``.
+        learning_rate: Learning rate of the gradient descent.
+        in_features: Number of values of an image.
         num_classes: Number of classes.
 
     Shape:
-        Batches ``(x, y)``: images ``(N, ...)`` of ``in_features`` values each, in the network's dtype; their classes
-        ``(N,)``, int64.
-
-    Batch normalisation takes the statistics of each rank's own part of a batch, or in training, with
-    ``norm_options={"sync": True}`` and ``norm="custom"``, of the whole.
+        Batches ``(x, y)``: images of shape ``(N, ...)`` with ``in_features`` values each, in the network's dtype;
+        classes of shape ``(N,)``, int64.
 
     Logs:
-        As :class:`ClassificationSteps` says: ``train/loss``, ``val/loss``, ``val/acc``, ``test/loss``, ``test/acc``.
+        ``train/loss``, ``val/loss``, ``val/acc``, ``test/loss`` and ``test/acc``: see :class:`ClassificationSteps`.
 
     Raises:
-        ValueError: If an argument is out of range or a name is not known; the message says which and what would do.
-            In :meth:`check_data`, for batches of one sample with batch normalisation.
+        ValueError: If an argument is out of range or a name is not known. In :meth:`check_data`, if the network
+            has batch normalisation and a batch has one sample.
+
+    Example:
+        >>> model = LitClassifier(norm="custom", activation="relu", width=100, depth=2)
+        >>> model(torch.rand(8, 1, 28, 28)).shape
+        torch.Size([8, 10])
     """
 
     def __init__(
@@ -135,34 +149,44 @@ class LitClassifier(ClassificationSteps):
         self.init_weights(init_scale, weight_std)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The logits ``(N, num_classes)`` of images."""
-        return self.net(x.flatten(1))
+        """Return the logits ``(N, num_classes)`` of images."""
+        logits: Tensor = self.net(x.flatten(1))
+        return logits
 
 
 class LitConvClassifier(ClassificationSteps):
     """A :class:`~bnlightning.ConvNet` that learns the class of an image by plain SGD on the cross entropy.
 
+    Every argument is a plain value, so that ``load_from_checkpoint`` rebuilds the same layers. Each rank normalises its
+    part of a batch by itself, unless ``norm_options`` has ``sync`` (see :class:`LitClassifier`).
+
     Args:
-        norm: The normalisation: ``none``, ``custom`` (ours) or ``torch``.
-        norm_options: Keyword arguments of the normalisation layers.
-        norm_placement: Which layers are normalised, and where: one of :data:`PLACEMENTS`.
-        activation: A key of :data:`bnlightning.nn.ACTIVATIONS`.
-        channels: Of each convolution's output.
-        features: Of each hidden linear layer.
-        init_scale: The weights' variance times their number of inputs: 1 is LeCun's, 2 is He's.
-        weight_std: Standard deviation of normally distributed weights, in the place of ``init_scale``.
-        learning_rate: Of the gradient descent.
+        norm: Name of the normalisation: ``none``, ``custom`` (ours) or ``torch``.
+        norm_options: Keyword arguments of the normalisation layers, such as ``{"eps": 1e-3, "momentum": 0.1}``.
+        norm_placement: Layers to normalise, before or after their activation: one of :data:`PLACEMENTS`.
+        activation: Name of the activation, a key of :data:`bnlightning.nn.ACTIVATIONS`.
+        channels: Number of output channels of each convolution.
+        features: Number of features of each hidden linear layer.
+        init_scale: Variance of the initial weights times their number of inputs. 1 is LeCun's, 2 is He's.
+        weight_std: Standard deviation of normally distributed initial weights. If given, it replaces ``init_scale``.
+        learning_rate: Learning rate of the gradient descent.
         in_shape: Channels, height and width of an image.
         num_classes: Number of classes.
 
     Shape:
-        Batches ``(x, y)``: images ``(N, *in_shape)``, their classes ``(N,)``, int64.
+        Batches ``(x, y)``: images of shape ``(N, *in_shape)`` in the network's dtype; classes of shape ``(N,)``, int64.
 
     Logs:
-        As :class:`ClassificationSteps` says: ``train/loss``, ``val/loss``, ``val/acc``, ``test/loss``, ``test/acc``.
+        ``train/loss``, ``val/loss``, ``val/acc``, ``test/loss`` and ``test/acc``: see :class:`ClassificationSteps`.
 
     Raises:
-        ValueError: As :class:`LitClassifier`.
+        ValueError: If an argument is out of range or a name is not known. In :meth:`check_data`, if the network
+            has batch normalisation and a batch has one sample.
+
+    Example:
+        >>> model = LitConvClassifier(norm="custom", norm_placement="conv")
+        >>> model(torch.rand(8, 1, 28, 28)).shape
+        torch.Size([8, 10])
     """
 
     def __init__(
@@ -198,12 +222,13 @@ class LitConvClassifier(ClassificationSteps):
         self.init_weights(init_scale, weight_std)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The logits ``(N, num_classes)`` of images ``(N, *in_shape)``."""
-        return self.net(x)
+        """Return the logits ``(N, num_classes)`` of images ``(N, *in_shape)``."""
+        logits: Tensor = self.net(x)
+        return logits
 
 
 def _widths(width: int | Sequence[int], depth: int | None) -> list[int]:
-    """The features of each hidden layer."""
+    """Return the number of features of each hidden layer."""
     if not isinstance(width, Sequence):
         check_integer("width", width, at_least=1)
         check_integer("depth", 1 if depth is None else depth, at_least=1)
@@ -212,7 +237,7 @@ def _widths(width: int | Sequence[int], depth: int | None) -> list[int]:
         check_integer("width", number, at_least=1)
     if depth is not None and depth != len(width):
         raise ValueError(
-            f"depth={depth!r} is not possible with width={list(width)!r}, which is of {len(width)} hidden layers: give "
+            f"depth={depth!r} is not possible with width={list(width)!r}, which has {len(width)} hidden layers: give "
             "one number as width, or leave depth out."
         )
     return list(width)

@@ -1,4 +1,4 @@
-"""One hidden unit, to see what a training step does to a batch normalisation's moving averages."""
+"""A LightningModule of one hidden unit that shows how a training step changes the moving averages of batch norm."""
 
 import math
 from collections import OrderedDict
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from bnlightning._check import check_number
-from bnlightning.models._regression import RegressionSteps
+from bnlightning.models.regression import RegressionSteps
 from bnlightning.nn import BatchNorm1d, get_norm_layer
 from bnlightning.nn.moments import world_size
 
@@ -20,37 +20,45 @@ _MAX_POINTS = 8
 
 
 class LitMovingAverage(RegressionSteps):
-    """A net of one hidden unit that learns y from x by Adam: linear, norm, relu, linear, norm; no biases.
+    """A network of one hidden unit that learns y from x by Adam.
 
-    Small enough that every number in it can be printed. Its modules are ``net.linear1 norm1 act1 output output_norm``.
-    Every argument is a plain value, so that ``load_from_checkpoint`` rebuilds the same layers.
+    Its modules are ``net.linear1 norm1 act1 output output_norm``: a linear map, a normalisation, a ReLU, a linear map
+    and a normalisation. The linear maps have no bias. The network is small enough to print every number in it.
+
+    Every argument is a plain value, so that ``load_from_checkpoint`` rebuilds the same layers. Each rank normalises its
+    part of a batch by itself. With ``norm="custom"`` and ``norm_options={"sync": True}`` the ranks normalise the whole
+    batch together in training.
 
     Args:
-        norm: The normalisation: ``none``, ``custom`` (ours) or ``torch``.
-        norm_options: Keyword arguments of the normalisation layer, e.g. ``{"eps": 1e-3, "momentum": 0.5}``.
+        norm: Name of the normalisation: ``none``, ``custom`` (ours) or ``torch``.
+        norm_options: Keyword arguments of the normalisation layers, such as ``{"eps": 1e-3, "momentum": 0.5}``.
         hidden_weight: Initial weight of the hidden unit.
         output_weight: Initial weight of the output.
-        learning_rate: Adam's.
-        adam_eps: Adam's epsilon, which torch adds after the bias correction and TensorFlow before it. The default
-            makes torch's first step TensorFlow's with its epsilon of 1e-8.
+        learning_rate: Learning rate of Adam.
+        adam_eps: Epsilon of Adam. torch adds it after the bias correction, TensorFlow before. With the default, torch's
+            first step equals TensorFlow's first step with TensorFlow's epsilon of 1e-8.
 
     Shape:
-        Batches ``(x, y)`` of ``(N, 1)`` each, the network's dtype.
-
-    Batch normalisation takes the statistics of each rank's own part of a batch, or in training, with
-    ``norm_options={"sync": True}`` and ``norm="custom"``, of the whole.
+        Batches ``(x, y)``: both of shape ``(N, 1)``, in the network's dtype.
 
     Logs:
-        ``train/loss`` and ``val/loss``: as :class:`~bnlightning.LitRegressor`. In a test, which should be one batch:
-        ``test/hidden_weight``;
-        ``test/hidden_output_x<x>``, ``test/norm_output_x<x>``, ``test/act_output_x<x>``: what the hidden layer's linear
-        map, normalisation and relu put out for each of the batch's first eight points, named by their x;
-        ``test/running_mean``, ``test/running_var``, ``test/scale``, ``test/shift``: of the hidden normalisation;
-        ``test/note``, as text: how the last training step came to the running variance.
+        ``train/loss`` and ``val/loss``: see :class:`~bnlightning.LitRegressor`. A test, which should be one batch, logs
+        the numbers of the hidden layer:
+
+        - ``test/hidden_weight``: its weight.
+        - ``test/hidden_output_x<x>``, ``test/norm_output_x<x>``, ``test/act_output_x<x>``: the outputs of its linear
+          map, normalisation and ReLU, for each of the first eight points by their x.
+        - ``test/running_mean``, ``test/running_var``, ``test/scale``, ``test/shift``: the state of its normalisation.
+        - ``test/note``, a text: the sum by which the last training step arrived at the running variance.
 
     Raises:
-        ValueError: If an argument is out of range or a name is not known; the message says which and what would do.
-            In :meth:`check_data`, for batches of one point with batch normalisation.
+        ValueError: If an argument is out of range or a name is not known. In :meth:`check_data`, if the network
+            has batch normalisation and a batch has one point.
+
+    Example:
+        >>> model = LitMovingAverage(norm="custom", norm_options={"convention": "keras", "momentum": 0.01})
+        >>> model(torch.tensor([[0.0], [1.0]])).shape
+        torch.Size([2, 1])
     """
 
     def __init__(
@@ -75,8 +83,8 @@ class LitMovingAverage(RegressionSteps):
         self.net = nn.Sequential(
             OrderedDict(linear1=linear, norm1=norm_layer(1), act1=nn.ReLU(), output=output, output_norm=norm_layer(1))
         )
-        # The running variance before the last training step, the share of that step's batch in the next, and what the
-        # hidden layer's linear map put out in it.
+        # The running variance before the last training step, the weight of that step's batch in the next running
+        # variance, and the output of the hidden layer's linear map in the step.
         self._update: tuple[Tensor, float, Tensor] | None = None
 
     @property
@@ -84,10 +92,10 @@ class LitMovingAverage(RegressionSteps):
         return self.net.get_parameter("linear1.weight")
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """The mean squared error of one batch."""
+        """Return the mean squared error of one batch."""
         norm = self.net.norm1
         if isinstance(norm, nn.BatchNorm1d) and norm.running_var is not None:
-            # As a function and not as the module, which monitors would see twice.
+            # As a function, because monitors would see a second call of the module.
             hidden = F.linear(batch[0], self._hidden_weight).detach()
             if (self.hparams["norm_options"] or {}).get("sync"):
                 hidden = _of_all_ranks(hidden)
@@ -110,19 +118,19 @@ class LitMovingAverage(RegressionSteps):
             statistics = {"running_mean": norm.running_mean, "running_var": norm.running_var}
             values |= statistics | {"scale": norm.weight, "shift": norm.bias}
         logged = {f"test/{name}": value.squeeze() for name, value in values.items() if value is not None}
-        # Each weighs 1: a weight of more would be a rounding more. All ranks have the same.
+        # A batch size of 1, because any other would round the numbers once more. All ranks have the same numbers.
         self.log_dict(logged, batch_size=1, sync_dist=True)
 
     @rank_zero_only
     def on_test_end(self) -> None:
-        """Write the note."""
+        """Write the note on the running variance."""
         note = self._note()
         for logger in self.loggers if note else ():
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("test/note", note, global_step=self.global_step)
 
     def _note(self) -> str:
-        """How the running variance came about, from the numbers themselves and not from the layer's convention."""
+        """Return the sum that gave the running variance, found from the numbers and not from the layer's convention."""
         norm = self.net.norm1
         if self._update is None or not isinstance(norm, nn.BatchNorm1d) or norm.running_var is None:
             return ""
@@ -140,14 +148,14 @@ class LitMovingAverage(RegressionSteps):
             f"+ {momentum:.7g} * {var:.7g}, the batch's {divisor}."
         )
         if var == unbiased:
-            note += f" Training normalises by the biased one, {biased:.7g}, all the same: only evaluation differs."
+            note += f" Training still normalises by the biased one, {biased:.7g}: only evaluation differs."
         options = self.hparams["norm_options"] or {}
         if self.hparams["norm"] == "torch" and options.get("convention", "pytorch") != "pytorch":
-            note += f" torch's layer has one convention: {options['convention']!r} is left aside."
+            note += f" torch's layer has one convention: {options['convention']!r} is ignored."
         return note
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam."""
+        """Return Adam."""
         return torch.optim.Adam(self.parameters(), lr=self.hparams["learning_rate"], eps=self.hparams["adam_eps"])
 
 
@@ -156,7 +164,7 @@ def _of_all_ranks(rows: Tensor) -> Tensor:
 
 
 def _weight_of_next_batch(norm: nn.BatchNorm1d) -> float:
-    """Under any convention, and in torch's own layer."""
+    """Return the weight of the next batch in the running statistics of our layer or torch's."""
     if isinstance(norm, BatchNorm1d):
         return float(norm.weight_of_next_batch())
     return norm.momentum if norm.momentum is not None else 1 / (norm.get_buffer("num_batches_tracked").item() + 1)

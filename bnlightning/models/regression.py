@@ -1,47 +1,90 @@
-"""Regression of one number by another, with a deep network."""
+"""A LightningModule that predicts one number from another with a deep network, and the steps of any regression."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from bnlightning._check import check_choice, check_integer, check_number
-from bnlightning.models._regression import RegressionSteps
-from bnlightning.nn import MLP, get_act_layer, get_norm_layer, init_normal_
+from bnlightning.models._evaluation import EvaluatedModule, MeanLoss
+from bnlightning.nn import MLP, batch_statistics, get_act_layer, get_norm_layer, init_normal_
+
+
+class RegressionSteps(EvaluatedModule):
+    """Training and validation of a regression by the mean squared error.
+
+    Logs:
+        ``train/loss``: mean squared error of the batch over the points of all ranks, before the optimizer step.
+        ``val/loss``: mean squared error over all evaluated points on all ranks. It is logged at the number of optimizer
+        steps taken before the evaluation.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.val_loss = MeanLoss()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the network's prediction for ``x``."""
+        prediction: Tensor = self.net(x)
+        return prediction
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the mean squared error of one batch."""
+        x, y = batch
+        loss = self.over_ranks(F.mse_loss(self(x), y), len(x))
+        self.log("train/loss", loss, batch_size=len(x), sync_dist=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Return the mean squared error of one evaluated batch as ``loss``, and the ``prediction`` for it."""
+        x, y = batch
+        with batch_statistics(self.net) if self.hparams.get("eval_statistics") == "batch" else nullcontext():
+            prediction = self(x)
+        loss = F.mse_loss(prediction, y)
+        self.val_loss.update(loss, len(x))
+        self.log_validation("loss", self.val_loss, len(x))
+        return {"loss": loss, "prediction": prediction}
 
 
 class LitRegressor(RegressionSteps):
     """An :class:`~bnlightning.MLP` that learns y from x by plain SGD on the mean squared error.
 
-    Every argument is a plain value, so that ``load_from_checkpoint`` rebuilds the same layers.
+    Every argument is a plain value, so that ``load_from_checkpoint`` rebuilds the same layers. Each rank normalises its
+    part of a batch by itself. With ``norm="custom"`` and ``norm_options={"sync": True}`` the ranks normalise the whole
+    batch together in training.
 
     Args:
-        norm: The normalisation: ``none``, ``custom`` (ours) or ``torch``.
-        norm_options: Keyword arguments of the normalisation layer, e.g. ``{"eps": 1e-3, "momentum": 0.5}``.
-        activation: A key of :data:`bnlightning.nn.ACTIVATIONS`.
+        norm: Name of the normalisation: ``none``, ``custom`` (ours) or ``torch``.
+        norm_options: Keyword arguments of the normalisation layers, such as ``{"eps": 1e-3, "momentum": 0.5}``.
+        activation: Name of the activation, a key of :data:`bnlightning.nn.ACTIVATIONS`.
         depth: Number of hidden layers.
-        width: Features of every hidden layer.
-        weight_std: Standard deviation of the normal distribution the weights are drawn from. The default of 1 is a
-            deliberately bad one: with 30 inputs a sum has a standard deviation of more than 5.
+        width: Number of features of every hidden layer.
+        weight_std: Standard deviation of the normally distributed initial weights. The default of 1 is bad on purpose:
+            a sum over 30 inputs has a standard deviation of more than 5.
         bias: Initial bias of every linear layer.
-        normalize_input: Whether to normalise the input, too.
-        eval_statistics: What batch normalisation uses in evaluation: its ``running`` statistics, as torch does, or
-            those of the evaluated ``batch`` (the running ones are still kept in training).
-        learning_rate: Of the gradient descent.
+        normalize_input: Whether to normalise the input too.
+        eval_statistics: Statistics that batch normalisation uses in evaluation: the ``running`` ones, as torch does, or
+            those of the evaluated ``batch``. Training keeps running statistics in both cases.
+        learning_rate: Learning rate of the gradient descent.
 
     Shape:
-        Batches ``(x, y)`` of ``(N, 1)`` each, the network's dtype.
-
-    Batch normalisation takes the statistics of each rank's own part of a batch, or in training, with
-    ``norm_options={"sync": True}`` and ``norm="custom"``, of the whole.
+        Batches ``(x, y)``: both of shape ``(N, 1)``, in the network's dtype.
 
     Logs:
-        ``train/loss``: mean squared error of the batch, over the points of all ranks, before the step it leads to.
-        ``val/loss``: mean squared error over all points evaluated, on all ranks. Its x-axis is the number of optimizer
+        ``train/loss``: mean squared error of the batch over the points of all ranks, before the optimizer step.
+        ``val/loss``: mean squared error over all evaluated points on all ranks. It is logged at the number of optimizer
         steps taken before the evaluation.
 
     Raises:
-        ValueError: If an argument is out of range or a name is not known; the message says which and what would do.
-            In :meth:`check_data`, for batches of one point with batch normalisation.
+        ValueError: If an argument is out of range or a name is not known. In :meth:`check_data`, if the network
+            has batch normalisation and a batch has one point.
+
+    Example:
+        >>> model = LitRegressor(norm="custom", activation="tanh", depth=3)
+        >>> model(torch.randn(8, 1)).shape
+        torch.Size([8, 1])
     """
 
     def __init__(
@@ -74,5 +117,5 @@ class LitRegressor(RegressionSteps):
         init_normal_(self.net, weight_std, bias)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Plain stochastic gradient descent."""
+        """Return plain stochastic gradient descent."""
         return torch.optim.SGD(self.parameters(), lr=self.hparams["learning_rate"])

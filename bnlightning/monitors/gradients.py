@@ -1,199 +1,166 @@
-"""What is known of the gradients, the weights and the updates of one optimizer step: one row for each parameter.
+"""How large gradients and updates are: plain torch, from any loop.
 
-A row holds counts, sums and extrema only, so that the parts of a parameter that lies on several ranks add up.
+>>> import torch
+>>> network = torch.nn.Linear(4, 1)
+>>> optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+>>> monitor = Gradients()
+>>> monitor.attach(network)
+>>> network(torch.ones(8, 4)).mean().backward()
+>>> monitor.open(step=0)
+>>> monitor.take(network.parameters())
+>>> optimizer.step()
+>>> record = monitor.close()
+>>> round(record.parameters["weight"].numbers["grad_norm"], 6)
+2.0
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
-from bnlightning.monitors.counting.histogram import NUM_BINS, Histogram, count_values, finite_histogram
-from bnlightning.monitors.counting.ranks import is_sharded, own_part, reduce_maxima, reduce_sums
+from bnlightning.monitors.catching.selection import device_of, user_path
+from bnlightning.monitors.counting.histogram import TypicalRanges
+from bnlightning.monitors.counting.parameter_statistics import parameter_catalogue
+from bnlightning.monitors.counting.parameters import ParameterAccumulators, ParameterCounts
+from bnlightning.monitors.counting.ranks import is_first_rank, is_sharded
+from bnlightning.monitors.record import Entry, Record
 
-# From there on, no square that underflows in float32 matters to a sum of squares.
-_SAFE_SQUARES = 1e-30
-
-# The columns of the counts and of the sums.
-_VALUES, _NONFINITE = range(2)
-_GRADIENT, _WEIGHT, _UPDATE, _FINITE, _TOTAL = range(5)
+Predicate = Callable[[str, nn.Parameter], bool]
+ParameterChoice = str | Sequence[str] | Predicate | None
 
 
-@dataclass(frozen=True)
-class ParameterStatistics:
-    """The statistics of one parameter at one optimizer step, over all its values on all ranks.
+class Gradients:
+    """Watch the gradients and the updates of a network's parameters.
 
     Args:
-        dims: Number of dimensions of the parameter.
-        values: Number of values of its gradient.
-        nonfinite: How many of them are NaN or infinite.
-        norm: Of the gradient; not finite if one of its values is not.
-        weight_norm: Of the parameter before the step.
-        update_norm: Of what the step added to it.
-        histogram: Of the finite values of the gradient; ``None`` if there is none, or nobody asked for it.
+        parameters: Which parameters get numbers of their own, as in :class:`~bnlightning.GradientMonitor`.
+        max_parameters: Largest number of them, the first ones.
     """
 
-    dims: int
-    values: int
-    nonfinite: int
-    norm: float
-    weight_norm: float
-    update_norm: float
-    histogram: Histogram | None
+    def __init__(self, parameters: ParameterChoice = None, *, max_parameters: int = 200) -> None:
+        self.parameters = parameters
+        self.max_parameters = max_parameters
+        self._catalogue = parameter_catalogue()
+        self.catalogues = (self._catalogue,)
+        # In the order of the parameters.
+        self.chosen: dict[str, None] = {}
+        self.left_out: dict[str, None] = {}
+        self._decided: set[str] = set()
+        self._ranges = TypicalRanges()
+        self._module: nn.Module | None = None
+        self._device = torch.device("cpu")
+        self._step: int | None = None
+        self._accumulators: ParameterAccumulators | None = None
 
-
-class GradientRows:
-    """One row for each parameter of a model, filled by the optimizer steps within one batch.
-
-    Until :meth:`finish`, it holds a copy of the weights that were stepped.
-
-    Args:
-        parameters: All of the model, by path; on every rank the same paths in the same order.
-        with_histogram: The paths of those that get a histogram.
-        device: Of the collectives.
-    """
-
-    def __init__(
-        self, parameters: Mapping[str, nn.Parameter], with_histogram: Collection[str], device: torch.device
-    ) -> None:
-        self._paths = list(parameters)
-        self._dims = [parameter.dim() for parameter in parameters.values()]
-        self._row = {id(parameter): row for row, parameter in enumerate(parameters.values())}
-        self._is_sharded = any(is_sharded(parameter) for parameter in parameters.values())
-        self._device = device
-        self._counts = np.zeros((len(self._paths), 2), dtype=np.int64)
-        self._sums = np.zeros((len(self._paths), 5))
-        # The minimum with its sign turned, so that both are maxima.
-        self._extrema = np.full((len(self._paths), 2), -np.inf)
-        watched = [row for row, path in enumerate(self._paths) if path in with_histogram]
-        self._bins_index = {row: index for index, row in enumerate(watched)}
-        self._bins = torch.zeros(len(watched), NUM_BINS, dtype=torch.int64, device=device)
-        self._before: dict[int, tuple[nn.Parameter, Tensor]] = {}
-
-    def record(self, parameters: Iterable[nn.Parameter], scale: float = 1.0) -> None:
-        """Take down gradients and weights before a step; a parameter that is stepped again is recorded anew.
+    def attach(self, module: nn.Module, device: torch.device | None = None) -> None:
+        """Decide which parameters of ``module`` get numbers of their own.
 
         Args:
-            parameters: Those that the step is for. Without a gradient, or not of the model, they are passed over.
+            module: The network.
+            device: The device of collectives; ``None``: that of its first parameter.
+        """
+        self.detach()
+        self._module = module
+        self._device = device_of(module) if device is None else device
+        self.chosen, self.left_out, self._decided = {}, {}, set()
+        self._choose(by_path(module))
+
+    def detach(self) -> None:
+        """Forget the network; the typical ranges stay, for it may be attached again."""
+        self._module = None
+        self.abandon()
+
+    def forget(self) -> None:
+        """A training begins anew: forget the typical ranges."""
+        self._ranges = TypicalRanges()
+
+    def open(self, step: int) -> None:
+        """What is taken from now on makes a record that stands at ``step``."""
+        self.abandon()
+        self._step = step
+
+    def abandon(self) -> None:
+        """What was taken since :meth:`open` makes no record."""
+        self._step, self._accumulators = None, None
+
+    @torch.no_grad()
+    def take(self, parameters: Iterable[nn.Parameter], scale: float = 1.0) -> None:
+        """Take down gradients and weights just before a step; a parameter that is stepped again is taken down anew.
+
+        Where parameters are not sharded only the first rank computes, since all ranks step with the same gradients.
+
+        Args:
+            parameters: The parameters that the step is for. Those without a gradient are passed over.
             scale: What the gradients are to be divided by.
         """
-        gradients, weights = {}, {}
-        for parameter in parameters:
-            row = self._row.get(id(parameter))
-            if row is None or parameter.grad is None:
-                continue
-            gradient, weight = own_part(parameter.grad, parameter), own_part(parameter)
-            if gradient is None or weight is None:
-                continue
-            values = _values(gradient).float()
-            # A sparse one may have nothing stored.
-            if len(values) > 0:
-                gradients[row] = values if scale == 1.0 else values / scale
-                weights[row] = _values(weight)
-                weights[row] = weights[row].to(_at_least_float32(weights[row]), copy=True)
-                self._before[row] = parameter, weights[row]
-        if gradients:
-            self._take_down(list(gradients), list(gradients.values()), list(weights.values()))
+        assert self._module is not None
+        if self._step is None:
+            return
+        if self._accumulators is None:
+            known = by_path(self._module)
+            self._choose(known)
+            if not is_first_rank() and not any(map(is_sharded, known.values())):
+                return
+            self._accumulators = ParameterAccumulators(known, self.chosen, self._device)
+        self._accumulators.record(parameters, scale)
 
-    def _take_down(self, rows: list[int], gradients: list[Tensor], weights: list[Tensor]) -> None:
-        self._counts[rows, _VALUES] = [len(values) for values in gradients]
-        self._sums[rows, _GRADIENT] = _square_sums(gradients)
-        self._sums[rows, _WEIGHT] = _square_sums(weights)
-        low, high, total = (
-            _read([t for values in gradients for t in (*values.aminmax(), values.sum())]).reshape(-1, 3).T
-        )
-        self._counts[rows, _NONFINITE] = 0
-        self._sums[rows, _FINITE], self._sums[rows, _TOTAL] = self._sums[rows, _GRADIENT], total
-        self._extrema[rows] = np.stack([-low, high], axis=1)
-        for row, values, one in zip(rows, gradients, total, strict=True):
-            if not np.isfinite(one):
-                self._take_down_finite(row, values)
-            if row in self._bins_index:
-                self._bins[self._bins_index[row]] = count_values(values)
+    @torch.no_grad()
+    def close(self) -> Record | None:
+        """Take down what the steps made of the weights; with sharded parameters every rank must call this.
 
-    def _take_down_finite(self, row: int, values: Tensor) -> None:
-        """The moments of the finite values alone, or of values whose sum has no float32: in a run that diverges."""
-        finite = values[values.isfinite()].cpu().double()
-        self._counts[row, _NONFINITE] = len(values) - len(finite)
-        self._sums[row, [_FINITE, _TOTAL]] = finite.dot(finite).item(), finite.sum().item()
-        self._extrema[row] = (-finite.min().item(), finite.max().item()) if len(finite) > 0 else -np.inf
-
-    def finish(self) -> None:
-        """Take down what the steps made of the weights, give up the copies, add up the rows of all ranks.
-
-        With sharded parameters every rank must call it: three collectives, however many parameters. Without, none.
+        Returns:
+            The record; ``None`` if nothing was taken down on this rank.
         """
-        before, self._before = self._before, {}
-        updates = [weights.sub_(_values(own_part(parameter))) for parameter, weights in before.values()]
-        if updates:
-            self._sums[list(before), _UPDATE] = _square_sums(updates)
-        if self._is_sharded:
-            arrays = (self._counts, self._sums, self._extrema)
-            counts, sums, extrema = (torch.from_numpy(array).to(self._device) for array in arrays)
-            counts, sums, self._bins = reduce_sums([counts, sums, self._bins])
-            (extrema,) = reduce_maxima([extrema])
-            self._counts, self._sums, self._extrema = (tensor.cpu().numpy() for tensor in (counts, sums, extrema))
+        step, accumulators = self._step, self._accumulators
+        self.abandon()
+        if step is None or accumulators is None:
+            return None
+        accumulators.finish()
+        return self.record(step, accumulators.statistics())
 
-    def statistics(self) -> dict[str, ParameterStatistics]:
-        """By path, of the parameters that were recorded."""
-        bins = self._bins.cpu().numpy()
-        norms = np.sqrt(self._sums[:, [_GRADIENT, _WEIGHT, _UPDATE]]).tolist()
-        found = {}
-        for row, (path, (values, nonfinite)) in enumerate(zip(self._paths, self._counts.tolist(), strict=True)):
-            if values == 0:
+    def record(self, step: int, found: Mapping[str, ParameterCounts]) -> Record:
+        """The record of what was counted.
+
+        Args:
+            step: Where it stands on the x-axis.
+            found: The counts by path, of all parameters with a gradient.
+        """
+        entries = {path: self._entry(path, counts) for path, counts in found.items() if path in self.chosen}
+        return Record(step, parameters=entries, health=self._catalogue.health(list(found.values())))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The typical ranges as plain values, for a checkpoint."""
+        return {"ranges": self._ranges.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned."""
+        self._ranges.load_state_dict(state["ranges"])
+
+    def _entry(self, path: str, counts: ParameterCounts) -> Entry:
+        drawn = {} if counts.histogram is None else {"grad_hist": self._ranges.fit(path, counts.histogram)}
+        return Entry(self._catalogue.numbers(counts), drawn)
+
+    def _choose(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Decide on parameters that require a gradient and did not before; what was decided stays."""
+        for path, parameter in parameters.items():
+            if not parameter.requires_grad or path in self._decided:
                 continue
-            histogram = None
-            if row in self._bins_index and nonfinite < values:
-                low, high = self._extrema[row].tolist()
-                squares, total = self._sums[row, [_FINITE, _TOTAL]].tolist()
-                histogram = finite_histogram(bins[self._bins_index[row]], -low, high, total, squares)
-            norm, weight_norm, update_norm = norms[row]
-            found[path] = ParameterStatistics(
-                self._dims[row], values, nonfinite, norm, weight_norm, update_norm, histogram
-            )
-        return found
+            self._decided.add(path)
+            if self._selects(path, parameter):
+                (self.chosen if len(self.chosen) < self.max_parameters else self.left_out)[path] = None
+
+    def _selects(self, path: str, parameter: nn.Parameter) -> bool:
+        if self.parameters is None:
+            return True
+        if callable(self.parameters):
+            return bool(self.parameters(path, parameter))
+        patterns = [self.parameters] if isinstance(self.parameters, str) else self.parameters
+        return any(fnmatchcase(path, pattern) for pattern in patterns)
 
 
-def _values(tensor: Tensor | None) -> Tensor:
-    """All values in one dimension, in an order that depends on the strides only: a view if they are dense.
-
-    Those that are stored, of a sparse tensor; real and imaginary parts, of a complex one.
-    """
-    assert tensor is not None
-    tensor = tensor.detach()
-    if tensor.is_sparse:
-        tensor = tensor.coalesce().values()
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor.resolve_conj())
-    # A gradient in the channels_last format would have to be copied otherwise.
-    return tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True)).reshape(-1)
-
-
-def _at_least_float32(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def _square_sums(tensors: Sequence[Tensor]) -> NDArray[np.float64]:
-    """The sum of the squares of each tensor, over the whole range of its dtype; NaN or infinite if one of them is."""
-    # Not norms nor dot products: on a CPU these lose digits over many values, and take longer.
-    squares = _read([tensor.float().square().sum() for tensor in tensors])
-    # An overflow is rare, and then it takes the time it takes.
-    unsafe = np.flatnonzero(~((squares > _SAFE_SQUARES) & np.isfinite(squares))).tolist()
-    if unsafe:
-        exact = [_with_float64(tensors[index]) for index in unsafe]
-        squares[unsafe] = _read(torch._foreach_norm(exact, 2, torch.float64)) ** 2
-    return squares
-
-
-def _with_float64(tensor: Tensor) -> Tensor:
-    """On a device that has the dtype, which Apple's GPUs do not have."""
-    return tensor.cpu() if tensor.device.type == "mps" else tensor
-
-
-def _read(tensors: Sequence[Tensor]) -> NDArray[np.float64]:
-    """All their numbers, one after the other, in one transfer."""
-    device = tensors[0].device
-    return torch.cat([tensor.reshape(-1).to(device) for tensor in tensors]).cpu().double().numpy()
+def by_path(module: nn.Module) -> dict[str, nn.Parameter]:
+    """All parameters of a module; one that is shared stands under its first path."""
+    return {user_path(name): parameter for name, parameter in module.named_parameters()}

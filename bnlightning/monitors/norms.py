@@ -1,262 +1,167 @@
-"""What is known of batch norm layers over one optimizer step: moments of their input, and what they held before it.
+"""How far batch norm layers are from what evaluation takes them for: plain torch, from any loop.
 
-Per channel the number of values, their sum and squares about a mean only add up, so that the moments are exact over
-calls, micro-batches and ranks. They lie on the device, for all layers in one tensor, and are read once.
+>>> import torch
+>>> network = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8))
+>>> monitor = Norms()
+>>> monitor.attach(network)
+>>> _ = network(torch.randn(32, 4))
+>>> monitor.open(step=1)
+>>> monitor.observe()
+>>> _ = network(torch.randn(32, 4))
+>>> record = monitor.close()
+>>> sorted(record.norms["1"].numbers)
+['mean_drift', 'min_running_var', 'scale_near_zero', 'var_drift']
+>>> monitor.detach()
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.lazy import LazyModuleMixin
+from torch.utils.hooks import RemovableHandle
 
-from bnlightning.monitors.counting.ranks import reduce_sums
-from bnlightning.nn.functional import statistics_dtype
-
-Array = NDArray[np.float64]
-
-_NEAR_ZERO = 1e-3
-
-
-@dataclass(frozen=True)
-class BatchNormStatistics:
-    """The statistics of one layer; ``None`` for what it does not have, or of what no finite value is left.
-
-    Args:
-        channels: Number of channels (of positions, where the statistics are per activation).
-        scales: Number of entries of the scale, 0 without one.
-        seen: Whether any input came on any rank.
-        mean_drift: Largest distance of a running from a batch mean, in running standard deviations.
-        var_drift: Largest absolute logarithm of the ratio of a running to a batch variance.
-        rank_spread: Largest standard deviation of a batch mean over ranks, in standard deviations of the batch.
-        scale_near_zero: Share of the scale's entries that are near zero.
-        min_running_var: Smallest running variance.
-        nonfinite: Share of the channels with a value in the input or a running statistic that is not finite.
-    """
-
-    channels: int
-    scales: int
-    seen: bool
-    mean_drift: float | None
-    var_drift: float | None
-    rank_spread: float | None
-    scale_near_zero: float | None
-    min_running_var: float | None
-    nonfinite: float
+from bnlightning.monitors.catching.compiled import is_compiled
+from bnlightning.monitors.catching.hooks import NoHook, is_recomputation
+from bnlightning.monitors.catching.selection import Choice, device_of, is_chosen, user_path
+from bnlightning.monitors.counting.norm_statistics import norm_catalogue
+from bnlightning.monitors.counting.norms import NormAccumulators, NormCounts
+from bnlightning.monitors.record import Entry, Record
 
 
-class BatchNormRows:
-    """Accumulators for the input of ``layers``, and a copy of their running statistics.
+class Norms:
+    """Watch the batch norm layers of a network.
 
     Args:
-        layers: Batch norm layers. One that is lazy and has no parameters yet is left out until :meth:`start` finds it
-            with parameters.
-        device: Where the accumulators live, whatever devices the layers are on.
+        modules: Which batch norm layers to watch, as in :class:`~bnlightning.BatchNormMonitor`.
+        max_layers: Largest number of layers, the first ones in the order of ``named_modules``.
     """
 
-    def __init__(self, layers: Sequence[_BatchNorm], device: torch.device) -> None:
-        self._layers = list(layers)
-        self._device = device
-        # Apple's GPUs have no float64.
-        self._real = torch.float32 if device.type == "mps" else torch.float64
-        self._allocate([_channels(layer) for layer in self._layers])
+    def __init__(self, modules: Sequence[Choice] | None = None, *, max_layers: int = 200) -> None:
+        self.modules = modules
+        self.max_layers = max_layers
+        self._catalogue = norm_catalogue()
+        self.catalogues = (self._catalogue,)
+        self.watched: list[str] = []
+        self.left_out: list[str] = []
+        # Whether no layer was called on any rank in the last sample.
+        self.saw_nothing = False
+        self._handles: list[RemovableHandle] = []
+        self._catcher: _Catcher | None = None
+        self._step: int | None = None
 
-    def _allocate(self, sizes: list[int]) -> None:
-        self._sizes = sizes
-        # By channel: number of values, sum, squared sum over number by call, squares about the mean of each call.
-        self._moments = torch.zeros(4, sum(sizes), dtype=self._real, device=self._device)
-        self._parts = [part.unbind(0) for part in self._moments.split(sizes, dim=1)]
+    def attach(self, module: nn.Module, device: torch.device | None = None) -> None:
+        """Put one hook on every chosen batch norm layer of ``module``.
 
-    @torch.no_grad()
-    def start(self) -> None:
-        """A step begins: forget the one before, and remember what the layers hold."""
-        sizes = [_channels(layer) for layer in self._layers]
-        if sizes != self._sizes:
-            self._allocate(sizes)
-        self._moments.zero_()
-        sized = list(zip(self._layers, sizes, strict=True))
-        self._updates = np.array([_updates(layer) for layer in self._layers])
-        self._tracked = np.array([size > 0 and layer.running_mean is not None for layer, size in sized])
-        held = [
-            (layer.running_mean, layer.running_var) if tracked else (torch.zeros(size), torch.zeros(size))
-            for (layer, size), tracked in zip(sized, self._tracked, strict=True)
-        ]
-        self._running = torch.stack([self._packed(tensors) for tensors in zip(*held, strict=True)])
-        counts = [layer.num_batches_tracked for layer in self._layers]
-        self._counted = self._packed([torch.ones(1) if count is None else count.view(1) for count in counts])
-        self._scales = self._near_zero([_scale(layer) if size else torch.zeros(0) for layer, size in sized])
-
-    def _packed(self, tensors: Iterable[Tensor]) -> Tensor:
-        return torch.cat([tensor.to(self._device) for tensor in tensors]).to(self._real)
-
-    def _near_zero(self, scales: list[Tensor]) -> Tensor:
-        """How many entries of each scale are near zero, and how many there are, shape ``(2, layers)``."""
-        entries = [scale.numel() for scale in scales]
-        near = self._packed(scales).abs() < _NEAR_ZERO
-        counts = torch.stack([part.sum() for part in near.split(entries)])
-        return torch.stack((counts, torch.tensor(entries, device=self._device))).to(self._real)
-
-    @torch.no_grad()
-    def update(self, index: int, input: Tensor) -> None:
-        """Add the input of a call of layer ``index``, of shape ``(N, C)`` or ``(N, C, ...)``, any floating dtype.
-
-        Two passes over the values, in float32 at least, and as much memory as they take, until the call is over.
+        Args:
+            module: The network.
+            device: Where the accumulators lie; ``None``: where its first parameter is.
         """
-        values = _by_channel(self._layers[index], input)
-        size = self._sizes[index]
-        # What the layer refuses, it should say itself.
-        if values is None or values.shape[1] != size:
+        self.detach()
+        layers = {
+            user_path(name): layer
+            for name, layer in module.named_modules()
+            if isinstance(layer, _BatchNorm)
+            and (self.modules is None or is_chosen(self.modules, user_path(name), layer))
+        }
+        paths = list(layers)
+        self.watched, self.left_out = paths[: self.max_layers], paths[self.max_layers :]
+        if not self.watched:
             return
-        n = values.numel() // size
-        # About the mean of the first sample: it is cheap, and keeps the digits of values far from zero. It cannot be
-        # further from the mean of all N samples than sqrt(N) of their standard deviations.
-        origin = values[:1].mean(dim=2, keepdim=True)
-        centred = values - origin
-        total = centred.sum(dim=(0, 2))
-        squares = centred.square_().sum(dim=(0, 2))
-        offset, total, squares = torch.stack((origin.view(size), total, squares)).to(self._moments).unbind(0)
-        mean = torch.add(offset, total, alpha=1 / n)
-        counts, sums, squared_sums, squares_about_mean = self._parts[index]
-        counts.add_(n)
-        sums.add_(mean, alpha=n)
-        squared_sums.addcmul_(mean, mean, value=n)
-        squares_about_mean.add_(squares).addcmul_(total, total, value=-1 / n)
-
-    @torch.no_grad()
-    def reduce(self) -> None:
-        """Add up the moments of all ranks, on all ranks, in one collective; every rank must call it, once a step.
-
-        A layer that did not run on a rank has no part in it; what is not finite stays so. What the layers held stays
-        this rank's own, but for the scales, which may be sharded.
-        """
-        n, sums, squared_sums, squares = self._moments
-        has = n > 0
-        mean = sums / n.clamp(min=1)
-        squares = squares + (squared_sums - sums * mean).clamp(min=0)
-        rows = torch.stack((n, sums, n * mean.square(), squares, has.to(n), mean, mean.square()))
-        self._reduced, self._scales = reduce_sums([rows, self._scales])
-
-    def statistics(self) -> list[BatchNormStatistics | None]:
-        """The statistics of each layer, ``None`` for one without parameters so far; waits for the device once."""
-        parts = (self._reduced, self._running, self._counted, self._scales)
-        read = torch.cat([part.flatten() for part in parts]).cpu().double().numpy()
-        ends = np.cumsum([part.numel() for part in parts])[:-1]
-        reduced, running, counted, scales = (
-            values.reshape(part.shape) for values, part in zip(np.split(read, ends), parts, strict=True)
-        )
-        sizes = np.array(self._sizes)
-        eps = np.repeat([layer.eps for layer in self._layers], sizes)
-        unbiased = np.repeat([_is_unbiased(layer) for layer in self._layers], sizes)
-        rows = _by_layer(_channel_statistics(reduced, running, eps, unbiased), sizes)
-        # Initial values that the step itself replaces are nothing to compare with.
-        comparable = self._tracked & ((counted > 0) | ~self._updates)
-        return [
-            _layer_statistics(*each) if each[0] else None
-            for each in zip(self._sizes, rows.T, *scales, self._tracked, comparable, strict=True)
+        if is_compiled(module):
+            # What ran before would not call the hooks.
+            torch.compiler.reset()
+        watched = [layers[path] for path in self.watched]
+        self._catcher = _Catcher(NormAccumulators(watched, device_of(module) if device is None else device))
+        self._handles = [
+            layer.register_forward_pre_hook(_Hook(self._catcher, index), with_kwargs=True)
+            for index, layer in enumerate(watched)
         ]
 
+    def detach(self) -> None:
+        """Take all hooks away."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._catcher, self._step = [], None, None
 
-def _channels(layer: _BatchNorm) -> int:
-    """The number of channels, 0 of a lazy layer without parameters."""
-    return 0 if isinstance(layer, LazyModuleMixin) and layer.has_uninitialized_params() else layer.num_features
+    def open(self, step: int) -> None:
+        """What is observed from now on makes a record that stands at ``step``."""
+        if self._catcher is not None:
+            self._catcher.accumulators.start()
+            self._step = step
 
+    @property
+    def is_open(self) -> bool:
+        """Whether a sample is open."""
+        return self._step is not None
 
-def _updates(layer: _BatchNorm) -> bool:
-    return layer.training and layer.track_running_stats and not getattr(layer, "frozen", False)
+    def observe(self) -> None:
+        """A training batch begins."""
+        if self._catcher is not None:
+            self._catcher.is_observing = self.is_open
 
+    def pause(self) -> None:
+        """A training batch has ended: an evaluation may come before the next one."""
+        if self._catcher is not None:
+            self._catcher.is_observing = False
 
-def _is_unbiased(layer: _BatchNorm) -> bool:
-    return getattr(getattr(layer, "convention", None), "unbiased", True)
+    def close(self) -> Record | None:
+        """Close the sample and reduce it over the ranks, all of which must call this.
 
+        Returns:
+            The record, the same on all ranks; ``None`` if no sample was open.
+        """
+        self.pause()
+        step, self._step = self._step, None
+        if self._catcher is None or step is None:
+            return None
+        self._catcher.accumulators.reduce()
+        read = zip(self.watched, self._catcher.accumulators.statistics(), strict=True)
+        layers = {path: counts for path, counts in read if counts is not None}
+        self.saw_nothing = bool(layers) and not any(counts.seen for counts in layers.values())
+        return self.record(step, layers)
 
-def _scale(layer: _BatchNorm) -> Tensor:
-    """What this rank has of the scale; empty without one."""
-    weight: Any = layer.weight
-    if weight is None:
-        return torch.zeros(0)
-    return weight.to_local() if hasattr(weight, "to_local") else weight.flatten()
+    def record(self, step: int, layers: Mapping[str, NormCounts]) -> Record:
+        """The record of what was counted.
 
+        Args:
+            step: Where it stands on the x-axis.
+            layers: The counts by path.
+        """
+        entries = {path: Entry(self._catalogue.numbers(counts)) for path, counts in layers.items()}
+        return Record(step, norms=entries, health=self._catalogue.health(list(layers.values())))
 
-def _by_channel(layer: _BatchNorm, input: Tensor) -> Tensor | None:
-    """``input`` as ``(N, C, values)``, or ``None`` where that cannot be."""
-    if input.dim() < 2 or input.numel() == 0 or not input.is_floating_point():
-        return None
-    x = input.detach().to(statistics_dtype(input))
-    if getattr(getattr(layer, "convention", None), "per_activation", False):
-        return x.flatten(1).unsqueeze(2)
-    return x.reshape(*x.shape[:2], -1)
-
-
-def _channel_statistics(reduced: Array, running: Array, eps: Array, unbiased: NDArray[np.bool_]) -> Array:
-    """The statistics of each channel, NaN where there are none.
-
-    Args:
-        reduced: What :meth:`BatchNormRows.reduce` makes, shape ``(7, C)``.
-        running: Mean and variance before the step, shape ``(2, C)``.
-        eps: What a layer adds to a variance, shape ``(C,)``.
-        unbiased: Whether its running variance averages unbiased ones, shape ``(C,)``.
-
-    Returns:
-        Drift of the mean, drift of the variance, spread over ranks, minus the running variance, the number of values,
-        and 1 where a value is not finite, else 0; shape ``(6, C)``.
-    """
-    n, sums, squared_sums, squares, ranks, rank_means, squared_rank_means = reduced
-    running_mean, running_var = running
-    with np.errstate(all="ignore"):
-        mean = sums / n
-        var = (squares + np.maximum(squared_sums - sums * mean, 0)) / n
-        # Infinite where a value is, or where float32 cannot hold a square.
-        var[np.isinf(var)] = np.nan
-        mean[np.isnan(var)] = np.nan
-        # Like with like: the estimator that the running variance averages.
-        estimate = np.where(n > 1, var * np.where(unbiased, n / (n - 1), 1), np.nan)
-        between_ranks = np.maximum(squared_rank_means / ranks - (rank_means / ranks) ** 2, 0)
-        values = np.stack(
-            (
-                np.abs(running_mean - mean) / np.sqrt(running_var + eps),
-                np.abs(np.log((running_var + eps) / (estimate + eps))),
-                np.where(ranks > 1, np.sqrt(between_ranks / (var + eps)), np.nan),
-                -running_var,
-                n,
-                ((n > 0) & np.isnan(var)) | ~np.isfinite(running).all(axis=0),
-            )
-        )
-    values[np.isinf(values)] = np.nan
-    return values
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy, which a copy of the network in the middle of a fit brings along, has no part in that fit.
+        return vars(self) | {"_handles": [], "_catcher": None, "_step": None, "watched": [], "left_out": []}
 
 
-def _by_layer(values: Array, sizes: NDArray[np.int64]) -> Array:
-    """The largest over the channels of each layer, and of the last row the mean; shape ``(6, layers)``."""
-    by_layer = np.full((len(values), len(sizes)), np.nan)
-    # Where there is a layer without channels, reduceat would take the next one's first.
-    starts = (np.cumsum(sizes) - sizes)[sizes > 0]
-    if len(starts):
-        by_layer[:, sizes > 0] = np.fmax.reduceat(values, starts, axis=1)
-        by_layer[-1, sizes > 0] = np.add.reduceat(values[-1], starts) / sizes[sizes > 0]
-    return by_layer
+class _Catcher:
+    """What the hooks of one network share."""
+
+    def __init__(self, accumulators: NormAccumulators) -> None:
+        self.accumulators = accumulators
+        self.is_observing = False
+
+    def catch(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Layer ``index`` is called."""
+        if not self.is_observing or is_recomputation():
+            return
+        input = args[0] if args else kwargs.get("input")
+        if isinstance(input, Tensor):
+            self.accumulators.update(index, input)
 
 
-def _layer_statistics(
-    channels: int, values: Array, near_zero: float, entries: float, tracked: bool, comparable: bool
-) -> BatchNormStatistics:
-    mean_drift, var_drift, rank_spread, minus_running_var, n, nonfinite = (_finite(value) for value in values)
-    return BatchNormStatistics(
-        channels=channels,
-        scales=int(entries),
-        seen=bool(n),
-        mean_drift=mean_drift if comparable else None,
-        var_drift=var_drift if comparable else None,
-        rank_spread=rank_spread,
-        scale_near_zero=float(near_zero / entries) if entries else None,
-        min_running_var=-minus_running_var if tracked and minus_running_var is not None else None,
-        nonfinite=nonfinite or 0.0,
-    )
+class _Hook:
+    """A layer's forward pre-hook."""
 
+    def __init__(self, catcher: _Catcher, index: int) -> None:
+        self.catcher = catcher
+        self.index = index
 
-def _finite(value: np.float64) -> float | None:
-    return None if np.isnan(value) else float(value)
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.catcher.catch(self.index, args, kwargs)
+
+    def __reduce__(self) -> Any:
+        return NoHook, ()

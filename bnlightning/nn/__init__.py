@@ -1,4 +1,7 @@
-"""Plain torch: layers, networks, functions. No Lightning, no logging; ranks only where statistics are merged."""
+"""Batch norm layers, networks and the functions that change them, in plain torch.
+
+Nothing here knows Lightning or a logger. Only the functions that merge statistics over ranks use ``torch.distributed``.
+"""
 
 from bnlightning.nn.batch_norm import BatchNorm1d as BatchNorm1d
 from bnlightning.nn.batch_norm import BatchNorm2d as BatchNorm2d

@@ -1,4 +1,4 @@
-"""What a swap changes, one layer at a time: made, found intact, undone."""
+"""The change of one layer in a swap: how it is made, checked and undone."""
 
 import weakref
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ _HOOKS = tuple(name for name in vars(nn.Module()) if "_hooks" in name)
 
 
 class Absent:
-    """In place of a value: the attribute is not there."""
+    """Stands in the place of a value: the attribute does not exist."""
 
 
 class Change(Protocol):
-    """The change of one layer, made by ``apply`` and undone by ``undo`` while nothing else has changed the layer."""
+    """The change of one layer: ``apply`` makes it, ``undo`` undoes it if nothing else has changed the layer since."""
 
     def apply(self) -> None: ...
 
@@ -29,7 +29,7 @@ class Change(Protocol):
 
 @dataclass
 class InPlace:
-    """Another class and other attributes for the same object; applied a second time, back again."""
+    """A change of the object's class and attributes. Applied a second time, it restores the first state."""
 
     layer: Any
     cls: type[nn.Module]
@@ -59,7 +59,7 @@ class InPlace:
     def _exchange(self) -> None:
         attributes = vars(self.layer)
         previous = {name: attributes.get(name, Absent) for name in self.attributes}
-        # First, because only this can fail.
+        # First, because only this line can fail.
         self.layer.__class__, self.cls = self.cls, type(self.layer)
         for name, value in self.attributes.items():
             if value is Absent:
@@ -71,7 +71,7 @@ class InPlace:
 
 @dataclass
 class Replacement:
-    """Another object in the layer's place, in every parent."""
+    """A change that puts another object in the layer's place, in every parent."""
 
     old: nn.Module
     new: nn.Module
@@ -101,7 +101,7 @@ class Replacement:
 
     def apply(self) -> None:
         self._move_tensors(self.old, self.new)
-        # The dictionaries themselves move, because the handles refer to them; the new module's own hooks join them.
+        # The dictionaries themselves move, because handles refer to them. The new module's own hooks are added.
         for name, own in self._own_hooks.items():
             shared = vars(self.old)[name]
             shared.update(own)
@@ -129,7 +129,7 @@ class Replacement:
             target._is_full_backward_hook = source._is_full_backward_hook
         for hook in target._load_state_dict_pre_hooks.values():
             if getattr(hook, "with_module", False):
-                # Otherwise it would be called with the module that is no longer there.
+                # Otherwise the hook would be called with the module that is no longer in place.
                 vars(hook)["module"] = weakref.ref(target)
         target.train(source.training)
         for parent, name in self.places:
@@ -137,7 +137,7 @@ class Replacement:
 
 
 def _initial_statistics(layer: nn.Module) -> tuple[float, float] | None:
-    """What the layer's running mean and variance start from; ``None`` if it has none."""
+    """Return the initial values of the layer's running mean and variance, or ``None`` if it is no batch norm layer."""
     if isinstance(layer, _ConventionBatchNorm):
         return layer.convention.initial_mean, layer.convention.initial_var
     return (0.0, 1.0) if isinstance(layer, _TorchBatchNorm) else None
@@ -151,7 +151,7 @@ def _are_untouched(layer: Any, initial: tuple[float, float]) -> bool:
 
 
 def class_name(layer: nn.Module) -> str:
-    """The class of ``layer`` by the name it is imported by."""
+    """Return the name by which the class of ``layer`` is imported."""
     return _public_name(type(layer))
 
 

@@ -1,4 +1,4 @@
-"""Batch normalisation layers: torch's, with the running statistics of other frameworks' conventions, too."""
+"""Batch norm layers that behave as torch's and can keep their running statistics by another framework's convention."""
 
 import math
 import sys
@@ -31,17 +31,17 @@ _INFERENCE_BACKENDS = {"fast": batch_norm_inference_fast, "reference": batch_nor
 
 
 class _ConventionBatchNorm(_TorchBatchNorm):
-    """What the layers of one, two and three dimensions share.
+    """The common part of the layers for one, two and three dimensions.
 
     Attributes:
-        normalize_by: ``mode``, as torch: the batch in training, the running statistics in evaluation; or always
-            ``batch`` or ``running``.
-        frozen: Whether the running statistics stay as they are in training, too.
-        update_rule: Called with the layer, the batch's mean, its biased variance and the number of values per channel
-            instead of :meth:`update_running_stats`, which it may call.
-        batch_of_one: What a batch of one value per channel does in training: ``raise``, ``running`` or ``skip``.
-
-    They are changed by the functions of :mod:`bnlightning.nn.statistics`, which keep in ``changes`` what is in force.
+        normalize_by: The statistics to normalise by: always those of the ``batch``, always the ``running`` ones, or by
+            ``mode``. In the last case training uses the batch's and evaluation the running ones, as in torch.
+        frozen: Whether training leaves the running statistics as they are.
+        update_rule: Function called in the place of :meth:`update_running_stats`, which it may call. Its arguments are
+            the layer, the batch's mean, its biased variance and the number of values per channel.
+        batch_of_one: Treatment of a training batch of one value per channel: ``raise``, ``running`` or ``skip``.
+        changes: The changes in force. The functions of :mod:`bnlightning.nn.statistics` add and remove them, and set
+            the other attributes from them.
     """
 
     def __init__(
@@ -81,12 +81,12 @@ class _ConventionBatchNorm(_TorchBatchNorm):
             track_running_stats,
             device=device,
             dtype=dtype,
-            # torch before 2.15 does not know the argument; there only the default can be asked for.
+            # torch before 2.15 does not know the argument, so the default is not passed on.
             **({} if bias else {"bias": False}),
         )
 
     def reset_running_stats(self) -> None:
-        """Start the running statistics again from the convention's initial values."""
+        """Set the running statistics to the convention's initial values."""
         super().reset_running_stats()
         self._seen_untrained = True
         if self.running_mean is not None and self.running_var is not None:
@@ -94,11 +94,13 @@ class _ConventionBatchNorm(_TorchBatchNorm):
             self.running_var.fill_(self.convention.initial_var)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise ``input``, by the batch's statistics in training and by the running statistics in evaluation.
+        """Normalise ``input`` by the batch's statistics in training, by the running statistics in evaluation.
 
         As in torch, a layer without running statistics normalises by the batch's in evaluation too.
         """
-        self._check_input_dim(input)
+        # torch has no types for this method.
+        check: Callable[[Tensor], None] = self._check_input_dim
+        check(input)
         if self.convention.per_activation and input.dim() > 2:
             return self._normalize(input.flatten(1)).view_as(input)
         return self._normalize(input)
@@ -118,7 +120,7 @@ class _ConventionBatchNorm(_TorchBatchNorm):
         return self._normalize_in_parts(input, n, updates, synced)
 
     def _normalize_in_parts(self, input: Tensor, n: int, updates: bool, synced: bool) -> Tensor:
-        """First the output, then the running statistics."""
+        """Compute the output, then update the running statistics."""
         if self._normalizes_by_running():
             return self._normalize_by_running(input, n, synced) if updates else self._infer(input)
         if n < 2 and not synced and (n == 0 or self.batch_of_one != "raise"):
@@ -159,16 +161,16 @@ class _ConventionBatchNorm(_TorchBatchNorm):
         return _INFERENCE_BACKENDS[self.backend](input, mean, var, self.weight, self.bias, self.eps)
 
     def _warn_if_untrained(self, var: Tensor) -> None:
-        # Nothing can be read from a tensor without data: on the meta device, or traced.
+        # A tensor on the meta device or in a trace has no data to read.
         if var.is_meta or type(var) is not Tensor:
             return
-        # Remembered, so that a device is waited for once.
+        # Remembered, because reading the values waits for the device.
         self._seen_untrained = not self.num_batches_tracked and not var.any()
         if self._seen_untrained:
             warnings.warn(_UNTRAINED, stacklevel=5)
 
     def _normalize_too_few(self, input: Tensor, n: int) -> Tensor:
-        """A batch with nothing in it, or with one value per channel, from which there is nothing to learn."""
+        """Treat a batch without values, or with one value per channel. The running statistics stay as they are."""
         if n == 0:
             return F.batch_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
         if self.batch_of_one == "running" and self.running_mean is not None:
@@ -180,7 +182,7 @@ class _ConventionBatchNorm(_TorchBatchNorm):
     def _normalize_by_kernel(
         self, input: Tensor, momentum: float | None, kernel: Callable[..., Tensor] = F.batch_norm
     ) -> Tensor:
-        """The one call that normalises, and averages too, unless ``momentum`` is ``None``."""
+        """Normalise in one call, which also averages the statistics unless ``momentum`` is ``None``."""
         if momentum is None:
             return kernel(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
         mean, var, count = self.running_mean, self.running_var, self.num_batches_tracked
@@ -198,13 +200,13 @@ class _ConventionBatchNorm(_TorchBatchNorm):
 
     @torch.no_grad()
     def update_running_stats(self, mean: Tensor, var: Tensor, n: int | Tensor) -> None:
-        """One step of the running averages.
+        """Add a batch to the running averages.
 
         Args:
-            mean: The batch's mean, shape ``(C,)``.
-            var: Its biased variance, shape ``(C,)``.
-            n: The number of values per channel that they are of. Below 2 nothing changes. It may be a tensor, so that a
-                decision made on the device needs no wait for it.
+            mean: Mean of the batch, shape ``(C,)``.
+            var: Biased variance of the batch, shape ``(C,)``.
+            n: Number of values per channel in the batch. Below 2 nothing changes. With a tensor the decision is made on
+                the device, and nothing waits for it.
         """
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         weight = self.weight_of_next_batch()
@@ -212,7 +214,7 @@ class _ConventionBatchNorm(_TorchBatchNorm):
             seen = n > 1
             mean = torch.where(seen, mean, self.running_mean)
             var = torch.where(seen, var, self.running_var)
-            # Half precision ends before a large count does.
+            # Half precision cannot hold a large count.
             count = n.to(torch.promote_types(var.dtype, torch.float32))
             bessel: float | Tensor = torch.where(seen, count / (count - 1), 1).to(var.dtype)
             self.num_batches_tracked.add_(seen)
@@ -227,14 +229,15 @@ class _ConventionBatchNorm(_TorchBatchNorm):
         self.running_var.lerp_(var.to(self.running_var.dtype), weight)
 
     def weight_of_next_batch(self) -> float | Tensor:
-        """The share of the next batch in the running statistics; a tensor where a number would mean a wait.
+        """Return the weight of the next batch in the running statistics, from 0 to 1.
 
-        The momentum, unless that is ``None`` or the convention debiases: then it falls from 1 as batches are counted.
+        This is the momentum. With ``momentum=None`` or a convention that debiases, it starts from 1 and falls as
+        batches are counted. On a device other than the CPU it then is a tensor, so that nothing waits for the device.
         """
         if self.momentum is not None and (not self.convention.debias or self.momentum == 1):
             return float(self.momentum)
         assert self.running_mean is not None and self.num_batches_tracked is not None
-        # Debiased, a momentum of 0 weighs all batches alike, as None does.
+        # With debiasing, a momentum of 0 gives all batches the same weight, as None does.
         decay = math.log1p(-self.momentum) if self.momentum else None
         if self.num_batches_tracked.is_cpu and not torch.compiler.is_compiling():
             count = self.num_batches_tracked.item() + 1
@@ -243,26 +246,27 @@ class _ConventionBatchNorm(_TorchBatchNorm):
         counted = (self.num_batches_tracked + 1).to(dtype)
         if decay is None:
             return counted.reciprocal().to(self.running_mean.dtype)
-        # (1 - d) / (1 - d^k) for d = 1 - momentum; as differences they would lose their digits while they are small.
+        # (1 - d) / (1 - d^k) for d = 1 - momentum, by expm1, because the differences lose digits while they are small.
         return (math.expm1(decay) / torch.expm1(counted * decay)).to(self.running_mean.dtype)
 
     @property
     def qconfig(self) -> Any:
-        """What torch.ao's quantisation sets on a module; none until then.
+        """The attribute that torch.ao's quantisation sets on a module. The layer has none until then.
 
         Raises:
-            RuntimeError: If asked by ``convert_sync_batchnorm``, torch's or one that is written like it. That replaces
-                every batch norm layer by torch's, whatever its convention, and this is its only question to the layer.
+            RuntimeError: If ``convert_sync_batchnorm`` reads it, torch's function or a copy of it. That function
+                replaces every batch norm layer by torch's, whatever the convention. It reads no other attribute by
+                which a layer could refuse.
         """
         if sys._getframe(1).f_code.co_name == "convert_sync_batchnorm":
             raise RuntimeError(
                 f"convert_sync_batchnorm would replace {self} by torch.nn.SyncBatchNorm and lose its convention. "
                 "Instead of Trainer(sync_batchnorm=True) pass Trainer(plugins=[BatchNormSync()]) or the callback "
-                'SwapNorm("sync"); without a Trainer, call swap_norm(model, "sync"). The layers before this one have '
-                "been replaced by now: build the model again."
+                'SwapNorm("sync"). Without a Trainer, call swap_norm(model, "sync"). The layers before this one have '
+                "been replaced already: build the model again."
             )
         if "qconfig" not in self.__dict__:
-            # So that hasattr answers as on a module without the attribute.
+            # hasattr answers as on a module without the attribute.
             raise AttributeError("qconfig")
         return self.__dict__["qconfig"]
 
@@ -277,43 +281,44 @@ class _ConventionBatchNorm(_TorchBatchNorm):
         del self.__dict__["qconfig"]
 
     def extra_repr(self) -> str:
-        """The arguments, as in torch, and our own."""
+        """Return torch's arguments and our own."""
         sync = ", sync=True" if self.sync else ""
-        return f"{super().extra_repr()}, convention={convention_name(self.convention)}, backend={self.backend!r}{sync}"
+        # torch has no types for this method.
+        torchs: Callable[[], str] = super().extra_repr
+        return f"{torchs()}, convention={convention_name(self.convention)}, backend={self.backend!r}{sync}"
 
 
 class BatchNorm1d(_ConventionBatchNorm, nn.BatchNorm1d):
-    """Batch normalisation of ``(N, C)`` or ``(N, C, L)`` input, in torch's convention or another framework's.
+    """Batch normalisation of ``(N, C)`` or ``(N, C, L)`` input, by torch's convention or another framework's.
 
-    A :class:`torch.nn.BatchNorm1d` with the same state_dict keys and, by default, the same numbers; see there for
-    ``num_features``, ``affine``, ``track_running_stats`` and ``bias``. In training the statistics are those of the
-    batch on this process, or with ``sync`` of the batches of all ranks.
+    The layer is a :class:`torch.nn.BatchNorm1d` with the same state_dict keys and, by default, the same numbers. In
+    training it normalises by the statistics of the batch on this rank, or with ``sync`` by those of all ranks' batches.
 
     Args:
-        num_features: C; all features of a sample (C·L) where the convention is per activation.
-        eps: Added to the variance; by default the convention's.
-        momentum: Weight of the new batch in the running statistics (torch's direction, 1 - TensorFlow's decay);
-            ``None`` averages over all batches seen; by default the convention's.
+        num_features: Number of channels C. For a convention per activation, all features of a sample (C·L).
+        eps: Number added to the variance. ``None``, the default, takes the convention's.
+        momentum: Weight of the new batch in the running statistics, from 0 to 1. This is torch's direction,
+            1 - TensorFlow's decay. The default takes the convention's; ``None`` averages over all batches.
         affine: Whether to learn a scale (``weight``) and a shift (``bias``).
-        track_running_stats: Whether to keep running statistics; without them the batch's are used in evaluation too.
-        device: Of parameters and buffers.
-        dtype: Of parameters and buffers.
-        bias: Whether to learn the shift (``False`` needs torch 2.15).
-        convention: A name among ``pytorch keras tf_fused tf_ema flax caffe from_scratch``, or a :class:`Convention`.
-        backend: ``fast`` uses torch's kernels, ``reference`` the formulas and the hand-derived backward pass of
-            :mod:`bnlightning.nn.functional`.
-        sync: Whether a training batch is taken together with those of the other ranks, by the formulas of
-            :mod:`bnlightning.nn.sync` for either backend. Every rank must then run the layer, an empty batch is
-            enough. Without other ranks it changes nothing.
+        track_running_stats: Whether to keep running statistics. Without them evaluation uses the batch's.
+        device: Device of parameters and buffers.
+        dtype: Floating dtype of parameters and buffers.
+        bias: Whether to learn the shift. ``False`` needs torch 2.15.
+        convention: One of ``pytorch keras tf_fused tf_ema flax caffe from_scratch``, or a :class:`Convention`.
+        backend: Implementation. ``fast`` uses torch's kernels. ``reference`` uses the formulas and the hand-derived
+            backward pass of :mod:`bnlightning.nn.functional`.
+        sync: Whether the batches of all ranks are normalised together in training, by :mod:`bnlightning.nn.sync` for
+            both backends. Every rank must then run the layer; an empty batch is enough. Nothing changes on one rank.
         process_group: The ranks to take together; by default all.
 
     Raises:
-        ValueError: For an unknown convention or backend, a missing momentum or eps where the convention has none,
-            and in training for a channel with fewer than two values (see :func:`bnlightning.nn.batch_of_one`).
+        ValueError: If the convention or the backend is not known, or if the convention has no default for ``eps`` or
+            ``momentum`` and none is given. In training, if a channel has fewer than two values: see
+            :func:`bnlightning.nn.batch_of_one`.
 
     Warns:
-        UserWarning: For a momentum above 0.5, which often is TensorFlow's decay by mistake; and in evaluation with
-            running statistics that start from a variance of zero and that no batch has updated yet.
+        UserWarning: If the momentum is above 0.5, because this often is TensorFlow's decay by mistake. In evaluation,
+            if the running variance starts from zero and no batch has updated it.
 
     Example:
         >>> layer = BatchNorm1d(30, momentum=0.5, eps=1e-3, convention="keras")
@@ -323,16 +328,26 @@ class BatchNorm1d(_ConventionBatchNorm, nn.BatchNorm1d):
 
 
 class BatchNorm2d(_ConventionBatchNorm, nn.BatchNorm2d):
-    """As :class:`BatchNorm1d`, of ``(N, C, H, W)`` input."""
+    """Batch normalisation of ``(N, C, H, W)`` input. The arguments are those of :class:`BatchNorm1d`.
+
+    Example:
+        >>> BatchNorm2d(6)(torch.randn(10, 6, 5, 5)).shape
+        torch.Size([10, 6, 5, 5])
+    """
 
 
 class BatchNorm3d(_ConventionBatchNorm, nn.BatchNorm3d):
-    """As :class:`BatchNorm1d`, of ``(N, C, D, H, W)`` input."""
+    """Batch normalisation of ``(N, C, D, H, W)`` input. The arguments are those of :class:`BatchNorm1d`.
+
+    Example:
+        >>> BatchNorm3d(6)(torch.randn(10, 6, 5, 5, 5)).shape
+        torch.Size([10, 6, 5, 5, 5])
+    """
 
 
 _UNTRAINED = (
     "Evaluation with running statistics that no batch has updated: their variance is 0, so every value is divided by "
-    "sqrt(eps) alone. Train first, load trained statistics, or evaluate with bnlightning.nn.batch_statistics(model)."
+    "sqrt(eps). Train first, load trained statistics, or evaluate with bnlightning.nn.batch_statistics(model)."
 )
 
 
@@ -340,8 +355,8 @@ def _channels_message(layer: _ConventionBatchNorm, input: Tensor) -> str:
     shape, features = tuple(input.shape), layer.num_features
     if layer.convention.per_activation:
         return (
-            f"input has {shape[1]} features a sample, and num_features={features}: under a convention per activation "
-            f"give num_features={shape[1]}, the product of all dimensions but the batch's."
+            f"input has {shape[1]} features a sample, and num_features={features}: with a convention per activation "
+            f"give num_features={shape[1]}, the product of all dimensions except the batch's."
         )
     return (
         f"input of shape {shape} has {shape[1]} channels, and num_features={features}: give input with {features} "
@@ -358,11 +373,12 @@ def _momentum(value: Any, named: Convention, convention: str | Convention) -> fl
 
 
 def warn_of_momentum(momentum: float, stacklevel: int) -> None:
-    """Warn where TensorFlow's decay was given for torch's momentum; ``stacklevel`` counts from here."""
+    """Warn of a momentum that looks like TensorFlow's decay; ``stacklevel`` counts from this function."""
     if momentum > 0.5:
         warnings.warn(
             f"momentum={momentum!r} gives the newest batch most of the weight: torch's momentum is the weight of the "
-            f"new value, TensorFlow's and Keras's that of the old one. Did you mean momentum={1 - momentum:.6g}?",
+            "new value, TensorFlow's and Keras's momentum is the weight of the old one. Did you mean "
+            f"momentum={1 - momentum:.6g}?",
             stacklevel=stacklevel,
         )
 
@@ -374,4 +390,5 @@ def _given(name: str, value: Any, default: float | None, convention: str | Conve
             f"{name}={value!r} is not possible: the convention {convention!r} has no default for it. Pass {name}=..."
         )
     check_number(name, value, at_least=0.0)
-    return value
+    number: float = value
+    return number

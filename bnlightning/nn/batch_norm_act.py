@@ -1,11 +1,16 @@
-r"""Batch normalisation and the activation behind it in one, with a backward pass that needs half the memory.
+r"""Batch normalisation and the activation after it in one layer, which needs half the memory in the backward pass.
 
-Two layers hold four tensors of the input's size at once in the backward pass, besides the input: the activation's
-output, the gradient behind the normalisation, the gradient of the input, and a scratch of torch's kernel. Here the
-activation overwrites the normalised values, its derivative is taken from its output :math:`y = f(\hat y)`, and the
-gradient of the input is written where the gradient behind the normalisation stood. With
-:math:`g_i = f'(\hat y_i) \, \partial L / \partial y_i` it is linear in :math:`g_i` and :math:`x_i`
-(see :mod:`bnlightning.nn.functional`):
+Two layers hold four tensors of the input's size at once in the backward pass, besides the input:
+
+- the output of the activation,
+- the gradient of the normalised values,
+- the gradient of the input,
+- a scratch of torch's kernel.
+
+Here the activation overwrites the normalised values. Its derivative is taken from its output :math:`y = f(\hat y)`. The
+gradient of the input overwrites the gradient of the normalised values
+:math:`g_i = f'(\hat y_i) \, \partial L / \partial y_i`. It is linear in :math:`g_i` and :math:`x_i` (see
+:mod:`bnlightning.nn.functional`):
 
 .. math::
     \frac{\partial L}{\partial x_i} = a g_i + b x_i + c \qquad
@@ -30,12 +35,17 @@ from bnlightning.nn.functional import over_channels
 _aten = torch.ops.aten
 
 FUSED_FROM = 2**20
-"""Number of elements from which one layer takes no longer than two (``benchmarks/norm.py``)."""
+"""Number of input elements from which one layer is no slower than two (``benchmarks/norm.py``)."""
 
 
 @dataclass(frozen=True)
 class _Activation:
-    """An activation in place, and the gradient before it from the gradient behind it and its own output."""
+    """An activation that can be fused.
+
+    Attributes:
+        apply_: Applies the activation in place and returns its argument.
+        backward: Returns the gradient of the input from the gradient of the output and the output.
+    """
 
     apply_: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor], Tensor]
@@ -48,7 +58,7 @@ FUSED_ACTIVATIONS: dict[str, _Activation] = {
     "sigmoid": _Activation(torch.sigmoid_, lambda grad, y: _aten.sigmoid_backward(grad, y)),
     "tanh": _Activation(torch.tanh_, lambda grad, y: _aten.tanh_backward(grad, y)),
 }
-"""The activations whose derivative their output tells, each as torch's module has it by default."""
+"""The activations whose derivative can be told from their output, each with the defaults of torch's module."""
 
 
 class _BatchNormAct(torch.autograd.Function):
@@ -112,28 +122,35 @@ def batch_norm_act(
     *,
     activation: str,
 ) -> Tensor:
-    """:func:`torch.nn.functional.batch_norm` with the statistics of the batch, and an activation behind it.
+    """Normalise by the batch's statistics as :func:`torch.nn.functional.batch_norm` does, and apply an activation.
 
     Args:
-        input: Shape ``(N, C)`` or ``(N, C, ...)``, float32 or float64.
-        running_mean: Shape ``(C,)``, or ``None``; updated in place, as torch does.
-        running_var: Likewise.
-        weight: Scale of shape ``(C,)``, or ``None`` for 1.
-        bias: Shift of shape ``(C,)``, or ``None`` for 0.
-        training: ``True``: there is nothing to save in evaluation.
-        momentum: Weight of this batch in the running statistics.
-        eps: Added to the variance.
-        activation: A key of :data:`FUSED_ACTIVATIONS`.
+        input: Tensor of shape ``(N, C)`` or ``(N, C, ...)``, float32 or float64.
+        running_mean: Tensor of shape ``(C,)``, updated in place as torch does; ``None`` for no running mean.
+        running_var: Tensor of shape ``(C,)``, updated in place as torch does; ``None`` for no running variance.
+        weight: Scale of shape ``(C,)``; ``None`` for 1.
+        bias: Shift of shape ``(C,)``; ``None`` for 0.
+        training: Must be ``True``, because evaluation has no memory to save.
+        momentum: Weight of this batch in the running statistics, from 0 to 1.
+        eps: Number added to the variance.
+        activation: Name of the activation, a key of :data:`FUSED_ACTIVATIONS`.
 
     Returns:
         The output, with the shape and dtype of ``input``. It can be differentiated once.
+
+    Example:
+        >>> x = torch.tensor([[1.0], [3.0]])
+        >>> batch_norm_act(x, None, None, None, None, True, momentum=0.1, eps=0.0, activation="relu")
+        tensor([[0.],
+                [1.]])
     """
     assert training
-    return _BatchNormAct.apply(input, running_mean, running_var, weight, bias, momentum, eps, activation)
+    output: Tensor = _BatchNormAct.apply(input, running_mean, running_var, weight, bias, momentum, eps, activation)
+    return output
 
 
 class _ActivatedBatchNorm(_ConventionBatchNorm):
-    """What the layers of one, two and three dimensions share."""
+    """The common part of the layers for one, two and three dimensions."""
 
     def __init__(self, *args: Any, activation: str = "relu", **kwargs: Any) -> None:
         check_choice("activation", activation, FUSED_ACTIVATIONS)
@@ -141,7 +158,7 @@ class _ActivatedBatchNorm(_ConventionBatchNorm):
         self.activation = activation
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise ``input`` as :class:`BatchNorm1d` does, and activate it."""
+        """Normalise ``input`` as :class:`BatchNorm1d` does, and apply the activation."""
         return super().forward(input)
 
     def _normalize_in_parts(self, input: Tensor, n: int, updates: bool, synced: bool) -> Tensor:
@@ -155,34 +172,57 @@ class _ActivatedBatchNorm(_ConventionBatchNorm):
         return self._activate(super()._normalize_by_kernel(input, momentum, kernel))
 
     def _activate(self, output: Tensor) -> Tensor:
-        return getattr(F, self.activation)(output)
+        activated: Tensor = getattr(F, self.activation)(output)
+        return activated
 
     def extra_repr(self) -> str:
-        """The arguments, and the activation."""
+        """Return the arguments and the activation."""
         return f"{super().extra_repr()}, activation={self.activation!r}"
 
 
 class BatchNormAct1d(_ActivatedBatchNorm, BatchNorm1d):
     """:class:`BatchNorm1d` and an activation in one layer: the same values, half the memory in the backward pass.
 
-    Beside ``nn.Sequential(BatchNorm1d(C), nn.ReLU())`` the peak memory of a training step is 2 sizes of the input
-    instead of 4 (``benchmarks/norm.py``). It is fused where that was measured to be no slower, for a training batch of
-    a million elements and more, on a CPU, in float32 or float64, with ``backend="fast"``, without ``sync`` or a rule of
-    :mod:`bnlightning.nn.statistics`, and then can be differentiated once; everywhere else it is the two layers.
+    The peak memory of a training step is 2 times the size of the input. ``nn.Sequential(BatchNorm1d(C), nn.ReLU())``
+    needs 4 times that size (``benchmarks/norm.py``).
+
+    The layer fuses its two parts where this was measured to be no slower. All of these must hold:
+
+    - The training batch has at least 2**20 elements.
+    - It is on a CPU, in float32 or float64.
+    - The layer has ``backend="fast"`` and no ``sync``.
+    - No rule of :mod:`bnlightning.nn.statistics` is in force.
+
+    The fused layer can be differentiated once. In all other cases the layer computes what the two layers compute.
 
     Args:
-        *args: As :class:`BatchNorm1d`.
-        activation: ``elu``, ``leaky_relu``, ``relu``, ``sigmoid`` or ``tanh``, each with torch's defaults.
-        **kwargs: As :class:`BatchNorm1d`.
+        *args: Arguments of :class:`BatchNorm1d`.
+        activation: One of ``elu``, ``leaky_relu``, ``relu``, ``sigmoid`` and ``tanh``, with torch's defaults.
+        **kwargs: Keyword arguments of :class:`BatchNorm1d`.
 
     Raises:
-        ValueError: For another activation, and as :class:`BatchNorm1d`.
+        ValueError: If the activation is not known, and for the reasons of :class:`BatchNorm1d`.
+
+    Example:
+        >>> layer = BatchNormAct1d(30, activation="relu")
+        >>> layer(torch.randn(10, 30)).min().item()
+        0.0
     """
 
 
 class BatchNormAct2d(_ActivatedBatchNorm, BatchNorm2d):
-    """As :class:`BatchNormAct1d`, of ``(N, C, H, W)`` input."""
+    """:class:`BatchNormAct1d` for ``(N, C, H, W)`` input.
+
+    Example:
+        >>> BatchNormAct2d(6, activation="tanh")(torch.randn(10, 6, 5, 5)).shape
+        torch.Size([10, 6, 5, 5])
+    """
 
 
 class BatchNormAct3d(_ActivatedBatchNorm, BatchNorm3d):
-    """As :class:`BatchNormAct1d`, of ``(N, C, D, H, W)`` input."""
+    """:class:`BatchNormAct1d` for ``(N, C, D, H, W)`` input.
+
+    Example:
+        >>> BatchNormAct3d(6, activation="elu")(torch.randn(10, 6, 5, 5, 5)).shape
+        torch.Size([10, 6, 5, 5, 5])
+    """

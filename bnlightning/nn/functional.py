@@ -1,7 +1,7 @@
-r"""Batch normalisation as functions: the formulas derived by hand, and the same through torch's kernels.
+r"""Batch normalisation as functions: by formulas derived by hand, and by torch's kernels.
 
-The functions take ``input`` of shape ``(N, C)`` or ``(N, C, ...)`` and normalise every channel :math:`c` over its
-:math:`n` values, the batch and all trailing dimensions:
+The functions take ``input`` of shape ``(N, C)`` or ``(N, C, ...)``. They normalise every channel over its :math:`n`
+values, which are those of the batch and of all trailing dimensions:
 
 .. math::
     \mu = \frac1n \sum_i x_i \qquad
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 
 class _BatchNorm(torch.autograd.Function):
-    r"""Batch normalisation with the batch's own statistics and a backward pass derived by hand.
+    r"""Batch normalisation by the batch's own statistics, with a backward pass derived by hand.
 
     Write :math:`g_i = \partial L / \partial y_i` and :math:`s = (\sigma^2 + \epsilon)^{-1/2}`. The loss reaches
     :math:`\gamma` and :math:`\beta` through every :math:`y_i` of the channel:
@@ -30,17 +30,21 @@ class _BatchNorm(torch.autograd.Function):
         \frac{\partial L}{\partial \gamma} = \sum_i g_i \hat x_i \qquad
         \frac{\partial L}{\partial \beta} = \sum_i g_i
 
-    It reaches :math:`x_i` on three paths. Directly, :math:`\partial \hat x_j / \partial x_i = s` for :math:`j = i`;
-    through the mean, :math:`\partial \mu / \partial x_i = 1/n` moves every :math:`\hat x_j` by :math:`-s/n`; through
-    the variance, :math:`\partial \sigma^2 / \partial x_i = 2 (x_i - \mu) / n` scales every :math:`\hat x_j` by
-    :math:`-\tfrac12 s^2`, that is :math:`-s \hat x_i \hat x_j / n` (the variance's own dependence on the mean adds
-    nothing, since :math:`\sum_j (x_j - \mu) = 0`). Summed over :math:`j` with weights :math:`\gamma g_j`:
+    It reaches :math:`x_i` on three paths.
+
+    - Directly: :math:`\partial \hat x_j / \partial x_i = s` for :math:`j = i`.
+    - Through the mean: :math:`\partial \mu / \partial x_i = 1/n` moves every :math:`\hat x_j` by :math:`-s/n`.
+    - Through the variance: :math:`\partial \sigma^2 / \partial x_i = 2 (x_i - \mu) / n` scales every :math:`\hat x_j`
+      by :math:`-\tfrac12 s^2`. That is a change of :math:`-s \hat x_i \hat x_j / n`. The variance also depends on the
+      mean, but this adds nothing, since :math:`\sum_j (x_j - \mu) = 0`.
+
+    The sum over :math:`j` with weights :math:`\gamma g_j` is:
 
     .. math::
         \frac{\partial L}{\partial x_i} = \gamma s \Big( g_i - \frac1n \sum_j g_j
             - \hat x_i \, \frac1n \sum_j g_j \hat x_j \Big)
 
-    Only the input is kept for the backward pass, not the normalised input: it is one multiplication away.
+    The backward pass keeps the input alone. One multiplication gives the normalised input again.
     """
 
     @staticmethod
@@ -92,36 +96,45 @@ class _BatchNorm(torch.autograd.Function):
 def batch_norm_reference(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalise with the batch's statistics, by the formulas of this module and a backward pass derived by hand.
+    """Normalise by the batch's statistics, with the formulas of this module and a backward pass derived by hand.
 
     Args:
-        input: Shape ``(N, C)`` or ``(N, C, ...)``, any floating dtype; half precision is computed in float32.
-        weight: Scale of shape ``(C,)``, or ``None`` for 1.
-        bias: Shift of shape ``(C,)``, or ``None`` for 0.
-        eps: Added to the variance.
+        input: Tensor of shape ``(N, C)`` or ``(N, C, ...)``, of any floating dtype. Half precision is computed in
+            float32.
+        weight: Scale of shape ``(C,)``; ``None`` for 1.
+        bias: Shift of shape ``(C,)``; ``None`` for 0.
+        eps: Number added to the variance.
 
     Returns:
-        The output, with the shape and dtype of ``input``; the mean and the biased variance of the batch, of shape
-        ``(C,)``, over the samples of this process alone. No gradient flows through the two statistics.
+        The output, with the shape and dtype of ``input``. Then the mean and the biased variance of the batch, each of
+        shape ``(C,)``, over the samples of this process alone. No gradient flows through the two statistics.
 
     Raises:
         ValueError: If a channel has fewer than two values.
+
+    Example:
+        >>> output, mean, var = batch_norm_reference(torch.tensor([[1.0], [3.0]]), None, None, eps=0.0)
+        >>> output, mean, var
+        (tensor([[-1.],
+                [ 1.]]), tensor([2.]), tensor([1.]))
     """
     check_enough_values(input)
-    return _BatchNorm.apply(input, weight, bias, eps)
+    result: tuple[Tensor, Tensor, Tensor] = _BatchNorm.apply(input, weight, bias, eps)
+    return result
 
 
 def batch_norm_fast(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same as :func:`batch_norm_reference`, by torch's own kernels; can be differentiated twice.
+    """Do the same as :func:`batch_norm_reference` by torch's own kernels.
 
-    The kernels write their statistics into running buffers. With a momentum of 1 and buffers made for this call these
-    are the batch's statistics themselves (the variance unbiased), so any rule of averaging can follow.
+    The result can be differentiated twice. The kernels write their statistics into running buffers. This call gives
+    them new buffers and a momentum of 1, so the buffers hold the statistics of the batch (the variance unbiased). Any
+    rule of averaging can follow.
     """
     n = check_enough_values(input)
     dtype = weight.dtype if weight is not None else statistics_dtype(input)
-    # Zeros, because a momentum of 1 multiplies the old value by 0, and in uninitialised memory there may be a NaN.
+    # Zeros, because a momentum of 1 multiplies the old value by 0, and uninitialised memory may hold a NaN.
     mean = torch.zeros(input.shape[1], dtype=dtype, device=input.device)
     var = torch.zeros_like(mean)
     output = F.batch_norm(input, mean, var, weight, bias, True, 1.0, eps)
@@ -139,21 +152,26 @@ def batch_norm_averaging(
     unbiased: bool,
     kernel: Callable[..., Tensor] = F.batch_norm,
 ) -> Tensor:
-    """As :func:`batch_norm_fast`, and the same call averages the statistics, in place: the cheapest way.
+    """Normalise as :func:`batch_norm_fast` does, and average the statistics in place in the same call.
 
-    torch's kernels average the unbiased variance. The biased one is ``(n - 1) / n`` times it, so an average of biased
-    variances is ``(n - 1) / n`` times an average of unbiased ones, of a running variance scaled likewise.
+    This is the cheapest way. torch's kernels average the unbiased variance, and the biased one is ``(n - 1) / n`` times
+    it. So a biased average is found in three steps: scale the running variance by ``n / (n - 1)``, let the kernel
+    average it, scale it back.
 
     Args:
-        input: Shape ``(N, C)`` or ``(N, C, ...)``.
-        running_mean: Shape ``(C,)``; becomes ``(1 - momentum) * running_mean + momentum * mean``.
-        running_var: Shape ``(C,)``, likewise.
-        weight: Scale of shape ``(C,)``, or ``None`` for 1.
-        bias: Shift of shape ``(C,)``, or ``None`` for 0.
-        momentum: Weight of this batch.
-        eps: Added to the variance.
-        unbiased: Whether the running variance takes the unbiased variance of the batch or the biased one.
-        kernel: With the arguments of :func:`torch.nn.functional.batch_norm`.
+        input: Tensor of shape ``(N, C)`` or ``(N, C, ...)``.
+        running_mean: Tensor of shape ``(C,)``. It becomes ``(1 - momentum) * running_mean + momentum * mean``.
+        running_var: Tensor of shape ``(C,)``. It becomes ``(1 - momentum) * running_var + momentum * var``.
+        weight: Scale of shape ``(C,)``; ``None`` for 1.
+        bias: Shift of shape ``(C,)``; ``None`` for 0.
+        momentum: Weight of this batch in the running statistics, from 0 to 1.
+        eps: Number added to the variance.
+        unbiased: Whether the running variance averages the unbiased variance of the batch. Otherwise it averages the
+            biased one.
+        kernel: Function with the arguments of :func:`torch.nn.functional.batch_norm`, which is the default.
+
+    Returns:
+        The output, with the shape and dtype of ``input``.
 
     Raises:
         ValueError: If a channel has fewer than two values.
@@ -161,8 +179,8 @@ def batch_norm_averaging(
     n = check_enough_values(input)
     if unbiased:
         return kernel(input, running_mean, running_var, weight, bias, True, momentum, eps)
-    # n / (n - 1) times, as a sum, which takes half the time of a product with a number; a tensor of this call's own,
-    # because autograd keeps what the kernel is given, and that must not be changed afterwards.
+    # n / (n - 1) times, as a sum, because a product with a number takes twice the time. A new tensor, because autograd
+    # keeps what the kernel is given, and nothing may change that afterwards.
     scaled = torch.add(running_var, running_var, alpha=1 / (n - 1))
     output = kernel(input, running_mean, scaled, weight, bias, True, momentum, eps)
     torch.sub(scaled, scaled, alpha=1 / n, out=running_var)
@@ -172,24 +190,25 @@ def batch_norm_averaging(
 def batch_norm_inference_reference(
     input: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    r"""Normalise by given statistics, which makes of every channel one linear map:
+    r"""Normalise by given statistics. Every channel then is one linear map:
 
     .. math::
         y_i = a x_i + (\beta - \mu a) \qquad a = \frac{\gamma}{\sqrt{\sigma^2 + \epsilon}}
 
-    The order of the operations, each rounded by itself, is that of TensorFlow's ``tf.nn.batch_normalization``, so that
-    float32 ends at its last digit, too; torch's kernels fuse the multiplication and the addition.
+    The operations come in the order of TensorFlow's ``tf.nn.batch_normalization``, and each is rounded by itself. So
+    float32 results agree with TensorFlow's to the last digit. torch's kernels fuse the multiplication and the addition.
 
     Args:
-        input: Shape ``(N, C)`` or ``(N, C, ...)``, any floating dtype; half precision is computed in float32.
-        mean: Shape ``(C,)``.
+        input: Tensor of shape ``(N, C)`` or ``(N, C, ...)``, of any floating dtype. Half precision is computed in
+            float32.
+        mean: Mean of shape ``(C,)``.
         var: Variance of shape ``(C,)``.
-        weight: Scale of shape ``(C,)``, or ``None`` for 1.
-        bias: Shift of shape ``(C,)``, or ``None`` for 0.
-        eps: Added to the variance.
+        weight: Scale of shape ``(C,)``; ``None`` for 1.
+        bias: Shift of shape ``(C,)``; ``None`` for 0.
+        eps: Number added to the variance.
 
     Returns:
-        The output, with the shape and dtype of ``input``. It can be differentiated, also twice.
+        The output, with the shape and dtype of ``input``. It can be differentiated twice.
     """
     x = input.to(statistics_dtype(input))
     scale = (var + eps).rsqrt()
@@ -202,14 +221,15 @@ def batch_norm_inference_reference(
 def batch_norm_inference_fast(
     input: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    """The same as :func:`batch_norm_inference_reference`, by torch's own kernels."""
+    """Do the same as :func:`batch_norm_inference_reference` by torch's own kernels."""
     return F.batch_norm(input, mean, var, weight, bias, False, 0.0, eps)
 
 
 def _centre(x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean and ``x`` less its mean, without the error of a mean rounded to ``x``'s dtype.
+    """Return the mean, and ``x`` less its mean, without the error of a mean rounded to ``x``'s dtype.
 
-    At a mean of 1000 the rounding alone is 3e-5; what is left after subtracting it has a mean of its own.
+    At a mean of 1000 the rounding alone is 3e-5. The difference therefore has a small mean of its own, which is
+    subtracted too.
     """
     centred = x - over_channels(mean, x)
     remainder = centred.mean(dim=reduced_dims(x))
@@ -217,7 +237,7 @@ def _centre(x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_enough_values(input: Tensor) -> int:
-    """The number of values per channel, at least 2."""
+    """Return the number of values per channel; raise ``ValueError`` if there are fewer than 2."""
     n = input.numel() // max(input.shape[1], 1)
     if n < 2:
         raise ValueError(
@@ -229,12 +249,12 @@ def check_enough_values(input: Tensor) -> int:
 
 
 def statistics_dtype(input: Tensor) -> torch.dtype:
-    """What statistics of ``input`` are computed in: its dtype, float32 for half precision."""
+    """Return the dtype in which the statistics of ``input`` are computed: its own, or float32 for half precision."""
     return torch.float32 if input.dtype in (torch.float16, torch.bfloat16) else input.dtype
 
 
 def reduced_dims(input: Tensor) -> list[int]:
-    """All dimensions but that of the channels."""
+    """Return all dimensions of ``input`` except the channels'."""
     return [dim for dim in range(input.dim()) if dim != 1]
 
 

@@ -1,4 +1,4 @@
-"""Networks whose normalisation and activation are the caller's."""
+"""Networks that take their normalisation and activation as arguments, and the draws of their first weights."""
 
 import math
 from collections import OrderedDict
@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from bnlightning._check import check_choice, check_integer
+from bnlightning._check import check_choice, check_integer, check_number
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "elu": nn.ELU,
@@ -22,33 +22,49 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 def get_act_layer(activation: str) -> Callable[[], nn.Module]:
-    """The constructor of an activation by its name, a key of :data:`ACTIVATIONS`; otherwise ``ValueError``."""
+    """Return the constructor of an activation.
+
+    Args:
+        activation: Name of the activation, a key of :data:`ACTIVATIONS`.
+
+    Returns:
+        A callable without arguments that builds the activation.
+
+    Raises:
+        ValueError: If the name is not known.
+
+    Example:
+        >>> get_act_layer("tanh")()
+        Tanh()
+    """
     check_choice("activation", activation, ACTIVATIONS)
     return ACTIVATIONS[activation]
 
 
 class MLP(nn.Sequential):
-    """A multilayer perceptron: in every hidden layer a linear map, a normalisation, an activation; a linear output.
+    """A multilayer perceptron: hidden layers of a linear map, a normalisation and an activation, then a linear output.
 
-    Its modules are ``input_norm``, then ``linear1 norm1 act1`` and so on, then ``output output_norm``; the linear
-    layers keep their bias, also in front of a normalisation.
+    The modules are ``input_norm``, then ``linear1 norm1 act1`` and so on, then ``output output_norm``. The linear
+    layers always have a bias, even before a normalisation.
 
     Args:
-        features: The number of features of the input, of each hidden layer and of the output, two entries or more.
-        norm_layer: Called with a number of features, returns the normalisation for them. The default normalises
-            nothing.
-        act_layer: Called without arguments, returns an activation.
-        normalize_input: Whether to normalise the input, too.
-        normalize_output: Whether to normalise the output, too.
+        features: Numbers of features: of the input, of each hidden layer and of the output. At least two entries.
+        norm_layer: Callable that takes a number of features and returns the normalisation for them. The default
+            normalises nothing.
+        act_layer: Callable without arguments that returns an activation.
+        normalize_input: Whether to normalise the input too.
+        normalize_output: Whether to normalise the output too.
 
     Shape:
-        ``(N, features[0])`` to ``(N, features[-1])``.
+        Input ``(N, features[0])``, output ``(N, features[-1])``.
 
     Raises:
-        ValueError: For fewer than two entries in ``features``, or one below 1.
+        ValueError: If ``features`` has fewer than two entries, or one below 1.
 
     Example:
         >>> net = MLP([1, 30, 30, 1], norm_layer=nn.BatchNorm1d, act_layer=nn.Tanh)
+        >>> net(torch.randn(8, 1)).shape
+        torch.Size([8, 1])
     """
 
     def __init__(
@@ -62,7 +78,7 @@ class MLP(nn.Sequential):
     ) -> None:
         if len(features) < 2:
             raise ValueError(
-                f"features={list(features)!r} is not possible: give the input's and the output's at least."
+                f"features={list(features)!r} is not possible: give at least the number of inputs and of outputs."
             )
         for number in features:
             check_integer("features", number, at_least=1)
@@ -78,33 +94,35 @@ class MLP(nn.Sequential):
 
 
 class ConvNet(nn.Sequential):
-    """A convolutional network: convolutions, each followed by a pooling that halves the image, then linear layers.
+    """A convolutional network: convolutions, each with a pooling that halves the image, then linear layers.
 
-    Its modules are ``conv1 norm1 act1 pool1`` and so on, then ``flatten``, then ``linear1 linear_norm1 linear_act1``
-    and so on, then ``output``. Convolutions and linear layers keep their bias, also in front of a normalisation.
+    The modules are ``conv1 norm1 act1 pool1`` and so on, then ``flatten``, then ``linear1 linear_norm1 linear_act1``
+    and so on, then ``output``. Convolutions and linear layers always have a bias, even before a normalisation.
 
     Args:
-        in_shape: Channels, height and width of the input.
-        channels: Of each convolution's output, one entry or more.
-        features: Of each hidden linear layer, none if empty.
-        num_outputs: Of the last linear layer, such as the number of classes.
-        kernel_size: Of the convolutions, odd; they are padded, so that the image keeps its size.
-        conv_norm_layer: Called with a number of channels, returns the normalisation for images of them. The default
+        in_shape: Channels, height and width of an input image.
+        channels: Number of output channels of each convolution. At least one entry.
+        features: Number of features of each hidden linear layer. Empty for no hidden linear layer.
+        num_outputs: Number of outputs, such as the number of classes.
+        kernel_size: Height and width of the convolutions' kernels, an odd number. Padding keeps the size of the image.
+        conv_norm_layer: Callable that takes a number of channels and returns the normalisation for images. The default
             normalises nothing.
-        linear_norm_layer: Called with a number of features, returns the normalisation for them.
-        act_layer: Called without arguments, returns an activation.
-        norm_after_act: Whether a normalisation stands behind the activation of its layer and not in front of it; then
-            ``conv1 act1 norm1 pool1``.
+        linear_norm_layer: Callable that takes a number of features and returns the normalisation for them. The default
+            normalises nothing.
+        act_layer: Callable without arguments that returns an activation.
+        norm_after_act: Whether the normalisation comes after the activation: ``conv1 act1 norm1 pool1``.
 
     Shape:
-        ``(N, *in_shape)`` to ``(N, num_outputs)``.
+        Input ``(N, *in_shape)``, output ``(N, num_outputs)``.
 
     Raises:
-        ValueError: For a number below 1, an even ``kernel_size``, no channels, or an image that the poolings leave
-            nothing of.
+        ValueError: If a number is below 1, ``kernel_size`` is even, ``channels`` is empty, or the poolings leave
+            nothing of the image.
 
     Example:
         >>> net = ConvNet((1, 28, 28), [8, 16], [64], 10, conv_norm_layer=nn.BatchNorm2d)
+        >>> net(torch.randn(8, 1, 28, 28)).shape
+        torch.Size([8, 10])
     """
 
     def __init__(
@@ -121,8 +139,9 @@ class ConvNet(nn.Sequential):
         norm_after_act: bool = False,
     ) -> None:
         height, width = _checked_image(in_shape, channels, kernel_size)
-        for number in (*features, num_outputs):
+        for number in features:
             check_integer("features", number, at_least=1)
+        check_integer("num_outputs", num_outputs, at_least=1)
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         for index, (fan_in, fan_out) in enumerate(pairwise([in_shape[0], *channels]), start=1):
             layers[f"conv{index}"] = nn.Conv2d(fan_in, fan_out, kernel_size, padding=kernel_size // 2)
@@ -140,13 +159,13 @@ class ConvNet(nn.Sequential):
 
 
 def _checked_image(in_shape: Sequence[int], channels: Sequence[int], kernel_size: int) -> tuple[int, int]:
-    """Height and width of what the last pooling leaves."""
+    """Check the arguments and return height and width of the image after the last pooling."""
     if len(in_shape) != 3:
         raise ValueError(f"in_shape={in_shape!r} is not possible: give channels, height and width.")
     for number in in_shape:
         check_integer("in_shape", number, at_least=1)
     if not channels:
-        raise ValueError(f"channels={channels!r} is not possible: give those of one convolution at least.")
+        raise ValueError(f"channels={channels!r} is not possible: give the channels of at least one convolution.")
     for number in channels:
         check_integer("channels", number, at_least=1)
     check_integer("kernel_size", kernel_size, at_least=1)
@@ -156,25 +175,56 @@ def _checked_image(in_shape: Sequence[int], channels: Sequence[int], kernel_size
     if min(height, width) < 1:
         raise ValueError(
             f"channels={list(channels)!r} is not possible: {len(channels)} poolings leave nothing of an image of "
-            f"{in_shape[1]}x{in_shape[2]}. Give fewer."
+            f"{in_shape[1]}x{in_shape[2]}. Give fewer entries, one for each pooling."
         )
     return height, width
 
 
 def init_normal_(module: nn.Module, std: float, bias: float) -> None:
-    """Draw the weight of every linear and convolutional layer from N(0, std²), set every bias, in place."""
+    """Draw the weights of all linear and 2-D convolutional layers from N(0, std²), in place.
+
+    Args:
+        module: The network.
+        std: Standard deviation of the weights.
+        bias: Value of every bias.
+
+    Raises:
+        ValueError: If ``std`` is negative.
+
+    Example:
+        >>> net = MLP([1, 30, 1])
+        >>> init_normal_(net, std=0.1, bias=0.0)
+        >>> net.linear1.bias.abs().max().item()
+        0.0
+    """
+    check_number("std", std, at_least=0.0)
     _init(module, lambda weight: nn.init.normal_(weight, std=std), bias)
 
 
 def init_variance_scaling_(module: nn.Module, scale: float, bias: float = 0.0) -> None:
-    """Draw the weight of every linear and convolutional layer from a truncated normal distribution, set every bias.
+    """Draw the weights of all linear and 2-D convolutional layers from a truncated normal distribution, in place.
 
-    Its variance is ``scale / fan_in``, and it is cut at two standard deviations of the normal distribution before the
-    cut, as TensorFlow's and Keras's ``VarianceScaling`` do it. A scale of 1 is LeCun's, 2 is He's (He et al., 2015).
+    The variance of the weights is ``scale / fan_in``. The distribution is cut at two standard deviations of the normal
+    distribution that it is cut from, as in TensorFlow's and Keras's ``VarianceScaling``.
+
+    Args:
+        module: The network.
+        scale: Variance of the weights times their number of inputs. 1 is LeCun's, 2 is He's (He et al., 2015).
+        bias: Value of every bias.
+
+    Raises:
+        ValueError: If ``scale`` is not above 0.
+
+    Example:
+        >>> net = MLP([784, 300, 10])
+        >>> init_variance_scaling_(net, scale=2.0)
+        >>> round(net.linear1.weight.var().item() * 784, 1)
+        2.0
     """
+    check_number("scale", scale, above=0.0)
 
     def draw(weight: Tensor) -> None:
-        # What the cut takes of the standard deviation.
+        # The cut makes the standard deviation smaller by this factor.
         std = math.sqrt(scale / weight[0].numel()) / 0.87962566103423978
         nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 

@@ -1,4 +1,4 @@
-"""Normalisation layers by name."""
+"""The table of normalisation layers by name, and the function that reads it."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,24 +15,35 @@ NORM_LAYERS: dict[str, Sequence[Callable[..., nn.Module]]] = {
     "custom": (BatchNorm1d, BatchNorm2d, BatchNorm3d),
     "torch": (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
 }
-"""For features, images and volumes. ``none``: the identity, so that the module paths of a network do not depend on its
-normalisation; ``custom``: ours; ``torch``: torch's."""
+"""The layers of each name: for features, for images and for volumes.
+
+- ``none``: the identity. It keeps the module paths of a network the same without a normalisation.
+- ``custom``: our layers.
+- ``torch``: torch's layers.
+"""
 
 _OURS_ALONE = ("convention", "backend", "sync", "process_group")
 
 
 def get_norm_layer(norm: str, dims: int = 1, **options: Any) -> Callable[[int], nn.Module]:
-    """The constructor of a normalisation layer, to be called with the number of features.
+    """Return the constructor of a normalisation layer.
 
     Args:
-        norm: A key of :data:`NORM_LAYERS`.
-        dims: 1 for the layer behind a linear one, 2 for images, 3 for volumes.
-        **options: Keyword arguments of the layer. So that one set of options serves every choice, ``none`` leaves all
-            of them aside and ``torch`` those that only our layer has: ``convention``, ``backend``, ``sync``,
-            ``process_group``.
+        norm: Name of the normalisation, a key of :data:`NORM_LAYERS`.
+        dims: 1 for features, 2 for images, 3 for volumes.
+        **options: Keyword arguments of the layer. One set of options serves every choice: ``none`` ignores all of them.
+            ``torch`` ignores those that only our layer has: ``convention``, ``backend``, ``sync``, ``process_group``.
+
+    Returns:
+        A callable that takes the number of features and builds the layer.
 
     Raises:
-        ValueError: For an unknown name, or for options that the layer does not know.
+        ValueError: If the name or an option is not known.
+
+    Example:
+        >>> norm_layer = get_norm_layer("custom", eps=1e-3, momentum=0.5)
+        >>> norm_layer(30).momentum
+        0.5
     """
     check_choice("norm", norm, NORM_LAYERS)
     if norm == "torch":
@@ -41,7 +52,7 @@ def get_norm_layer(norm: str, dims: int = 1, **options: Any) -> Callable[[int], 
     layer = partial(NORM_LAYERS[norm][dims - 1], **options)
     try:
         with warnings.catch_warnings():
-            # What there is to warn of, the layers themselves do.
+            # The layers warn when they are built.
             warnings.simplefilter("ignore")
             layer(1)
     except TypeError as error:

@@ -1,7 +1,7 @@
-"""Weights of other frameworks' batch normalisation, to and from state_dicts of ours and torch's.
+"""Conversions between the arrays of another framework's batch norm layer and the state_dict of ours and torch's.
 
-The arrays are one layer's. eps is not among them, and must travel, too: ``BatchNorm2d(64, convention="keras",
-eps=config["epsilon"], momentum=1 - config["momentum"])``.
+The functions convert one layer. The arrays do not hold eps and momentum, so give these to the layer yourself:
+``BatchNorm2d(64, convention="keras", eps=config["epsilon"], momentum=1 - config["momentum"])``.
 """
 
 import math
@@ -23,21 +23,27 @@ _KERAS_NAMES = {
 
 
 def from_keras(variables: Mapping[str, Any]) -> dict[str, Tensor]:
-    """A layer's state_dict from its variables in Keras or TensorFlow.
+    """Return a layer's state_dict, made from its variables in Keras or TensorFlow.
 
     Args:
-        variables: Arrays of shape ``(C,)`` by name: ``gamma``, ``beta``, ``moving_mean``, ``moving_variance``, with or
-            without a scope before and a ``:0`` behind, as in ``model/bn_1/gamma:0``. Where only one of ``gamma`` (with
-            ``scale=False``) and ``beta`` (``center=False``) is missing, it becomes 1 or 0; without both, the state_dict
-            is that of a layer with ``affine=False``.
+        variables: Arrays of shape ``(C,)`` by name: ``gamma``, ``beta``, ``moving_mean``, ``moving_variance``. A scope
+            before the name and a ``:0`` after it are allowed, as in ``model/bn_1/gamma:0``. A missing ``gamma``
+            (``scale=False``) becomes 1, a missing ``beta`` (``center=False``) becomes 0. If both are missing, the
+            state_dict is that of a layer with ``affine=False``.
 
     Returns:
-        Tensors of the arrays' dtype, copied, for ``load_state_dict``. No value is rescaled. ``num_batches_tracked``,
-        which these frameworks do not count, is 0: where averages depend on it (``momentum=None``, a convention that
-        debiases) the next batch would replace the statistics.
+        Copies of the arrays as tensors of their dtype, for ``load_state_dict``. No value is rescaled.
+        ``num_batches_tracked`` is 0, because these frameworks do not count batches. Some averages depend on that count
+        (``momentum=None``, a convention that debiases): there the next batch would replace the statistics.
 
     Raises:
-        ValueError: For a name that is not one of these, one given twice, or missing statistics.
+        ValueError: If a name is not one of the four or is given twice, or if a statistic is missing.
+
+    Example:
+        >>> variables = {name: np.ones(3) for name in ("gamma", "beta", "moving_mean", "moving_variance")}
+        >>> layer = BatchNorm1d(3, convention="keras", eps=1e-3, momentum=0.01, dtype=torch.float64)
+        >>> layer.load_state_dict(from_keras(variables))
+        <All keys matched successfully>
     """
     if not isinstance(variables, Mapping):
         raise ValueError(
@@ -48,40 +54,59 @@ def from_keras(variables: Mapping[str, Any]) -> dict[str, Tensor]:
     for name, value in variables.items():
         key = _KERAS_NAMES.get(name.rpartition("/")[2].removesuffix(":0"))
         if key is None or key in state:
-            raise ValueError(f"variables has {name!r}: give one layer's {', '.join(_KERAS_NAMES)}, each once.")
+            raise ValueError(f"variables has {name!r}: give {', '.join(_KERAS_NAMES)} of one layer, each once.")
         state[key] = _tensor(value)
     missing = [name for name in ("moving_mean", "moving_variance") if _KERAS_NAMES[name] not in state]
     if missing:
-        raise ValueError(f"variables={list(variables)!r} lacks {' and '.join(missing)}: give all of the layer.")
+        raise ValueError(f"variables={list(variables)!r} lacks {' and '.join(missing)}: give all arrays of the layer.")
     return _complete(state)
 
 
 def to_keras(state_dict: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """A layer's variables in Keras or TensorFlow, by name without scope, from its state_dict; the inverse of
-    :func:`from_keras`.
+    """Return a layer's variables in Keras or TensorFlow, made from its state_dict. The inverse of :func:`from_keras`.
+
+    Args:
+        state_dict: State of one batch norm layer with running statistics, ours or torch's.
+
+    Returns:
+        Copies of the tensors as arrays of shape ``(C,)``, by name without a scope.
 
     Raises:
         ValueError: If ``state_dict`` is not that of one batch norm layer with running statistics.
+
+    Example:
+        >>> sorted(to_keras(nn.BatchNorm1d(3).state_dict()))
+        ['beta', 'gamma', 'moving_mean', 'moving_variance']
     """
     _check_state_dict(state_dict)
     return {name: _array(state_dict[key]) for name, key in _KERAS_NAMES.items() if key in state_dict}
 
 
 def from_caffe(batch_norm: Sequence[Any], scale: Sequence[Any] = (), *, momentum: float = 1e-3) -> dict[str, Tensor]:
-    """A layer's state_dict from the blobs of Caffe's BatchNorm layer and of the Scale layer behind it.
+    """Return a layer's state_dict, made from the blobs of Caffe's BatchNorm layer and of the Scale layer after it.
 
-    Caffe keeps ``S = fraction · S + batch`` of mean and (unbiased) variance, and the same sum of ones, by which it
-    divides in evaluation (``batch_norm_layer.cpp``). From that sum the number of batches is found again, which a layer
-    with ``convention="caffe"`` goes on from.
+    Caffe keeps the sums ``S = fraction · S + batch`` of the means, of the unbiased variances and of ones. In evaluation
+    it divides the first two sums by the third (``batch_norm_layer.cpp``). The third sum also tells the number of
+    batches. A layer with ``convention="caffe"`` needs that number to train on.
 
     Args:
-        batch_norm: Three blobs: sum of means and sum of variances, of shape ``(C,)``, and the sum of weights, a number.
-        scale: The Scale layer's blobs: none, for a layer with ``affine=False``; the scale; or scale and shift, of shape
-            ``(C,)``.
-        momentum: ``1 - moving_average_fraction``, above 0.
+        batch_norm: Three blobs of the BatchNorm layer: sum of means and sum of variances, of shape ``(C,)``, and the
+            sum of weights, a number.
+        scale: Blobs of the Scale layer, of shape ``(C,)``: the scale, or the scale and the shift. Empty for a layer
+            with ``affine=False``.
+        momentum: ``1 - moving_average_fraction``, above 0 and below 1.
+
+    Returns:
+        Tensors of the blobs' dtype, for ``load_state_dict``.
 
     Raises:
-        ValueError: For another number of blobs, a momentum outside (0, 1), or a sum of weights that does not fit it.
+        ValueError: If the number of blobs is another, the momentum is not between 0 and 1, or the sum of weights does
+            not fit the momentum.
+
+    Example:
+        >>> state = from_caffe([np.array([2.0]), np.array([6.0]), np.array([2.0])], momentum=0.001)
+        >>> state["running_mean"].item(), state["running_var"].item()
+        (1.0, 3.0)
     """
     _check_caffe_momentum(momentum)
     if len(batch_norm) != 3 or len(scale) > 2:
@@ -96,25 +121,37 @@ def from_caffe(batch_norm: Sequence[Any], scale: Sequence[Any] = (), *, momentum
             f"batch_norm[2]={total:g} is not possible with momentum={momentum!r}, under which weights sum to "
             f"{1 / momentum:g} at most: give momentum=1 - moving_average_fraction."
         )
-    # As Caffe has it: without a weight the statistics are zero, whatever the sums say.
+    # As in Caffe: without a weight the statistics are zero, whatever the sums say.
     share = 1 / total if total != 0 else 0.0
     state = {"running_mean": _tensor(batch_norm[0]) * share, "running_var": _tensor(batch_norm[1]) * share}
     for key, blob in zip(("weight", "bias"), scale, strict=False):
         state[key] = _tensor(blob)
-    # total = (1 - fraction^k) / (1 - fraction); in float32 it ends at 1 / momentum, after about 17 / momentum batches.
+    # total = (1 - fraction^k) / (1 - fraction). In float32 it reaches 1 / momentum after about 17 / momentum batches.
     left = max(1 - total * momentum, 2.0**-25)
     state["num_batches_tracked"] = torch.tensor(round(math.log(left) / math.log1p(-momentum)))
     return _complete(state)
 
 
 def to_caffe(state_dict: Mapping[str, Tensor], *, momentum: float = 1e-3) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """The blobs of Caffe's BatchNorm layer and of the Scale layer behind it; the inverse of :func:`from_caffe`.
+    """Return the blobs of Caffe's BatchNorm layer and of the Scale layer after it. The inverse of :func:`from_caffe`.
 
-    The statistics of a layer that has counted no batch get the weight of one.
+    If the layer has counted no batch, its statistics get the weight of one batch.
+
+    Args:
+        state_dict: State of one batch norm layer with running statistics, ours or torch's.
+        momentum: ``1 - moving_average_fraction``, above 0 and below 1.
+
+    Returns:
+        The three blobs of the BatchNorm layer, then those of the Scale layer. See :func:`from_caffe`.
 
     Raises:
-        ValueError: If ``state_dict`` is not that of one batch norm layer with running statistics, or for a momentum
-            outside (0, 1).
+        ValueError: If ``state_dict`` is not that of one batch norm layer with running statistics, or the momentum is
+            not between 0 and 1.
+
+    Example:
+        >>> batch_norm, scale = to_caffe(BatchNorm1d(3, convention="caffe").state_dict())
+        >>> len(batch_norm), len(scale)
+        (3, 2)
     """
     _check_caffe_momentum(momentum)
     _check_state_dict(state_dict)
@@ -141,7 +178,7 @@ def _check_caffe_momentum(momentum: float) -> None:
 
 
 def _complete(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Add what a layer's state_dict has, besides: a missing half of the affine pair, and the count of batches."""
+    """Add the entries that are missing: one half of the affine pair, and the count of batches."""
     if "weight" in state or "bias" in state:
         state.setdefault("weight", torch.ones_like(state["running_mean"]))
         state.setdefault("bias", torch.zeros_like(state["running_mean"]))

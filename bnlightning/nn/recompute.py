@@ -1,4 +1,4 @@
-"""Precise running statistics, measured over many batches with the weights as they are."""
+"""Precise running statistics, measured over many batches with the present weights."""
 
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
@@ -24,32 +24,42 @@ def recompute_statistics(
     forward: Callable[[Any], Any] | None = None,
     process_group: Any = None,
 ) -> int:
-    """Replace the running statistics by precise ones: the mean and variance over all values of ``steps`` batches.
+    """Replace the running statistics by the exact mean and variance over all values of the batches in ``data``.
 
-    Running averages lag behind the weights and see few batches; these are of the weights as they are now (Wu and
-    Johnson, "Rethinking 'Batch' in BatchNorm", 2021, section 3). Every batch is normalised by its own statistics on its
-    own rank, as in training without synchronisation; otherwise the model runs as it is, so ``model.eval()`` first
-    leaves out dropout. No gradient is computed. Means and variances are merged exactly, in float64, over batches, over
-    several calls of one layer in a forward pass and over ranks, weighted by the number of values. The running variance
-    becomes the biased or the unbiased one, as the layer's convention has it. Works on torch's layers and on ours.
-    Layers that keep no running statistics or that no batch reaches stay as they are.
+    Running averages lag behind the weights and see few batches. The precise statistics belong to the present weights
+    (Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021, section 3).
+
+    Every batch is normalised by its own statistics on its own rank, as in training without synchronisation. Otherwise
+    the model runs in the mode it is in: call ``model.eval()`` first to run without dropout. No gradient is computed.
+
+    Means and variances are merged exactly, in float64, weighted by the number of values. They are merged over batches,
+    over ranks, and over the calls of a layer that a forward pass calls several times. The running variance becomes the
+    biased or the unbiased one, as the layer's convention says.
+
+    The function works on torch's layers and on ours. Some layers stay as they are: those without running statistics,
+    and those that no batch reaches.
 
     Args:
-        module: The model. Nothing in it is changed before all batches have passed; an exception leaves it as found.
+        module: The model. It is changed only after all batches have passed; an exception leaves it as it was.
         data: Batches.
-        steps: How many of them to take at most, on each rank; by default all.
-        forward: Called with each batch; by default ``module`` is called with the batch if that is a tensor, with its
-            first element if it is a tuple or a list (the rest is taken for targets), with its items as keyword
-            arguments if it is a mapping; the tensors moved to the device of the statistics.
-        process_group: The ranks to merge, where ``torch.distributed`` is initialised; by default all. Every rank must
-            call this function, also one without data.
+        steps: Largest number of batches to take on each rank; by default all.
+        forward: Callable that runs the model on a batch. By default ``module`` is called with a batch that is a tensor,
+            with the first element of a tuple or list (the others are taken for targets), or with the items of a mapping
+            as keyword arguments. Tensors are moved to the device of the statistics.
+        process_group: The ranks to merge if ``torch.distributed`` is initialised; by default all. Every rank must call
+            this function, even without data.
 
     Returns:
         The number of batches taken on this rank.
 
     Raises:
-        ValueError: If ``module`` has no batch norm layer with running statistics, no rank had a batch, or ``data``
-            is a single tensor.
+        ValueError: If ``module`` has no batch norm layer with running statistics, if no rank had a batch, or if
+            ``data`` is a single tensor.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+        >>> recompute_statistics(net, data=[torch.randn(100, 3) for _ in range(5)])
+        5
     """
     if isinstance(data, Tensor):
         raise ValueError(f"data=Tensor of shape {tuple(data.shape)} is not possible: give batches, such as [data].")
@@ -65,7 +75,7 @@ def recompute_statistics(
     count = _measure(module, layers, islice(data, steps), forward)
     total = _merge_moments(list(layers.values()), count, process_group)
     if total == 0:
-        raise ValueError(f"data={type(data).__name__} gave no batch: give data with one batch at least.")
+        raise ValueError(f"data={type(data).__name__} gave no batch: give data with at least one batch.")
     for layer, moments in layers.items():
         _write(layer, moments, total)
     return count
@@ -89,7 +99,7 @@ def _measure(
 
     count = 0
     hooks = [layer.register_forward_pre_hook(add, with_kwargs=True) for layer in layers]
-    # Ranks may have different numbers of batches: none may wait for another one's.
+    # Ranks may have different numbers of batches, so no rank may wait for the batch of another.
     synced = [layer for layer in layers if isinstance(layer, _ConventionBatchNorm) and layer.sync]
     for each in synced:
         each.sync = False
@@ -119,7 +129,7 @@ def _feeder(module: nn.Module, device: torch.device) -> Callable[[Any], Any]:
 
 
 def _merge_moments(moments: list[Moments], count: int, process_group: Any) -> int:
-    """Merge every layer's moments over the ranks, in place; the number of batches of all ranks."""
+    """Merge every layer's moments over the ranks, in place, and return the number of batches of all ranks."""
     if world_size(process_group) == 1:
         return count
     total = torch.tensor([count], device=moments[0].n.device)
@@ -139,5 +149,5 @@ def _write(layer: _TorchBatchNorm, moments: Moments, batches: int) -> None:
     layer.running_var.copy_(moments.var * (n / (n - 1)) if unbiased and n > 1 else moments.var)
     discard_pending_statistics(layer)
     if layer.num_batches_tracked is not None:
-        # What an average over all batches, or one without the initial values, goes on from.
+        # Averages over all batches, and those of a convention that debiases, continue from this count.
         layer.num_batches_tracked.add_(batches)

@@ -1,16 +1,16 @@
-"""What batch normalisation does with its statistics, changed over a whole model.
+"""Functions that change how all batch norm layers of a model use and update their statistics.
 
-Every function takes a model, works at once on all of its batch norm layers, and returns a handle: ``handle.remove()``
-undoes it, in any order, and so does the end of a ``with`` block::
+Every function works at once and returns a handle. ``handle.remove()`` undoes the change, and so does the end of a
+``with`` block. Handles can be removed in any order::
 
     frozen_statistics(model)                  # from now on
 
     with batch_statistics(model.eval()):      # here only
         model(x)
 
-What a function sets stays when ``model.train()`` or ``model.eval()`` is called; of two that contradict each other the
-later one holds. The layers must be ours, unless a function says otherwise: ``swap_norm(model, "custom")`` makes them so
-and changes nothing else. A copy of a model has what the model has, but nothing accumulates for it.
+A change stays when ``model.train()`` or ``model.eval()`` is called. If two changes contradict each other, the later one
+holds. The layers must be ours, unless a function says otherwise. ``swap_norm(model, "custom")`` makes them ours and
+changes nothing else. A copy of a model has the same changes, except that nothing accumulates for it.
 """
 
 from collections.abc import Callable
@@ -27,13 +27,22 @@ from bnlightning.nn.moments import Moments
 
 
 class StatisticsHandle:
-    """Undoes what a function of this module did to a model: by :meth:`remove`, or at the end of a ``with`` block."""
+    """Undoes a change of this module: by :meth:`remove`, or at the end of a ``with`` block.
+
+    Args:
+        undo: Function that undoes the change. It is called once.
+
+    Example:
+        >>> model = nn.Sequential(BatchNorm1d(3))
+        >>> handle = frozen_statistics(model)
+        >>> handle.remove()
+    """
 
     def __init__(self, undo: Callable[[], None]) -> None:
         self._undo: Callable[[], None] | None = undo
 
     def remove(self) -> None:
-        """Undo it; a second time does nothing."""
+        """Undo the change. A second call does nothing."""
         undo, self._undo = self._undo, None
         if undo is not None:
             undo()
@@ -46,11 +55,24 @@ class StatisticsHandle:
 
 
 def batch_statistics(module: nn.Module) -> StatisticsHandle:
-    """Normalise by the batch's statistics, in evaluation too, and leave the running statistics unread and unchanged.
+    """Normalise by the batch's statistics in training and evaluation. The running statistics are not used or updated.
 
-    For an evaluation in the manner of the first tutorials on batch normalisation, which have no train/test switch:
-    ``with batch_statistics(net.eval()): net(x)``. Works on torch's layers, too; those are without running statistics
-    meanwhile, also in a checkpoint.
+    The first tutorials on batch normalisation evaluate in this way, because they have no train/test switch. The
+    function works on torch's layers too. Until the end of the change those have no running statistics, also in a
+    checkpoint.
+
+    Args:
+        module: The model.
+
+    Returns:
+        A handle that undoes the change.
+
+    Example:
+        >>> model = nn.Sequential(nn.BatchNorm1d(3)).eval()
+        >>> with batch_statistics(model):
+        ...     output = model(torch.randn(10, 3) + 100)
+        >>> output.mean().abs().item() < 1e-4
+        True
     """
     batch_norms = [layer for layer in module.modules() if isinstance(layer, _TorchBatchNorm)]
     ours = [layer for layer in batch_norms if isinstance(layer, _ConventionBatchNorm)]
@@ -70,62 +92,163 @@ def batch_statistics(module: nn.Module) -> StatisticsHandle:
 
 
 def running_statistics(module: nn.Module) -> StatisticsHandle:
-    """Normalise by the running statistics, in training too.
+    """Normalise by the running statistics in training and evaluation.
 
-    In training they are still updated, before they are used; with :func:`frozen_statistics` as well, they are not:
-    that is the frozen batch norm of fine-tuning. Layers without running statistics go on with the batch's.
+    Training still updates them, before it uses them. Call :func:`frozen_statistics` as well to stop the updates: this
+    is the frozen batch norm of fine-tuning. Layers without running statistics still normalise by the batch's.
+
+    Args:
+        module: The model. Its batch norm layers must be ours.
+
+    Returns:
+        A handle that undoes the change.
+
+    Raises:
+        ValueError: If the model has batch norm layers that are not ours.
+
+    Example:
+        >>> model = nn.Sequential(BatchNorm1d(3))
+        >>> handles = running_statistics(model), frozen_statistics(model)
+        >>> x = torch.randn(10, 3)
+        >>> torch.equal(model.train()(x), model.eval()(x))
+        True
     """
     return _change(_layers(module), normalize_by="running")
 
 
 def frozen_statistics(module: nn.Module) -> StatisticsHandle:
-    """Leave the running statistics as they are; training still normalises by the batch's."""
+    """Stop the updates of the running statistics. Training still normalises by the batch's statistics.
+
+    Args:
+        module: The model. Its batch norm layers must be ours.
+
+    Returns:
+        A handle that undoes the change.
+
+    Raises:
+        ValueError: If the model has batch norm layers that are not ours.
+
+    Example:
+        >>> model = nn.Sequential(BatchNorm1d(3))
+        >>> with frozen_statistics(model):
+        ...     output = model(torch.randn(10, 3))
+        >>> model[0].running_mean
+        tensor([0., 0., 0.])
+    """
     return _change(_layers(module), frozen=True)
 
 
 def batch_of_one(module: nn.Module, policy: str) -> StatisticsHandle:
-    """What a layer does in training with a batch of one value per channel, whose variance is zero.
+    """Choose how the layers treat a training batch of one value per channel, whose variance is zero.
 
     Args:
-        module: The model.
-        policy: ``raise``, as torch does; ``running``: normalise this batch by the running statistics; ``skip``: do not
-            normalise it, only scale and shift it. Neither of the latter two updates the running statistics.
+        module: The model. Its batch norm layers must be ours.
+        policy: One of three:
+
+            - ``raise``: raise ``ValueError``, as torch does.
+            - ``running``: normalise this batch by the running statistics, and do not update them.
+            - ``skip``: only scale and shift this batch, and do not update the running statistics.
+
+    Returns:
+        A handle that undoes the change.
+
+    Raises:
+        ValueError: If the policy is not known, or the model has batch norm layers that are not ours.
+
+    Example:
+        >>> model = nn.Sequential(BatchNorm1d(3))
+        >>> with batch_of_one(model, "running"):
+        ...     model(torch.ones(1, 3)).shape
+        torch.Size([1, 3])
     """
     check_choice("policy", policy, ("raise", "running", "skip"))
     return _change(_layers(module), batch_of_one=policy)
 
 
 def skip_nonfinite_batches(module: nn.Module) -> StatisticsHandle:
-    """Leave a layer's running statistics alone when a batch's mean or variance is not finite in any channel.
+    """Leave out batches whose mean or variance is not finite in some channel from the running statistics.
 
-    Under automatic mixed precision a gradient scaler skips the optimizer step of such a batch, but a layer would have
-    averaged it already, and one NaN stays in a running average for ever. Nothing waits for the device.
+    With mixed precision a gradient scaler skips the optimizer step of such a batch. By then a layer has averaged the
+    batch, and one NaN stays in a running average for ever. The check does not wait for the device.
+
+    Args:
+        module: The model. Its batch norm layers must be ours.
+
+    Returns:
+        A handle that undoes the change.
+
+    Raises:
+        ValueError: If the model has batch norm layers that are not ours.
+
+    Example:
+        >>> model = nn.Sequential(BatchNorm1d(3))
+        >>> handle = skip_nonfinite_batches(model)
+        >>> output = model(torch.full((10, 3), torch.inf))
+        >>> model[0].running_mean
+        tensor([0., 0., 0.])
     """
     return _change(_layers(module), rule=_SkipNonFinite)
 
 
 def skip_recomputed_batches(module: nn.Module) -> StatisticsHandle:
-    """Do not count a batch twice under activation checkpointing, which runs the forward pass again in the backward.
+    """Count every batch once under activation checkpointing.
 
-    The momentum would act twice on one batch. Works with both kinds of :func:`torch.utils.checkpoint.checkpoint`, by
-    leaving out every batch that arrives during a backward pass.
+    Checkpointing runs the forward pass a second time within the backward pass, so a running average would take every
+    batch twice. This function leaves out every batch that arrives during a backward pass. It works with both kinds of
+    :func:`torch.utils.checkpoint.checkpoint`.
+
+    Args:
+        module: The model. Its batch norm layers must be ours.
+
+    Returns:
+        A handle that undoes the change.
+
+    Raises:
+        ValueError: If the model has batch norm layers that are not ours.
+
+    Example:
+        >>> from torch.utils.checkpoint import checkpoint
+        >>> model = nn.Sequential(nn.Linear(3, 3), BatchNorm1d(3))
+        >>> handle = skip_recomputed_batches(model)
+        >>> checkpoint(model, torch.randn(10, 3), use_reentrant=False).sum().backward()
+        >>> model[1].num_batches_tracked.item()
+        1
     """
     return _change(_layers(module), rule=_SkipRecomputed)
 
 
 def accumulate_statistics(module: nn.Module, optimizer: torch.optim.Optimizer) -> StatisticsHandle:
-    """One update of the running statistics per optimizer step, from all batches since the step before it.
+    """Update the running statistics once an optimizer step, from all batches since the step before.
 
-    With gradient accumulation the micro-batches of a step then count as the one batch that they stand for: their means
-    and variances are merged exactly, in float64. Each is still normalised by its own statistics. A batch without
-    gradients updates at once, as those of :func:`torch.optim.swa_utils.update_bn` do; so use it with the checkpointing
-    that is not reentrant. What is pending when the handle is removed is dropped.
+    With gradient accumulation the micro-batches of a step then count as one batch. Their means and variances are merged
+    exactly, in float64. Each micro-batch is still normalised by its own statistics.
 
-    In Lightning, call it in ``configure_optimizers``, where model and optimizer are at hand. Lightning calls that for
-    every fit: a later call for the same layers takes the place of the earlier one.
+    A batch without gradients updates at once, as the batches of :func:`torch.optim.swa_utils.update_bn` do. The first
+    forward pass of reentrant checkpointing is such a batch, so use checkpointing that is not reentrant. Statistics that
+    are pending when the handle is removed are dropped.
+
+    In Lightning, call this in ``configure_optimizers``, which has model and optimizer at hand. Lightning calls that
+    method in every fit. A later call for the same layers replaces the earlier one.
+
+    Args:
+        module: The model. Its batch norm layers must be ours.
+        optimizer: The optimizer that trains the model.
+
+    Returns:
+        A handle that undoes the change.
 
     Raises:
-        ValueError: If ``optimizer`` is none, or the model has batch norm layers that are not ours.
+        ValueError: If ``optimizer`` is not an optimizer, or the model has batch norm layers that are not ours.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(3, 3), BatchNorm1d(3))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> handle = accumulate_statistics(model, optimizer)
+        >>> for micro_batch in torch.randn(4, 10, 3):
+        ...     model(micro_batch).square().mean().backward()
+        >>> optimizer.step()
+        >>> model[1].num_batches_tracked.item()
+        1
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ValueError(
@@ -144,7 +267,7 @@ def accumulate_statistics(module: nn.Module, optimizer: torch.optim.Optimizer) -
 
 
 def discard_pending_statistics(layer: nn.Module) -> None:
-    """Drop what :func:`accumulate_statistics` has gathered for ``layer`` since the last step."""
+    """Drop the statistics that :func:`accumulate_statistics` has gathered for ``layer`` since the last step."""
     rule = getattr(layer, "update_rule", None)
     while isinstance(rule, _Rule):
         if isinstance(rule, _Accumulate):
@@ -153,7 +276,7 @@ def discard_pending_statistics(layer: nn.Module) -> None:
 
 
 class _Rule:
-    """A layer's ``update_rule``, around another one."""
+    """An ``update_rule`` of a layer that calls another one, or the layer's own update."""
 
     def __init__(self, inner: UpdateRule | None = None) -> None:
         self.inner = inner
@@ -173,8 +296,8 @@ class _SkipNonFinite(_Rule):
 
 class _SkipRecomputed(_Rule):
     def __call__(self, layer: _ConventionBatchNorm, mean: Tensor, var: Tensor, n: int | Tensor) -> None:
-        # No public function tells, but torch.utils.checkpoint itself asks this one: -1 outside a backward pass. A
-        # compiled graph is traced outside of one and leaves the buffers alone when it computes again.
+        # -1 outside a backward pass. torch.utils.checkpoint itself asks this function; there is no public one. A
+        # compiled graph is traced outside a backward pass and leaves the buffers alone when it computes again.
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
             super().__call__(layer, mean, var, n)
 
@@ -190,7 +313,7 @@ class _Accumulate(_Rule):
         self.moments.add(mean.detach(), var.detach(), n)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A copy, or what is loaded from a file, has no optimizer whose step it could wait for.
+        # A copy, or a layer loaded from a file, has no optimizer whose step it could wait for.
         return _same, (self.inner,)
 
     def flush(self, layer: _ConventionBatchNorm) -> None:
@@ -199,13 +322,14 @@ class _Accumulate(_Rule):
             super().__call__(layer, moments.mean, moments.var, moments.n)
 
 
-# Whatever the order of the calls: whether a batch counts is decided batch by batch, and accumulated is what counts.
+# From the innermost to the outermost, in any order of the calls. The rules that leave out batches see a batch before it
+# is accumulated.
 _RULES = (_Accumulate, _SkipNonFinite, _SkipRecomputed)
 
 
 @dataclass(frozen=True, eq=False)
 class _Change:
-    """What one handle changes; its own identity is how it is found again."""
+    """The settings that one handle changes. It is compared by identity, so that its handle finds it again."""
 
     normalize_by: str | None = None
     frozen: bool = False
@@ -224,7 +348,7 @@ def _same(value: Any) -> Any:
 def _change(layers: list[_ConventionBatchNorm], **changes: Any) -> StatisticsHandle:
     change = _Change(**changes)
     for layer in layers:
-        # The later one of two that accumulate is the one with a living optimizer.
+        # Of two changes that accumulate, only the later one has an optimizer that still trains.
         layer.changes = [
             each for each in layer.changes if each.rule is not _Accumulate or change.rule is not _Accumulate
         ]
@@ -233,7 +357,7 @@ def _change(layers: list[_ConventionBatchNorm], **changes: Any) -> StatisticsHan
 
     def undo() -> None:
         for layer in layers:
-            # It may have become another framework's meanwhile.
+            # A swap may have made it torch's layer since.
             if isinstance(layer, _ConventionBatchNorm):
                 layer.changes = [each for each in layer.changes if each is not change]
                 _apply_changes(layer)
@@ -242,7 +366,7 @@ def _change(layers: list[_ConventionBatchNorm], **changes: Any) -> StatisticsHan
 
 
 def _apply_changes(layer: _ConventionBatchNorm) -> None:
-    """Make the layer's settings those of its changes."""
+    """Set the layer's attributes to what its changes say together."""
     layer.normalize_by = next((each.normalize_by for each in reversed(layer.changes) if each.normalize_by), "mode")
     layer.batch_of_one = next((each.batch_of_one for each in reversed(layer.changes) if each.batch_of_one), "raise")
     layer.frozen = any(each.frozen for each in layer.changes)
@@ -275,7 +399,7 @@ def _layers(module: nn.Module) -> list[_ConventionBatchNorm]:
     if others:
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         raise ValueError(
-            f"module={type(module).__name__} has batch norm layers that are not ours ({', '.join(others[:3])}{more}), "
-            'and this works on ours alone: call bnlightning.swap_norm(module, "custom") first, nothing else changes.'
+            f"module={type(module).__name__} has batch norm layers that are not ours ({', '.join(others[:3])}{more}). "
+            'Call bnlightning.swap_norm(module, "custom") first: it makes them ours and changes nothing else.'
         )
     return [layer for _, layer in named if isinstance(layer, _ConventionBatchNorm)]

@@ -1,8 +1,8 @@
-"""Swapping the batch norm layers of any network: none, ours, torch's, synchronised, or anything else; and back.
+"""The swap of all batch norm layers of a network to none, ours, torch's, synchronised or any other, and back.
 
-A swap by name changes the class of the layer object, as torch's parametrisations and lazy modules do. So whatever
-holds the layer or a part of it (parents under several names, lists, optimizers, hooks and their handles) goes on
-holding the right thing, and nothing need be copied. Only a callable puts another object in the layer's place.
+A swap by name changes the class of the layer object, as torch's parametrisations and lazy modules do. Nothing is
+copied. Everything that holds the layer or a part of it still holds the right object: parents under several names,
+lists, optimizers, hooks and their handles. Only a callable puts another object in the layer's place.
 """
 
 import inspect
@@ -29,15 +29,15 @@ _OURS: dict[type[nn.Module], type[_ConventionBatchNorm]] = {
     nn.BatchNorm3d: BatchNorm3d,
 }
 _IN_PLACE = ("none", "custom", "torch", "sync")
-# A layer with another method of these does more than normalise, such as an activation, or stays in evaluation mode.
-_METHODS: dict[str, tuple[Callable, ...]] = {
+# A layer that overrides one of these does more than normalise: it may activate too, or stay in evaluation mode.
+_METHODS: dict[str, tuple[Callable[..., Any], ...]] = {
     "forward": (_TorchBatchNorm.forward, _ConventionBatchNorm.forward, nn.SyncBatchNorm.forward),
     "train": (nn.Module.train,),
     "__call__": (nn.Module.__call__,),
 }
 _OWN_TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 _KEPT_ARGUMENTS = ("num_features", "affine", "track_running_stats", "bias", "device", "dtype")
-# By name: to import what defines them takes longer than a swap.
+# By name, because importing these classes takes longer than a swap.
 _WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
 
 
@@ -50,10 +50,15 @@ class SwappedLayer:
     """One layer that was swapped.
 
     Args:
-        paths: Every name of the layer in the module, as in ``named_modules``.
-        before: Its class before the swap.
-        after: Its class since.
-        note: What the swap changed beyond the class, and what it could not keep.
+        paths: All names of the layer in the module, as in ``named_modules``.
+        before: Name of its class before the swap.
+        after: Name of its class after the swap.
+        note: Other changes of the swap, and settings that it could not keep.
+
+    Example:
+        >>> report = swap_norm(nn.Sequential(nn.BatchNorm1d(3)), "custom")
+        >>> report.swapped
+        [SwappedLayer(paths=('0',), before='torch.nn.BatchNorm1d', after='bnlightning.BatchNorm1d', note='')]
     """
 
     paths: tuple[str, ...]
@@ -64,13 +69,22 @@ class SwappedLayer:
 
 @dataclass
 class SwapReport:
-    """What :func:`swap_norm` did; prints as a table.
+    """The result of :func:`swap_norm`. It prints as a table.
 
     Args:
-        to: What was asked for.
-        swapped: The layers swapped, in the order of ``named_modules``.
-        unchanged: The names of the layers that were already what was asked for.
-        skipped: The names of the layers that could not be swapped, with the reason (``strict=False`` only).
+        to: Target of the swap.
+        swapped: The layers that were swapped, in the order of ``named_modules``.
+        unchanged: Names of the layers that were the target already.
+        skipped: Names of the layers that could not be swapped, each with the reason. Filled with ``strict=False`` only.
+
+    Example:
+        >>> network = nn.Sequential(nn.Linear(3, 30), nn.BatchNorm1d(30))
+        >>> report = swap_norm(network, "none")
+        >>> network[1]
+        Identity()
+        >>> report.revert()
+        >>> type(network[1]) is nn.BatchNorm1d
+        True
     """
 
     to: str
@@ -82,17 +96,18 @@ class SwapReport:
     def revert(self) -> None:
         """Make every swapped layer what it was: class, attributes, parameters, buffers and object, under every name.
 
-        What training has done since to parameters and running statistics stays. Running statistics that the swap
-        started again and that are untouched since get their former initial values. Tensors that the swap set aside
-        (``"none"``, a callable) come back on the device and in the dtype they had. A second call does nothing.
+        Parameters and running statistics keep what training has done to them since. Running statistics that the swap
+        set to new initial values, and that no batch has touched since, get the former initial values. Tensors that the
+        swap set aside (``"none"``, a callable) return on the device and in the dtype they had. A second call does
+        nothing.
 
         Raises:
-            RuntimeError: If a layer has been swapped or replaced again since; nothing is changed then.
+            RuntimeError: If a layer has been swapped or replaced again since. Then nothing is changed.
         """
         for layer, change in zip(self.swapped, self._changes, strict=False):
             if not change.is_intact():
                 raise RuntimeError(
-                    f"{_named(layer.paths)} has been changed since this swap to {self.to}: revert later swaps first."
+                    f"{_named(layer.paths)} has been changed after this swap to {self.to}: revert later swaps first."
                 )
         changes, self._changes = self._changes, []
         for change in reversed(changes):
@@ -115,43 +130,44 @@ class SwapReport:
 def swap_norm(
     module: nn.Module, to: str | Callable[..., nn.Module], *, strict: bool = True, **options: Any
 ) -> SwapReport:
-    """Swap every batch norm layer of ``module``, in place.
+    """Swap every batch norm layer of ``module`` in place, and report what was done.
 
-    Parameters and buffers are the same tensors afterwards, where the target has them, so that a state_dict fits and an
-    optimizer built before goes on training them; hooks and their handles work, and the training flag stays. Layers of
-    instance norm are none of batch norm and stay.
+    Parameters and buffers stay the same tensors if the target has them. So a state_dict still fits, and an optimizer
+    that was built before still trains them. Hooks and their handles work, and the training flag stays. Instance norm
+    layers are left alone.
 
     Args:
         module: A network, or a layer.
-        to: What the layers become.
+        to: Target of the swap:
 
-            - ``"custom"``: our layer of the same dimension, with the ``eps`` and ``momentum`` of the layer unless
-              given in ``options`` (``eps=None, momentum="convention"`` takes the convention's). One of ours gets the
-              options that are given and keeps its other settings, but synchronises no longer.
-            - ``"sync"``: the same, with statistics over all processes.
-            - ``"torch"``: torch's layer of the same dimension. Weights and running statistics are not rescaled; what
-              torch's layer cannot keep of a convention is in the report's notes.
-            - ``"none"``: the identity; parameters and buffers are set aside in the report.
-            - a callable: called with ``num_features`` and ``options``, it returns the module that takes the layer's
-              place in every parent. Parameters and buffers of the same name and shape move over; references held
-              outside of ``module`` still are to the old layer.
+            - ``"custom"``: our layer of the same dimension. It keeps the ``eps`` and ``momentum`` of the layer unless
+              ``options`` give others (``eps=None, momentum="convention"`` takes the convention's). A layer that is ours
+              already takes the given options and keeps its other settings, except that it stops synchronising.
+            - ``"sync"``: as ``"custom"``, with statistics over all ranks.
+            - ``"torch"``: torch's layer of the same dimension. Weights and running statistics are not rescaled. The
+              report's notes name the parts of a convention that torch's layer does not have.
+            - ``"none"``: the identity. The report keeps parameters and buffers for the way back.
+            - a callable: it gets ``num_features`` and ``options``, and returns the module that takes the layer's place
+              in every parent. Parameters and buffers of the same name and shape move to it. References from outside
+              ``module`` still point to the old layer.
 
-            Running statistics that no batch has touched start from the initial values of the new convention.
-        strict: Whether a layer that cannot be swapped, or a module without any, is an error. Otherwise such layers are
-            left alone, with one warning, and are in the report.
-        **options: Keyword arguments of our layer (``convention``, ``backend``, ``eps``, ``momentum``,
-            ``process_group``) for ``"custom"`` and ``"sync"``, ``eps`` and ``momentum`` for ``"torch"``, none for
-            ``"none"``, and the callable's own.
+            Running statistics that no batch has touched are set to the initial values of the new convention.
+        strict: Whether a layer that cannot be swapped is an error, or a module without batch norm layers
+            (``to="none"`` allows that). Otherwise such layers are left alone, with one warning, and listed in the
+            report.
+        **options: For ``"custom"`` and ``"sync"``: ``convention``, ``backend``, ``eps``, ``momentum`` and
+            ``process_group`` of our layer. For ``"torch"``: ``eps`` and ``momentum``. For a callable: its own keyword
+            arguments.
 
     Returns:
-        What was done to which layer; its :meth:`SwapReport.revert` undoes it. Swapping again changes nothing
-        (callables excepted).
+        A report that names every layer and what was done to it. :meth:`SwapReport.revert` undoes the swap. Swapping a
+        second time changes nothing, except with a callable.
 
     Raises:
-        ValueError: For unknown arguments, and if ``strict`` for layers that cannot be swapped: they override
-            ``forward``, are parametrised, lazy without parameters, compiled by TorchScript, sharded, of an unknown
-            dimension (:class:`torch.nn.SyncBatchNorm`), or their parameters are in use by DDP or FSDP and would
-            change. Whatever is raised, the module is as before.
+        ValueError: If an argument is not known. With ``strict``, if a layer cannot be swapped. Such layers override
+            ``forward`` or ``train``, are parametrised, lazy without parameters, compiled by TorchScript or sharded, or
+            have an unknown dimension (:class:`torch.nn.SyncBatchNorm`). Layers inside DDP or FSDP and layers with other
+            tensors of their own cannot be swapped to ``"none"`` or a callable. After any error the module is as before.
 
     Example:
         >>> network = nn.Sequential(nn.Linear(3, 30), nn.BatchNorm1d(30))
@@ -189,7 +205,7 @@ def swap_norm(
 def _check_arguments(module: nn.Module, to: str | Callable[..., nn.Module], options: dict[str, Any]) -> None:
     if not isinstance(module, nn.Module):
         raise ValueError(f"module={module!r} is not possible: pass a torch.nn.Module.")
-    # A module is callable too, but it is a layer already and not what builds one.
+    # A module is callable too, but it does not build a layer.
     if to not in _IN_PLACE if isinstance(to, str) else not callable(to) or isinstance(to, nn.Module):
         raise ValueError(
             f"to={to!r} is not known: choose one of {', '.join(_IN_PLACE)}, or pass a callable that builds a module "
@@ -227,7 +243,7 @@ def _check_options(to: str, options: dict[str, Any]) -> None:
 
 
 def _batch_norm_layers(module: nn.Module) -> list[tuple[nn.Module, list[str]]]:
-    """Every batch norm layer with all of its names."""
+    """Return every batch norm layer with all its names."""
     layers: dict[int, tuple[nn.Module, list[str]]] = {}
     for path, layer in module.named_modules(remove_duplicate=False):
         scripted = isinstance(layer, torch.jit.ScriptModule) and "BatchNorm" in getattr(layer, "original_name", "")
@@ -252,7 +268,7 @@ def _planned(
     options: dict[str, Any],
     is_under_wrapper: bool,
 ) -> InPlace | Replacement | None:
-    """The change of one layer, not yet made, or ``None`` if it is what is asked for."""
+    """Return the change of one layer, not yet made, or ``None`` if the layer is the target already."""
     _refuse_in_any_case(layer)
     if to == "none" or callable(to):
         _refuse_if_parameters_are_in_use(layer, is_under_wrapper)
@@ -271,7 +287,7 @@ def _refuse_in_any_case(layer: nn.Module) -> None:
     if isinstance(layer, torch.jit.ScriptModule):
         raise _RefusedError("compiled by TorchScript: swap before compiling")
     if any(map(is_lazy, (*layer.parameters(), *layer.buffers()))):
-        raise _RefusedError("lazy, without parameters so far: call the module on a batch first")
+        raise _RefusedError("lazy, with no parameters yet: call the module on a batch first")
     if parametrize.is_parametrized(layer):
         raise _RefusedError("parametrised: call torch.nn.utils.parametrize.remove_parametrizations first")
     if _is_wrapper(layer):
@@ -299,14 +315,14 @@ def _to_identity(layer: nn.Module) -> InPlace:
 
 def _to_torch(layer: Any, base: type[nn.Module], options: dict[str, Any]) -> InPlace:
     settings = _settings(layer)
-    # Not needed but to check the options.
+    # Built to check the options and to read their values.
     ours = _template(_OURS[base], layer, settings | options)
     given = {name: vars(ours)[name] for name in options}
     changed = [f"{name}={value}" for name, value in given.items() if vars(layer)[name] != value]
     if not isinstance(layer, _ConventionBatchNorm):
         return InPlace(layer, type(layer), given, "; ".join(changed))
     if _is_per_activation(layer) and base is not nn.BatchNorm1d:
-        raise _RefusedError("its statistics are per activation, and torch's per channel: pass a callable")
+        raise _RefusedError("its statistics are per activation, and torch's are per channel: pass a callable")
     extras = [name for name in vars(ours) if name not in _torch_attributes()]
     notes = changed + _lost_convention(layer.convention)
     notes += _lost_settings(layer, vars(_OURS[base](1, device="meta")), extras)
@@ -316,7 +332,7 @@ def _to_torch(layer: Any, base: type[nn.Module], options: dict[str, Any]) -> InP
 def _to_ours(layer: Any, base: type[nn.Module], to: str, options: dict[str, Any]) -> InPlace:
     cls = _OURS[base]
     settings = _settings(layer)
-    # Without synchronisation a group of processes means nothing.
+    # A process group has no meaning without synchronisation.
     sync = {"sync": True} if to == "sync" else {"sync": False, "process_group": None}
     new = _template(cls, layer, settings | sync | options)
     names = [name for name in vars(new) if name not in _torch_attributes()] + ["eps", "momentum"]
@@ -337,7 +353,7 @@ def _to_ours(layer: Any, base: type[nn.Module], to: str, options: dict[str, Any]
 
 
 def _settings(layer: Any) -> dict[str, Any]:
-    """The constructor's keyword arguments that would build the layer again."""
+    """Return the constructor's keyword arguments that would build the layer again."""
     names = ["eps", "momentum"]
     if isinstance(layer, _ConventionBatchNorm):
         names += [each.name for each in _own_parameters()]
@@ -345,15 +361,15 @@ def _settings(layer: Any) -> dict[str, Any]:
 
 
 def _own_parameters() -> list[inspect.Parameter]:
-    """The arguments of our constructor that torch's does not have."""
+    """Return the arguments of our constructor that torch's does not have."""
     parameters = inspect.signature(_ConventionBatchNorm.__init__).parameters.values()
     return [each for each in parameters if each.kind is each.KEYWORD_ONLY and each.name != "bias"]
 
 
 def _template(cls: type[_ConventionBatchNorm], layer: Any, settings: dict[str, Any]) -> _ConventionBatchNorm:
-    """A layer like ``layer``, built by our constructor, without memory for its tensors."""
+    """Return a layer like ``layer``, built by our constructor on the meta device."""
     with warnings.catch_warnings():
-        # What the layer has anyway is nothing to warn of now, and what is asked for is warned of once.
+        # No warning of settings that the layer has already. swap_norm warns once of those it was given.
         warnings.simplefilter("ignore")
         return cls(
             layer.num_features,
@@ -426,7 +442,7 @@ def _is_per_activation(layer: nn.Module) -> bool:
 
 
 def _lost_convention(convention: Convention) -> list[str]:
-    """What torch's layer does otherwise; its eps and momentum are arguments and not lost."""
+    """Describe the parts of a convention that torch's layer lacks. eps and momentum are arguments, so they stay."""
     torchs = CONVENTIONS["pytorch"]
     names = [each.name for each in fields(convention) if each.name not in ("eps", "momentum")]
     changed = [
@@ -438,7 +454,7 @@ def _lost_convention(convention: Convention) -> list[str]:
 
 
 def _lost_settings(layer: Any, usual: dict[str, Any], names: list[str]) -> list[str]:
-    """Settings of our layer that make a difference and that torch's does not have."""
+    """Describe the settings of our layer that torch's does not have and that change its numbers."""
     indifferent = ("convention", "backend", "changes")
     differing = [
         name
@@ -449,7 +465,7 @@ def _lost_settings(layer: Any, usual: dict[str, Any], names: list[str]) -> list[
 
 
 def _kept_constants(layer: Any, new: _ConventionBatchNorm, options: dict[str, Any]) -> list[str]:
-    """Where the convention asked for has another eps or momentum than the layer, which keeps its own."""
+    """Describe the eps and momentum that the layer keeps although the new convention has others."""
     if "convention" not in options:
         return []
     convention = new.convention

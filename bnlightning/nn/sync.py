@@ -1,4 +1,4 @@
-"""Batch normalisation over the batches of all ranks, on any backend of ``torch.distributed``."""
+"""Batch normalisation by the statistics of all ranks' batches, on any backend of ``torch.distributed``."""
 
 from typing import Any
 
@@ -13,9 +13,9 @@ from bnlightning.nn.moments import merge_over_ranks
 class _SyncBatchNorm(torch.autograd.Function):
     r"""The formulas of :mod:`bnlightning.nn.functional`, with every mean over the values of all ranks.
 
-    The two sums of the backward pass, :math:`\sum_j g_j` and :math:`\sum_j g_j \hat x_j`, go over all ranks, too. Those
-    that become the gradients of the scale and the shift stay this rank's own: the gradients of parameters are reduced
-    by whoever wraps the model, as for any other layer.
+    The sums :math:`\sum_j g_j` and :math:`\sum_j g_j \hat x_j` in the gradient of the input are over all ranks too. The
+    gradients of scale and shift are sums over this rank's values alone. The wrapper of the model (DDP, FSDP) reduces
+    them, as it does for any other layer.
     """
 
     @staticmethod
@@ -25,7 +25,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         x = input.to(statistics_dtype(input))
         origin, mean, var = _moments(x)
         n, mean, var = merge_over_ranks(x.numel() // x.shape[1], mean, var, process_group)
-        # In float64, because the difference of two close means is wanted to float32 accuracy.
+        # In float64, because the difference of two close means must be accurate to float32.
         shift = (origin.double() - mean).to(x.dtype)
         mean, var = mean.to(x.dtype), var.to(x.dtype)
         invstd = (var + eps).rsqrt()
@@ -49,7 +49,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         normalised = _normalise(input.to(origin.dtype), origin, shift, invstd)
         dims = reduced_dims(grad)
         grad_bias, grad_weight = grad.sum(dim=dims), (grad * normalised).sum(dim=dims)
-        # Also where no gradient of the input is wanted: another rank may wait for the sums.
+        # Even if this rank needs no gradient of the input: another rank may wait for the sums.
         sums = torch.stack([grad_bias, grad_weight])
         dist.all_reduce(sums, group=ctx.process_group)
         means = sums / n.clamp(min=1).to(sums.dtype)
@@ -68,27 +68,41 @@ class _SyncBatchNorm(torch.autograd.Function):
 def batch_norm_sync(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, process_group: Any = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Normalise with the statistics of the batches of all ranks of ``process_group``, by default of the world.
+    """Normalise by the statistics of the batches of all ranks.
 
-    Every rank must call it, also with an empty batch; batches may differ in size. One collective of 2C + 1 numbers a
-    rank in the forward pass, one of 2C in the backward pass. Works on every device and backend, gloo on CPU included.
+    Every rank must call it, even with an empty batch. The batches may differ in size. The forward pass takes one
+    collective of 2C + 1 numbers a rank, the backward pass one of 2C. It works on every device and backend, gloo on CPU
+    included.
 
     Args:
-        input: Shape ``(N, C)`` or ``(N, C, ...)``, any floating dtype; half precision is computed in float32.
-        weight: Scale of shape ``(C,)``, or ``None`` for 1.
-        bias: Shift of shape ``(C,)``, or ``None`` for 0.
-        eps: Added to the variance.
-        process_group: The ranks to take together.
+        input: Tensor of shape ``(N, C)`` or ``(N, C, ...)``, of any floating dtype. Half precision is computed in
+            float32.
+        weight: Scale of shape ``(C,)``; ``None`` for 1.
+        bias: Shift of shape ``(C,)``; ``None`` for 0.
+        eps: Number added to the variance.
+        process_group: The ranks to take together; by default all.
 
     Returns:
-        The output, with the shape and dtype of ``input``; the mean and the biased variance, of shape ``(C,)``, and the
-        number of values per channel (float64, no dimensions), over all ranks.
+        The output, with the shape and dtype of ``input``. Then, over all ranks: the mean and the biased variance, each
+        of shape ``(C,)``, and the number of values per channel (float64, no dimensions).
     """
-    return _SyncBatchNorm.apply(input, weight, bias, eps, process_group)
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = _SyncBatchNorm.apply(input, weight, bias, eps, process_group)
+    return result
 
 
 def moments_over_ranks(input: Tensor, process_group: Any = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and biased variance, of shape ``(C,)``, and number of values per channel, of all ranks; see above."""
+    """Return the mean, the biased variance and the number of values per channel over all ranks.
+
+    Every rank must call it, even with an empty batch. It takes one collective of 2C + 1 numbers a rank.
+
+    Args:
+        input: Tensor of shape ``(N, C)`` or ``(N, C, ...)``, of any floating dtype.
+        process_group: The ranks to take together; by default all.
+
+    Returns:
+        Mean and biased variance of shape ``(C,)``, in float32 for half precision. The number of values per channel
+        (float64, no dimensions).
+    """
     x = input.to(statistics_dtype(input))
     _, mean, var = _moments(x)
     n, mean, var = merge_over_ranks(x.numel() // x.shape[1], mean, var, process_group)
@@ -96,7 +110,7 @@ def moments_over_ranks(input: Tensor, process_group: Any = None) -> tuple[Tensor
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A rounded mean of this rank's values, their mean in float64 and their biased variance, of shape ``(C,)``."""
+    """Return this rank's rounded mean, its mean in float64 and its biased variance, each of shape ``(C,)``."""
     if x.numel() == 0:
         origin = x.new_zeros(x.shape[1])
         return origin, origin.double(), origin

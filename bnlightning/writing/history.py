@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from bnlightning._check import check_integer
 from bnlightning.monitors.counting.histogram import MAGNITUDES, NUM_BINS
+from bnlightning.monitors.record import Record
 
 _BINS_AN_OCTAVE = 8
 _FINITE = len(MAGNITUDES) - 1
@@ -68,7 +69,7 @@ def coarsen(bins: NDArray[np.int64]) -> list[Distribution]:
     """Distributions of what :func:`~bnlightning.monitors.counting.histogram.count_values` gave, added up.
 
     Args:
-        bins: Of shape ``(layers, NUM_BINS)``; no row without a value.
+        bins: Counts of shape ``(layers, NUM_BINS)``; no row without a value.
     """
     signed = bins.reshape(len(bins), 2, NUM_BINS // 2)
     cumulative = np.zeros((len(bins), 2, NUM_BINS // 2 + 1), dtype=np.int64)
@@ -89,7 +90,8 @@ def coarsen(bins: NDArray[np.int64]) -> list[Distribution]:
 
 
 def _starts(anchor: Any) -> NDArray[np.int64]:
-    return np.clip(anchor + _STARTS, 1, _FINITE)
+    starts: NDArray[np.int64] = np.clip(anchor + _STARTS, 1, _FINITE)
+    return starts
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class History:
 
     Args:
         max_steps: How many samples are kept.
-        max_layers: Of how many layers the distributions are kept, evenly chosen among all in forward order.
+        max_layers: Number of layers whose distributions are kept, evenly chosen among all in forward order.
     """
 
     def __init__(self, max_steps: int = 128, max_layers: int = 16) -> None:
@@ -194,6 +196,19 @@ class History:
         if len(self._pending) >= _MAX_PENDING:
             self._coarsen_pending()
         self._thin()
+
+    def add_record(self, record: Record, statistics: Sequence[str]) -> None:
+        """Add a training record: the distributions of all layers, the statistics of the activations.
+
+        Args:
+            record: What a monitor found out.
+            statistics: Names of the statistics to keep.
+        """
+        bins = {path: layer.bins for path, layer in record.layers.items() if layer.bins is not None}
+        # Half of the picture would be empty for layers without units.
+        shown = [path for path in bins if record.layers[path].is_activation] or list(bins)
+        numbers = {name: {path: record.layers[path].numbers.get(name) for path in shown} for name in statistics}
+        self.add(record.step, bins, numbers)
 
     def state_dict(self) -> dict[str, Any]:
         """The history in lists, numbers and tensors on the CPU: what ``torch.load`` takes for safe."""

@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bnlightning.monitors.statistic import Look, Palette
 from bnlightning.writing.history import Distribution, History, evenly, nonzero_edges, nonzero_shares
+
+Looks = Mapping[str, Look | None]
 
 # matplotlib is imported where it draws: whoever imports the package does not wait for it.
 if TYPE_CHECKING:
@@ -46,68 +49,31 @@ _UNUSUAL = 4.0
 # In an image, above all colours, which are in [0, 1].
 NONFINITE = 2.0
 
-_NEUTRAL = ("#ffffff", "#d6e6f4", "#8bc0dd", "#3787c0", "#08488e", "#041c40")
-_ALARM = ("#ffffff", "#fee0b6", "#fdae61", "#e8701a", "#a63603", "#5a1c00")
-_TWO_SIDED = ("#7f3b08", "#e08214", "#fee0b6", "#ffffff", "#d8daeb", "#8073ac", "#2d004b")
+_NEUTRAL_COLORS = ("#ffffff", "#d6e6f4", "#8bc0dd", "#3787c0", "#08488e", "#041c40")
+_ALARM_COLORS = ("#ffffff", "#fee0b6", "#fdae61", "#e8701a", "#a63603", "#5a1c00")
+_TWO_SIDED_COLORS = ("#7f3b08", "#e08214", "#fee0b6", "#ffffff", "#d8daeb", "#8073ac", "#2d004b")
+_PALETTES = {"neutral": _NEUTRAL_COLORS, "alarm": _ALARM_COLORS, "two_sided": _TWO_SIDED_COLORS}
 _RED = "#e3001b"
 _GREY = "#d4d4d4"
 _DIM = "#555555"
 _FRAME = "#a0a0a0"
 
 
-@dataclass(frozen=True)
-class Look:
-    """How a statistic is shown.
-
-    Args:
-        title: In words.
-        colors: From that of ``low`` to that of ``high``; they stay the same beyond.
-        low: Least value told apart.
-        high: Greatest value told apart.
-        ticks: What is written at the scale, by value; no scale without any.
-        log: Whether the scale is logarithmic.
-    """
-
-    title: str
-    colors: tuple[str, ...]
-    low: float
-    high: float
-    ticks: Mapping[float, str]
-    log: bool = False
-
-    def color(self, values: NDArray[Any]) -> NDArray[np.float64]:
-        """Where between ``low`` (0) and ``high`` (1) values are on the scale; NaN stays."""
-        ends = np.array([self.low, self.high])
-        clipped = np.clip(values.astype(np.float64), *ends)
-        if self.log:
-            ends, clipped = np.log(ends), np.log(clipped)
-        return np.asarray((clipped - ends[0]) / (ends[1] - ends[0]), dtype=np.float64)
-
-    def worst(self, colors: NDArray[np.float64], group: int) -> NDArray[np.float64]:
-        """Of every ``group`` neighbouring rows the colour that is furthest from the pale one; NaN without any."""
-        rows = np.pad(colors, ((0, -len(colors) % group), (0, 0)), constant_values=np.nan)
-        rows = rows.reshape(-1, group, colors.shape[1])
-        distances = np.nan_to_num(np.abs(rows - (0.5 if self.colors is _TWO_SIDED else 0.0)), nan=-1.0)
-        return np.take_along_axis(rows, distances.argmax(axis=1)[:, None], axis=1)[:, 0]
+def _color(look: Look, values: NDArray[Any]) -> NDArray[np.float64]:
+    """Where values are on the scale, from 0 at ``look.low`` to 1 at ``look.high``; NaN stays."""
+    ends = np.array([look.low, look.high])
+    clipped = np.clip(values.astype(np.float64), *ends)
+    if look.log:
+        ends, clipped = np.log(ends), np.log(clipped)
+    return np.asarray((clipped - ends[0]) / (ends[1] - ends[0]), dtype=np.float64)
 
 
-_FRACTION = {0.0: "0", 0.5: "0.5", 1.0: "1"}
-# Fixed scales and not the run's own, so that runs can be compared.
-_LOOKS = {
-    "nonfinite": Look("NaN or inf", _NEUTRAL, 0.0, 1.0, {}),
-    "dead": Look("dead units", _ALARM, 0.0, 1.0, _FRACTION),
-    "dormant": Look("dormant units", _ALARM, 0.0, 1.0, _FRACTION),
-    "saturated": Look("saturated", _ALARM, 0.0, 1.0, _FRACTION),
-    "zero": Look("zeros", _NEUTRAL, 0.0, 1.0, _FRACTION),
-    "std": Look("std", _TWO_SIDED, 1e-3, 1e3, {1e-3: "0.001", 1.0: "1", 1e3: "1000"}, log=True),
-}
-# What stands out in the last sample, worst first, above which share.
-_WORDS = {
-    "nonfinite": ("NaN/inf", 0.0),
-    "dead": ("dead units", 0.005),
-    "saturated": ("saturated", 0.005),
-    "zero": ("zeros", 0.005),
-}
+def _worst(look: Look, colors: NDArray[np.float64], group: int) -> NDArray[np.float64]:
+    """The colour furthest from the pale one of every ``group`` neighbouring rows; NaN without any."""
+    rows = np.pad(colors, ((0, -len(colors) % group), (0, 0)), constant_values=np.nan)
+    rows = rows.reshape(-1, group, colors.shape[1])
+    distances = np.nan_to_num(np.abs(rows - (0.5 if look.palette == "two_sided" else 0.0)), nan=-1.0)
+    return np.take_along_axis(rows, distances.argmax(axis=1)[:, None], axis=1)[:, 0]
 
 
 @dataclass(frozen=True)
@@ -117,8 +83,8 @@ class Panel:
     Args:
         low: Lower edge of the first row. What is below is in that row, too.
         high: Upper edge of the last row. Likewise.
-        shares: Of shape ``(rows, samples)``: the share of all values in each row; NaN where there is no sample.
-        nonfinite: Of shape ``(samples,)``: the share of NaN and infinities.
+        shares: Share of all values in each row, shape ``(rows, samples)``; NaN where there is no sample.
+        nonfinite: Share of NaN and infinities, shape ``(samples,)``.
     """
 
     low: float
@@ -198,16 +164,17 @@ def _rounded(low: float, high: float) -> tuple[float, float]:
 
 def _log_color(shares: NDArray[np.float64]) -> NDArray[np.float64]:
     # The sum of rounded shares may be above 1, and the colour would be another one.
-    return np.minimum(np.log1p(_VALUES * shares) / np.log1p(_VALUES), 1.0)
+    colors: NDArray[np.float64] = np.minimum(np.log1p(_VALUES * shares) / np.log1p(_VALUES), 1.0)
+    return colors
 
 
-def surface_image(history: History, statistic: str) -> NDArray[np.float64]:
+def surface_image(history: History, statistic: str, looks: Looks) -> NDArray[np.float64]:
     """Of shape ``(layers, samples)``: colours in [0, 1], NaN where there is no value.
 
     ``NONFINITE`` where the value is infinite, or all of the layer's values were NaN or infinite: it says nothing then.
     """
     values, nonfinite = history.values(statistic), history.values("nonfinite")
-    image = _look(history, statistic).color(values)
+    image = _color(_look(history, statistic, looks), values)
     nothing = (nonfinite == 1) & _is_known(values)[:, None]
     image[np.isinf(values) | nothing | ((values > 0) & (statistic == "nonfinite"))] = NONFINITE
     return image
@@ -218,20 +185,26 @@ def _is_known(values: NDArray[Any]) -> NDArray[np.bool_]:
     return np.asarray(~np.isnan(values).all(axis=1))
 
 
-def _look(history: History, statistic: str) -> Look:
-    if statistic in _LOOKS:
-        return _LOOKS[statistic]
+def _look(history: History, statistic: str, looks: Looks) -> Look:
+    look = looks[statistic]
+    if look is not None:
+        return look
     values = history.values(statistic)
     values = values[np.isfinite(values) & (values > 0)].astype(np.float64)
     middle = float(np.quantile(values, 0.5, method="lower")) if len(values) else 1.0
     low, high = max(values.min(initial=middle), middle / 1e3), min(values.max(initial=middle), middle * 1e3)
     if high < 10 * low:
         low, high = middle / 10**0.5, middle * 10**0.5
-    return Look(statistic, _NEUTRAL, low, high, {x: f"{x:.2g}" for x in (low, (low * high) ** 0.5, high)}, log=True)
+    return Look(statistic, "neutral", low, high, {x: f"{x:.2g}" for x in (low, (low * high) ** 0.5, high)}, log=True)
 
 
-def draw_distributions(history: History) -> "Figure":
-    """A heat map for each of up to 16 layers: training steps to the right, values upwards, colours for log counts."""
+def draw_distributions(history: History, looks: Looks) -> "Figure":
+    """A heat map for each of up to 16 layers: training steps to the right, values upwards, colours for log counts.
+
+    Args:
+        history: What was sampled.
+        looks: The statistics that a caption may mention, worst first.
+    """
     layers = evenly(history.chosen_layers, _MAX_PANELS)
     num_columns = 1 if len(layers) <= _PANELS_A_COLUMN else 2
     num_rows = -(-len(layers) // num_columns)
@@ -249,7 +222,7 @@ def draw_distributions(history: History) -> "Figure":
         _say_nothing(page)
         return figure
     ticks = {float(_log_color(np.array(share))): f"{100 * share:.3g} %" for share in (0, 0.01, 0.1, 1)}
-    _draw_scale(page, (_MARGIN, 62, 240, 8), Look("", _NEUTRAL, 0.0, 1.0, ticks))
+    _draw_scale(page, (_MARGIN, 62, 240, 8), Look("", "neutral", ticks=ticks))
     page.text(_MARGIN + 252, 71, "of the layer's values at a step", fontsize=9)
     page.text(
         _WIDTH - _MARGIN,
@@ -259,7 +232,7 @@ def draw_distributions(history: History) -> "Figure":
         color=_DIM,
         ha="right",
     )
-    words = _last_words(history)
+    words = _last_words(history, looks)
     width = _WIDTH / num_columns
     for column in range(num_columns):
         box = (column * width + 62, _HEAD, width - 62 - _MARGIN, column_height)
@@ -276,7 +249,7 @@ def draw_distributions(history: History) -> "Figure":
 
 
 def _draw_panel(axes: "Axes", panel: Panel, edges: NDArray[np.float64], top: float, bottom: float) -> None:
-    _draw_image(axes, edges, np.linspace(bottom, top, _ROWS + 1), panel.image(), _NEUTRAL)
+    _draw_image(axes, edges, np.linspace(bottom, top, _ROWS + 1), panel.image(), "neutral")
     axes.plot(edges[[0, -1, -1, 0, 0]], [bottom, bottom, top, top, bottom], color=_FRAME, linewidth=0.8, clip_on=False)
     values = [(bottom, panel.low, "bottom"), (top, panel.high, "top")]
     zero = -panel.low / (panel.high - panel.low)
@@ -303,17 +276,19 @@ def _write_caption(axes: "Axes", panel: Panel, layer: str, words: str, top: floa
     axes.text(1, top - 3, words, transform=across, fontsize=8.5, color=color, ha="right")
 
 
-def _last_words(history: History) -> dict[str, str]:
+def _last_words(history: History, looks: Looks) -> dict[str, str]:
     """The worst that stands out in a layer's last sample."""
     words: dict[str, str] = {}
-    for statistic, (word, least) in _WORDS.items():
+    for statistic, look in looks.items():
+        if look is None or look.word is None:
+            continue
         for layer, share in zip(history.layers, history.values(statistic)[:, -1].tolist(), strict=True):
-            if share > least:
-                words.setdefault(layer, f"{100 * share:.0f} % {word}" if share >= 0.01 else f"< 1 % {word}")
+            if share > look.word_above:
+                words.setdefault(layer, f"{100 * share:.0f} % {look.word}" if share >= 0.01 else f"< 1 % {look.word}")
     return words
 
 
-def draw_surfaces(history: History, statistics: Sequence[str]) -> "Figure":
+def draw_surfaces(history: History, looks: Looks) -> "Figure":
     """A heat map for each statistic: training steps to the right, layers downwards in forward order.
 
     Statistics without any value are left out, and so are layers without a value of one of them. Of thousands of layers
@@ -321,9 +296,10 @@ def draw_surfaces(history: History, statistics: Sequence[str]) -> "Figure":
 
     Args:
         history: What was sampled.
-        statistics: Positive ones. Those that are not known by name have a logarithmic scale.
+        looks: How each statistic is shown, in the order of the heat maps. ``None``: by a logarithmic scale of its own
+            range, for positive values.
     """
-    shown = [statistic for statistic in statistics if _is_known(history.values(statistic)).any()]
+    shown = [statistic for statistic in looks if _is_known(history.values(statistic)).any()]
     known = np.zeros(len(history.layers), dtype=bool)
     for statistic in shown:
         known |= _is_known(history.values(statistic))
@@ -352,23 +328,22 @@ def draw_surfaces(history: History, statistics: Sequence[str]) -> "Figure":
     for column, statistic in enumerate(shown):
         box = (left + column * pitch, _SHORT_HEAD + _SCALES, pitch - _GAP, height)
         axes = _add_axes(figure, box)
-        image = _look(history, statistic).worst(surface_image(history, statistic)[known], group)
-        _draw_surface(page, axes, box, history, statistic, image)
+        image = _worst(_look(history, statistic, looks), surface_image(history, statistic, looks)[known], group)
+        _draw_surface(page, axes, box, history, _look(history, statistic, looks), image)
         _name_rows(axes, names if column == 0 else [])
     return figure
 
 
 def _draw_surface(
-    page: "Axes", axes: "Axes", box: Box, history: History, statistic: str, image: NDArray[np.float64]
+    page: "Axes", axes: "Axes", box: Box, history: History, look: Look, image: NDArray[np.float64]
 ) -> None:
     left, top, width, _ = box
-    look = _look(history, statistic)
     page.text(left, top - 34, look.title, fontsize=9, weight="bold", parse_math=False)
     if look.ticks:
         _draw_scale(page, (left, top - 28, width, 7), look)
     else:
         page.text(left, top - 18, "red: any", fontsize=7.5, color=_DIM)
-    _draw_image(axes, step_edges(history), np.linspace(-0.5, len(image) - 0.5, len(image) + 1), image, look.colors)
+    _draw_image(axes, step_edges(history), np.linspace(-0.5, len(image) - 0.5, len(image) + 1), image, look.palette)
     axes.set_ylim(len(image) - 0.5, -0.5)
     axes.spines[:].set(visible=True, color=_FRAME)
     _draw_steps(axes, history, width)
@@ -449,11 +424,11 @@ def _draw_steps(axes: "Axes", history: History, width: float) -> None:
 def _draw_scale(page: "Axes", box: Box, look: Look) -> None:
     left, top, width, height = box
     x, y = np.linspace(left, left + width, 65), np.array([top + height, top])
-    _draw_image(page, x, y, np.linspace(0, 1, 64)[None, :], look.colors)
+    _draw_image(page, x, y, np.linspace(0, 1, 64)[None, :], look.palette)
     right, bottom = left + width, top + height
     page.plot([left, right, right, left, left], [top, top, bottom, bottom, top], color=_FRAME, linewidth=0.8)
     for value, text in look.ticks.items():
-        place = look.color(np.array(value)).item()
+        place = _color(look, np.array(value)).item()
         align = {0.0: "left", 1.0: "right"}.get(place, "center")
         page.text(left + place * width, top + height + 2, text, fontsize=7.5, color=_DIM, ha=align, va="top")
 
@@ -463,15 +438,15 @@ def _draw_image(
     x: NDArray[np.float64],
     y: NDArray[np.float64],
     image: NDArray[np.float64],
-    colors: tuple[str, ...],
+    palette: Palette,
 ) -> None:
     limits = axes.axis()
-    axes.pcolorfast(x, y, np.ma.masked_invalid(image), cmap=_colormap(colors), vmin=0.0, vmax=1.0)
+    axes.pcolorfast(x, y, np.ma.masked_invalid(image), cmap=_colormap(palette), vmin=0.0, vmax=1.0)
     axes.axis(limits)
 
 
 @cache
-def _colormap(colors: tuple[str, ...]) -> "Colormap":
+def _colormap(palette: Palette) -> "Colormap":
     from matplotlib.colors import LinearSegmentedColormap
 
-    return LinearSegmentedColormap.from_list("", colors).with_extremes(bad=_GREY, over=_RED)
+    return LinearSegmentedColormap.from_list("", _PALETTES[palette]).with_extremes(bad=_GREY, over=_RED)

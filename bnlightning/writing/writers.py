@@ -1,97 +1,197 @@
-"""What a callback has to say at one step, and how each logger is told: a new logger is one function here."""
+"""How each logger is told: a registry of writers, one function a logger.
+
+A logger of your own is one function, registered from outside:
+
+    >>> from bnlightning.writing.writers import register_writer
+    >>> class Printer:
+    ...     pass
+    >>> def write_to_printer(printer, summaries):
+    ...     for tag, value in summaries.scalars.items():
+    ...         print(summaries.step, tag, value)
+    >>> register_writer(Printer, write_to_printer)
+"""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import lightning
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
-
-from bnlightning.monitors.counting.histogram import Histogram
+from bnlightning.writing.layout import Chart, charts_of, layout
+from bnlightning.writing.summaries import Summaries
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+Write = Callable[[Any, Summaries], None]
+"""Tells a logger, the first argument, what the second one holds."""
 
-@dataclass
-class Publication:
-    """Everything that is written at one step.
+
+def write(loggers: Iterable[Any], summaries: Summaries) -> None:
+    """Tell all loggers. With several ranks only the first one calls this.
 
     Args:
-        step: Where it stands on the x-axis.
-        scalars: By tag.
-        histograms: By tag; for loggers that have histograms.
-        texts: By tag; for loggers that have texts.
-        figures: By tag; for loggers that have images. They are drawn only if there is such a logger.
+        loggers: Loggers of Lightning, a ``SummaryWriter``, or whatever :func:`register_writer` knows.
+        summaries: What they are told.
+
+    Raises:
+        ValueError: If nothing is registered for a logger, and it has no ``log_metrics``.
     """
-
-    step: int
-    scalars: dict[str, float] = field(default_factory=dict)
-    histograms: dict[str, Histogram] = field(default_factory=dict)
-    texts: dict[str, str] = field(default_factory=dict)
-    figures: dict[str, Callable[[], "Figure"]] = field(default_factory=dict)
-
-    def write(self, trainer: lightning.Trainer) -> None:
-        """Give it to all loggers of the Trainer; on any rank but the first nothing happens."""
-        if not trainer.is_global_zero:
-            return
-        for logger in trainer.loggers:
-            _writer(logger)(logger, self)
+    for logger in loggers:
+        writer_of(logger)(logger, summaries)
 
 
-def _writer(logger: Logger) -> Callable[[Any, Publication], None]:
-    if isinstance(logger, TensorBoardLogger):
-        return _write_to_tensorboard
-    # By name: importing it would need the package wandb.
-    if any(base.__name__ == "WandbLogger" for base in type(logger).__mro__):
-        return _write_to_wandb
-    return _write_scalars
+def register_writer(logger: type | str, writer: Write) -> None:
+    """Have ``writer`` tell loggers of a class, or of one derived from it.
+
+    Args:
+        logger: The class, or its name: a name needs no import of the logger's package.
+        writer: Called with the logger and the :class:`~bnlightning.writing.summaries.Summaries` of a step.
+    """
+    _WRITERS[logger if isinstance(logger, str) else logger.__name__] = writer
 
 
-def _write_scalars(logger: Logger, publication: Publication) -> None:
-    if publication.scalars:
-        logger.log_metrics(publication.scalars, step=publication.step)
+def writer_of(logger: Any) -> Write:
+    """The function that tells a logger: that of the nearest class that is registered, otherwise scalars alone.
+
+    Raises:
+        ValueError: If nothing is registered for the logger, and it has no ``log_metrics``.
+    """
+    for base in type(logger).__mro__:
+        if base.__name__ in _WRITERS:
+            return _WRITERS[base.__name__]
+    if hasattr(logger, "log_metrics"):
+        return write_scalars
+    raise ValueError(
+        f"logger={type(logger).__name__} is not known: give one of Lightning's loggers or a SummaryWriter, or register "
+        "a function for it by bnlightning.writing.writers.register_writer."
+    )
 
 
-def _write_to_tensorboard(logger: TensorBoardLogger, publication: Publication) -> None:
+def write_scalars(logger: Any, summaries: Summaries) -> None:
+    """Tell any logger of Lightning the scalars."""
+    if summaries.scalars:
+        logger.log_metrics(summaries.scalars, step=summaries.step)
+
+
+def write_to_tensorboard_logger(logger: Any, summaries: Summaries) -> None:
+    """Tell Lightning's TensorBoardLogger everything."""
+    write_to_summary_writer(logger.experiment, summaries)
+
+
+def write_to_summary_writer(writer: Any, summaries: Summaries) -> None:
+    """Tell a ``torch.utils.tensorboard.SummaryWriter`` everything, as one event.
+
+    The first value of a tag in an event file carries its description. The Custom Scalars tab gets one chart for all
+    layers of a statistic.
+    """
     # One event instead of one for each value: a tenth of the time.
-    from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary
+    from tensorboard.compat.proto.summary_pb2 import Summary
 
+    # Not the attribute: it is None after a fit, which closes the file, and this opens a new one.
+    file = writer._get_file_writer()
+    told = _told(file)
     summary = Summary()
-    for tag, value in publication.scalars.items():
+    for tag, value in summaries.scalars.items():
         summary.value.add(tag=tag, simple_value=value)
-    for tag, histogram in publication.histograms.items():
-        proto = HistogramProto(
-            min=histogram.edges[0],
-            max=histogram.edges[-1],
-            num=histogram.counts.sum(),
-            sum=histogram.sum,
-            sum_squares=histogram.sum_squares,
-            bucket_limit=histogram.edges[1:].tolist(),
-            bucket=histogram.counts.tolist(),
-        )
-        summary.value.add(tag=tag, histo=proto)
-    for tag, draw in publication.figures.items():
+    for tag, histogram in summaries.histograms.items():
+        summary.value.add(tag=tag, histo=_histogram_proto(histogram))
+    for tag, draw in summaries.pictures.items():
         png, width, height = _png(draw())
         image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
         summary.value.add(tag=tag, image=image)
+    for tag, text in summaries.texts.items():
+        summary.value.append(_text_value(tag, text))
+    new = [value for value in summary.value if _name(value) not in told.tags]
+    for value in new:
+        told.tags.add(_name(value))
+        if description := summaries.descriptions.get(_name(value)):
+            describe(value, description)
+    charts = charts_of(value.tag for value in new if value.HasField("simple_value")) - told.charts
+    if charts:
+        told.charts |= charts
+        summary.value.extend(layout(told.charts).value)
     if summary.value:
-        # Not the attribute: it is None after a fit, which closes the file, and this opens a new one.
-        logger.experiment._get_file_writer().add_summary(summary, publication.step)
-    for tag, text in publication.texts.items():
-        logger.experiment.add_text(tag, text, global_step=publication.step)
+        file.add_summary(summary, summaries.step)
 
 
-def _write_to_wandb(logger: Any, publication: Publication) -> None:
+def describe(value: Any, description: str) -> None:
+    """Give a value its description; TensorBoard reads that of a tag's first value in an event file.
+
+    Args:
+        value: A ``Summary.Value`` of TensorBoard's: a simple value, a histogram, an image or a text.
+        description: What the tag means.
+    """
+    from tensorboard.compat.proto import summary_pb2
+
+    plugin, data_class = {
+        "simple_value": ("scalars", summary_pb2.DATA_CLASS_SCALAR),
+        "histo": ("histograms", summary_pb2.DATA_CLASS_TENSOR),
+        "image": ("images", summary_pb2.DATA_CLASS_BLOB_SEQUENCE),
+        "tensor": ("text", summary_pb2.DATA_CLASS_TENSOR),
+    }[value.WhichOneof("value")]
+    value.metadata.summary_description = description
+    # TensorBoard's fast reader drops the description of a value that does not say its class.
+    value.metadata.plugin_data.plugin_name = plugin
+    value.metadata.data_class = data_class
+
+
+def write_to_wandb(logger: Any, summaries: Summaries) -> None:
+    """Tell Lightning's WandbLogger everything."""
     import wandb
 
     media: dict[str, Any] = {
         tag: wandb.Histogram(np_histogram=(histogram.counts.tolist(), histogram.edges.tolist()))
-        for tag, histogram in publication.histograms.items()
+        for tag, histogram in summaries.histograms.items()
     }
-    media |= {tag: wandb.Image(draw()) for tag, draw in publication.figures.items()}
-    logger.log_metrics(publication.scalars | media | publication.texts, step=publication.step)
+    media |= {tag: wandb.Image(draw()) for tag, draw in summaries.pictures.items()}
+    logger.log_metrics(summaries.scalars | media | summaries.texts, step=summaries.step)
+
+
+# The one registry of the package: it is there to be added to from outside.
+_WRITERS: dict[str, Write] = {
+    "SummaryWriter": write_to_summary_writer,
+    "TensorBoardLogger": write_to_tensorboard_logger,
+    "WandbLogger": write_to_wandb,
+}
+
+
+@dataclass
+class _Told:
+    """What an event file holds already: tags with their descriptions, and charts."""
+
+    tags: set[str] = field(default_factory=set)
+    charts: set[Chart] = field(default_factory=set)
+
+
+def _told(file: Any) -> _Told:
+    # Kept with the file, which several monitors write into, and which begins anew with every fit.
+    told: _Told = vars(file).setdefault("_bnlightning_told", _Told())
+    return told
+
+
+def _name(value: Any) -> str:
+    tag: str = value.tag
+    return tag.removesuffix("/text_summary")
+
+
+def _histogram_proto(histogram: Any) -> Any:
+    from tensorboard.compat.proto.summary_pb2 import HistogramProto
+
+    return HistogramProto(
+        min=histogram.edges[0],
+        max=histogram.edges[-1],
+        num=histogram.counts.sum(),
+        sum=histogram.sum,
+        sum_squares=histogram.sum_squares,
+        bucket_limit=histogram.edges[1:].tolist(),
+        bucket=histogram.counts.tolist(),
+    )
+
+
+def _text_value(tag: str, text: str) -> Any:
+    from torch.utils.tensorboard.summary import text as text_summary
+
+    return text_summary(tag, text).value[0]
 
 
 def _png(figure: "Figure") -> tuple[bytes, int, int]:

@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import pickle
+from unittest.mock import patch
 
 import lightning
 import numpy as np
@@ -8,10 +9,14 @@ import pytest
 import torch
 from helpers import quiet_trainer, read_events, scalar
 from lightning.pytorch.demos.boring_classes import BoringModel
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from bnlightning import ActivationMonitor, LitRegressor, SyntheticRegressionDataModule, tap
+from bnlightning.monitors.counting.layers import Sum
+from bnlightning.monitors.statistic import Look, Statistic
+from bnlightning.writing.pictures import draw_surfaces
 
 
 class Net(lightning.LightningModule):
@@ -589,7 +594,7 @@ def test_a_batch_with_nan_stops_training_on_request(tmp_path):
 
 def test_layers_beyond_the_maximum_are_told(tmp_path):
     monitor = ActivationMonitor(modules="body.*", max_layers=2)
-    with pytest.warns(UserWarning, match=r"max_layers=2\) leaves out 3 layers from body\.2 on"):
+    with pytest.warns(UserWarning, match=r"max_layers=2\) leaves out 3 of 5 layers from body\.2 on"):
         quiet_trainer(tmp_path, max_epochs=1, callbacks=[monitor]).fit(Net(), loader())
     tags = read_events(tmp_path).Tags()["histograms"]
     assert tags == ["layer_hist/body.0", "layer_hist/body.1"]
@@ -762,3 +767,53 @@ def test_tensors_that_are_not_dense_are_passed_over(tmp_path):
     quiet_trainer(tmp_path, max_steps=1, callbacks=[ActivationMonitor()]).fit(Sparse(), loader())
     tags = read_events(tmp_path).Tags()["histograms"]
     assert "layer_hist/even" in tags and not any("odd" in tag for tag in tags)
+
+
+def _four(key):
+    return ()
+
+
+def _fourth_powers(call):
+    return call.fill(0.0).double().pow(4).sum()
+
+
+def _kurtosis(layer):
+    return float(layer.values.sums["fourth_powers"]) * layer.values.finite / layer.values.sum_squares**2
+
+
+KURTOSIS = Statistic(
+    "kurtosis",
+    _kurtosis,
+    "Mean fourth power over the squared mean square of the outputs.",
+    "Below about 10.",
+    sum=Sum("fourth_powers", _four, _fourth_powers),
+    look=Look("kurtosis", high=20.0, ticks={0.0: "0", 20.0: "20"}),
+)
+
+
+def test_one_declaration_is_a_tag_a_description_a_chart_and_a_part_of_the_picture(tmp_path):
+    model = Net()
+    monitor = ActivationMonitor(every_n_steps=2, statistics=[KURTOSIS])
+    outputs = []
+    model.body[2].register_forward_hook(lambda module, args, output: outputs.append(output.detach().double()))
+    trainer = quiet_trainer(tmp_path, max_steps=5, callbacks=[monitor])
+    trainer.fit(model, loader(samples=100, batch_size=20))
+    events = read_events(tmp_path)
+    values = scalar(events, "layer_kurtosis/body.2")
+    for step in (0, 2, 4):
+        x = outputs[step].numpy()
+        assert values[step] == pytest.approx((x**4).mean() / (x**2).mean() ** 2, rel=1e-5)
+    metadata = events.SummaryMetadata("layer_kurtosis/body.2")
+    assert metadata.summary_description == f"{KURTOSIS.description} Healthy: {KURTOSIS.healthy}"
+    layout = Layout.FromString(events.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0])
+    assert "layer_kurtosis" in [chart.title for chart in layout.category[0].chart]
+    with patch("bnlightning.callbacks.activation_monitor.draw_surfaces") as drawn:
+        drawn.side_effect = lambda history, looks: draw_surfaces(history, looks)
+        quiet_trainer(tmp_path / "again", max_steps=5, callbacks=[monitor]).fit(model, loader(100, 20))
+    history, looks = drawn.call_args.args
+    assert looks["kurtosis"] is KURTOSIS.look and "kurtosis" in history.statistics
+
+
+def test_a_callback_with_a_declaration_of_its_own_is_pickled():
+    monitor = pickle.loads(pickle.dumps(ActivationMonitor(every_n_steps=2, statistics=[KURTOSIS])))
+    assert monitor.every_n_steps == 2

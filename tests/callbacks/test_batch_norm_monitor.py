@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from bnlightning import BatchNorm1d, BatchNorm2d, BatchNormMonitor, SwapNorm
 from bnlightning.monitors.catching.hooks import NoHook
-from bnlightning.monitors.norms import BatchNormRows, BatchNormStatistics
+from bnlightning.monitors.counting.norms import NormAccumulators, NormCounts
 from bnlightning.nn import BatchNormAct2d
 
 # The loaders have no workers, as they need none, and many tests only train.
@@ -453,10 +453,10 @@ def test_one_hook_a_layer_that_is_gone_afterwards_also_after_an_exception(tmp_pa
     model = Failing(nn.BatchNorm1d(48), nn.BatchNorm1d(48))
     with pytest.raises(RuntimeError, match="stop"):
         quiet_trainer(tmp_path / "failed", max_epochs=1, callbacks=[monitor]).fit(model, loader())
-    assert not hooks_of(model) and monitor._rows is None
+    assert not hooks_of(model)
     healthy = Net(nn.BatchNorm1d(48))
     quiet_trainer(tmp_path / "healthy", max_epochs=1, callbacks=[monitor]).fit(healthy, loader())
-    assert not hooks_of(healthy) and monitor._rows is None
+    assert not hooks_of(healthy)
     assert list(scalar(read_events(tmp_path / "healthy"), "norm_mean_drift/body.1")) == [1, 2, 3, 4]
     pickle.loads(pickle.dumps((healthy, monitor)))
 
@@ -533,7 +533,7 @@ def test_warns_when_there_is_nothing_to_watch(modules, tmp_path):
 def test_watches_no_more_than_max_layers(tmp_path):
     model = Net(*(nn.BatchNorm1d(48) for _ in range(4)))
     trainer = quiet_trainer(tmp_path, max_steps=1, callbacks=[BatchNormMonitor(max_layers=2)])
-    with pytest.warns(UserWarning, match=r"max_layers=2\) watches the first 2 of 4 batch norm layers") as caught:
+    with pytest.warns(UserWarning, match=r"max_layers=2\) leaves out 2 of 4 batch norm layers from ") as caught:
         trainer.fit(model, loader())
     assert sum("BatchNormMonitor" in str(each.message) for each in caught) == 1
     tags = read_events(tmp_path).Tags()["scalars"]
@@ -571,7 +571,7 @@ def _sharded_scales(rank):
     net = nn.Sequential(nn.Linear(3, 48), nn.BatchNorm1d(48))
     nn.init.zeros_(net[1].weight[:7])
     fully_shard(net, mesh=init_device_mesh("cpu", (2,)))
-    rows = BatchNormRows([net[1]], torch.device("cpu"))
+    rows = NormAccumulators([net[1]], torch.device("cpu"))
     rows.start()
     rows.reduce()
     return type(net[1].weight).__name__, rows.statistics()
@@ -581,7 +581,7 @@ def _sharded_scales(rank):
 def test_sharded_scales_are_put_together(tmp_path):
     for kind, (layer,) in run_on_ranks(_sharded_scales, 2, tmp_path):
         # Nothing has run.
-        want = BatchNormStatistics(48, 48, False, None, None, None, pytest.approx(7 / 48), 1.0, 0.0)
+        want = NormCounts(48, 48, False, None, None, None, pytest.approx(7 / 48), 1.0, 0.0)
         assert kind == "DTensor" and layer == want
 
 

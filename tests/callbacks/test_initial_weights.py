@@ -76,6 +76,7 @@ def test_weights_of_another_model_are_refused(name, shape, message, tmp_path):
         quiet_trainer(max_steps=1, callbacks=[callback]).fit(model, data)
 
 
-def test_a_missing_file_is_told():
-    with pytest.raises(ValueError, match=r"path='nowhere.npz' of InitialWeights is not a file"):
-        InitialWeights("nowhere.npz")
+@pytest.mark.parametrize("path", ["nowhere.npz", None])
+def test_a_missing_file_is_told(path):
+    with pytest.raises(ValueError, match=f"^path={path!r} of InitialWeights is not a file"):
+        InitialWeights(path)

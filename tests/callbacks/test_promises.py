@@ -1,4 +1,9 @@
-"""What the monitors promise, whatever the training is like: it is not changed, and several ranks are as one."""
+"""Promises that callbacks, monitors and writers keep together, for many kinds of training.
+
+- Training is bit-identical with and without the monitors.
+- Two ranks write what one process with the whole batch writes, and no rank waits for another one's batches.
+- Compiled networks are watched like others.
+"""
 
 import math
 from datetime import timedelta

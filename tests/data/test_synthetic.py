@@ -1,10 +1,8 @@
-import lightning
 import numpy as np
 import pytest
 import torch
 
 from bnlightning import SyntheticRegressionDataModule
-from bnlightning.data import TensorBatches
 
 
 def test_points_are_those_of_the_published_script():
@@ -47,41 +45,6 @@ def test_training_goes_through_the_points_in_order_and_evaluation_takes_all():
     assert torch.equal(x, data.x) and torch.equal(y, data.y)
 
 
-@pytest.mark.parametrize(("points", "world_size"), [(24, 2), (25, 2), (25, 3), (31, 3)])
-def test_ranks_share_every_step_without_repeating_or_dropping_a_point(points, world_size):
-    x = torch.arange(points)[:, None]
-    ranks = [list(TensorBatches(x, batch_size=4, rank=rank, world_size=world_size)) for rank in range(world_size)]
-    single = list(TensorBatches(x, batch_size=4 * world_size))
-    assert {len(batches) for batches in ranks} == {len(single)} == {-(-points // (4 * world_size))}
-    for step, (together,) in enumerate(single):
-        torch.testing.assert_close(torch.cat([batches[step][0] for batches in ranks]), together)
-
-
-def test_batches_can_be_taken_up_amid_an_epoch():
-    batches = TensorBatches(torch.arange(10), batch_size=3)
-    iterator = iter(batches)
-    next(iterator), next(iterator)
-    state = batches.state_dict()
-    resumed = TensorBatches(torch.arange(10), batch_size=3)
-    resumed.load_state_dict(state)
-    assert [x.tolist() for (x,) in resumed] == [[6, 7, 8], [9]]
-    assert len(list(resumed)) == len(resumed) == 4 and resumed.state_dict() == {"epoch": 0, "served": 0}
-
-
-def test_an_epochs_state_leaves_another_epoch_alone():
-    epochs = [4]
-    batches = TensorBatches(torch.arange(10), batch_size=3, epoch=lambda: epochs[-1])
-    # As a trainer takes them: it knows their number and does not ask for one more.
-    iterator = iter(batches)
-    for _ in range(4):
-        next(iterator)
-    assert batches.state_dict() == {"epoch": 4, "served": 4}
-    for epoch, left in ((4, 0), (5, 4)):
-        epochs.append(epoch)
-        batches.load_state_dict({"epoch": 4, "served": 4})
-        assert len(list(batches)) == left and len(list(batches)) == 4
-
-
 @pytest.mark.parametrize(("points", "batch_size", "smallest"), [(20, 10, 10), (21, 10, 1), (5, 10, 5), (20, None, 20)])
 def test_smallest_batch(points, batch_size, smallest):
     assert SyntheticRegressionDataModule(num_points=points, batch_size=batch_size).smallest_batch == smallest
@@ -114,6 +77,13 @@ def test_bad_arguments_are_named(options, message):
         SyntheticRegressionDataModule(**options)
 
 
-def test_is_a_datamodule_with_plain_hyperparameters():
-    data = SyntheticRegressionDataModule(batch_size=5)
-    assert isinstance(data, lightning.LightningDataModule) and data.hparams["batch_size"] == 5
+def test_hyperparameters_are_the_plain_arguments():
+    assert dict(SyntheticRegressionDataModule(batch_size=None, seed=3).hparams) == {
+        "num_points": 2500,
+        "x_min": -7.0,
+        "x_max": 10.0,
+        "noise_std": 8.0,
+        "shuffle": True,
+        "batch_size": None,
+        "seed": 3,
+    }

@@ -149,7 +149,7 @@ def test_a_subclass_brings_its_own_network():
         ({"width": 0}, "width=0 is not possible"),
         ({"width": [8, 0]}, "width=0 is not possible"),
         ({"width": 8, "depth": 0}, "depth=0 is not possible"),
-        ({"width": [8, 8], "depth": 3}, r"depth=3 is not possible with width=\[8, 8\], which is of 2 hidden layers"),
+        ({"width": [8, 8], "depth": 3}, r"depth=3 is not possible with width=\[8, 8\], which has 2 hidden layers"),
         ({"init_scale": 0}, "init_scale=0 is not possible"),
         ({"weight_std": -1}, "weight_std=-1 is not possible"),
         ({"learning_rate": 0}, "learning_rate=0 is not possible"),

@@ -89,7 +89,7 @@ def test_torchs_layer_gives_what_ours_gives_in_its_convention():
     [
         ("custom", OPTIONS, 1, ["0.7470948 = 0.5 * 1 before the step + 0.5 * 0.4941896, the batch's biased variance"]),
         ("custom", TORCH, 1, ["0.9941896 = 0.5 * 1 before the step + 0.5 * 0.9883791, the batch's unbiased variance"]),
-        ("torch", OPTIONS, 1, ["0.9883791, the batch's unbiased variance", "'keras' is left aside"]),
+        ("torch", OPTIONS, 1, ["0.9883791, the batch's unbiased variance", "'keras' is ignored"]),
         ("custom", {**OPTIONS, "convention": "caffe"}, 1, ["0.9883791 = 0 * 0 before the step + 1 * 0.9883791"]),
         ("custom", {**OPTIONS, "convention": "caffe"}, 3, ["= 0.4285714 * 0.987", "+ 0.5714286 * 0.98"]),
         ("custom", {**OPTIONS, "momentum": None}, 2, ["= 0.5 * 0.4941896 before the step + 0.5 * 0.493"]),

@@ -1,82 +1,80 @@
-import numpy as np
+import copy
+
 import pytest
 import torch
-from helpers import run_on_ranks
 from torch import nn
 
-from bnlightning.monitors.gradients import GradientRows
-
-SHAPES = {"plain": (3, 5), "sharded": (5, 2), "short": (1, 4), "replicated": (4, 3), "pending": (2, 3), "idle": (2, 2)}
+from bnlightning.monitors.gradients import Gradients, by_path
 
 
-def values(name, seed):
-    torch.manual_seed(100 * seed + len(name))
-    return torch.randn(SHAPES[name])
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1))
 
 
-def rows_on_rank(rank):
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-
-    mesh = init_device_mesh("cpu", (2,))
-    placements = {"sharded": Shard(0), "short": Shard(0), "replicated": Replicate(), "pending": Replicate()}
-
-    def place(name, tensor):
-        return distribute_tensor(tensor, mesh, [placements[name]]) if name in placements else tensor
-
-    parameters = {name: nn.Parameter(place(name, values(name, 0))) for name in SHAPES}
-    for name, parameter in parameters.items():
-        if name == "pending":
-            # The gradient is the sum of what the ranks have.
-            parameter.grad = DTensor.from_local(values(name, 1) * (0.25 + 0.5 * rank), mesh, [Partial()])
-        elif name != "idle":
-            parameter.grad = place(name, values(name, 1))
-    rows = GradientRows(parameters, {"sharded", "pending"}, torch.device("cpu"))
-    with torch.no_grad():
-        rows.record(parameters.values())
-        for name, parameter in parameters.items():
-            parameter.add_(place(name, values(name, 2)))
-        rows.finish()
-    return rows.statistics()
+def stepped(monitor, module, optimizer, step=0, scale=1.0):
+    optimizer.zero_grad()
+    (scale * module(torch.ones(4, 3)).square().mean()).backward()
+    monitor.open(step)
+    monitor.take(module.parameters(), scale)
+    if scale == 1.0:
+        optimizer.step()
+    return monitor.close()
 
 
-@pytest.mark.slow
-def test_every_value_of_a_dtensor_counts_once(tmp_path):
-    first, second = run_on_ranks(rows_on_rank, 2, tmp_path)
-    assert first.keys() == second.keys() == SHAPES.keys() - {"idle"}
-    for name, found in first.items():
-        weight, gradient, update = (values(name, seed).double().numpy() for seed in range(3))
-        assert (found.values, found.nonfinite, found.dims) == (gradient.size, 0, 2)
-        norms = [np.linalg.norm(each) for each in (gradient, weight, update)]
-        assert [found.norm, found.weight_norm, found.update_norm] == pytest.approx(norms, rel=1e-5)
-        assert second[name].norm == found.norm
-        if name in ("sharded", "pending"):
-            assert found.histogram.counts.sum() == gradient.size
-            assert found.histogram.edges[[0, -1]] == pytest.approx([gradient.min(), gradient.max()])
-            assert found.histogram.sum == pytest.approx(gradient.sum(), rel=1e-5)
-        else:
-            assert found.histogram is None
+def test_a_plain_loop_against_norms_in_float64():
+    module, monitor = network(), Gradients()
+    monitor.attach(module)
+    before = copy.deepcopy(module)
+    record = stepped(monitor, module, torch.optim.SGD(module.parameters(), lr=0.1), step=3)
+    assert record.step == 3 and set(record.parameters) == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    norms = {}
+    for path, parameter in module.named_parameters():
+        gradient, old = parameter.grad.double(), before.get_parameter(path).double()
+        numbers = record.parameters[path].numbers
+        norms[path] = gradient.norm().item()
+        assert numbers["grad_norm"] == pytest.approx(norms[path], rel=1e-6)
+        assert numbers["grad_rms"] == pytest.approx(gradient.square().mean().sqrt().item(), rel=1e-6)
+        assert numbers["update_ratio"] == pytest.approx(((parameter - old).norm() / old.norm()).item(), rel=1e-4)
+        assert record.parameters[path].histograms["grad_hist"].counts.sum() == gradient.numel()
+    assert record.health["grad_norm"] == pytest.approx(sum(norm**2 for norm in norms.values()) ** 0.5, rel=1e-6)
+    weights = [norms["0.weight"], norms["2.weight"]]
+    assert record.health["grad_norm_ratio"] == pytest.approx(max(weights) / min(weights), rel=1e-6)
 
 
-def test_a_parameter_that_is_stepped_again_is_recorded_anew():
-    parameter = nn.Parameter(torch.ones(3))
-    rows = GradientRows({"weight": parameter}, {"weight"}, torch.device("cpu"))
-    for gradient in ([float("nan"), 1.0, 2.0], [3.0, 4.0, 0.0]):
-        parameter.grad = torch.tensor(gradient)
-        rows.record([parameter])
-    rows.finish()
-    found = rows.statistics()["weight"]
-    assert (found.values, found.nonfinite, found.norm) == (3, 0, 5.0)
-    assert found.histogram.counts.sum() == 3
+def test_the_scale_is_taken_out():
+    module, monitor = network(), Gradients()
+    monitor.attach(module)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    scaled = stepped(monitor, module, optimizer, scale=1024.0)
+    plain = stepped(monitor, module, optimizer)
+    assert scaled.health["grad_norm"] == pytest.approx(plain.health["grad_norm"], rel=1e-5)
 
 
-def test_an_empty_gradient_is_passed_over():
-    empty, sparse, weight = (nn.Parameter(torch.ones(shape)) for shape in [(0, 3), (5, 3), (2,)])
-    empty.grad, weight.grad = torch.zeros(0, 3), torch.tensor([3.0, 4.0])
-    sparse.grad = torch.sparse_coo_tensor(torch.zeros(1, 0), torch.zeros(0, 3), (5, 3), check_invariants=True)
-    parameters = {"empty": empty, "sparse": sparse, "weight": weight}
-    rows = GradientRows(parameters, parameters, torch.device("cpu"))
-    rows.record(parameters.values())
-    rows.finish()
-    found = rows.statistics()
-    assert list(found) == ["weight"] and found["weight"].norm == 5.0
+def test_parameters_are_chosen_in_their_order_and_health_is_over_all():
+    module, monitor = network(), Gradients("*.weight", max_parameters=1)
+    monitor.attach(module)
+    assert (list(monitor.chosen), list(monitor.left_out)) == (["0.weight"], ["2.weight"])
+    record = stepped(monitor, module, torch.optim.SGD(module.parameters(), lr=0.1))
+    assert set(record.parameters) == {"0.weight"}
+    everything = torch.cat([parameter.grad.flatten() for parameter in module.parameters()])
+    assert record.health["grad_norm"] == pytest.approx(everything.double().norm().item(), rel=1e-6)
+
+
+def test_what_was_taken_before_an_exception_makes_no_record():
+    module, monitor = network(), Gradients()
+    monitor.attach(module)
+    module(torch.ones(4, 3)).sum().backward()
+    monitor.open(0)
+    monitor.take(module.parameters())
+    monitor.abandon()
+    assert monitor.close() is None
+    # Nothing is open: what is taken goes nowhere.
+    monitor.take(module.parameters())
+    assert monitor.close() is None
+
+
+def test_a_shared_parameter_stands_under_its_first_path():
+    module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    module[1].weight = module[0].weight
+    assert list(by_path(module)) == ["0.weight", "0.bias", "1.bias"]

@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from bnlightning import ActivationMonitor, BatchNorm1d, BatchNormMonitor, GradientMonitor
 from bnlightning.monitors.counting import ranks as _ranks
-from bnlightning.monitors.counting.layer_statistics import statistics
-from bnlightning.monitors.counting.window import ActivationWindow, LayerKey
-from bnlightning.monitors.gradients import GradientRows
+from bnlightning.monitors.counting.layer_statistics import LayerCounts, layer_catalogue
+from bnlightning.monitors.counting.layers import LayerAccumulators, LayerKey
+from bnlightning.monitors.counting.parameters import ParameterAccumulators
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -112,7 +112,7 @@ def messages_on_rank(rank):
             parameters[path].grad = distribute_tensor(torch.randn(4, 3), mesh, [Shard(0)])
         sent.clear()
         # One without a histogram.
-        rows = GradientRows(parameters, list(parameters)[1:], CPU)
+        rows = ParameterAccumulators(parameters, list(parameters)[1:], CPU)
         rows.record(parameters.values())
         with torch.no_grad():
             rows.finish()
@@ -214,16 +214,16 @@ def test_many_ranks_in_any_order_are_one_process(ranks, seed):
     x[:, 4] = 0.0
     x[rng.integers(samples), 0] = np.nan
     values = {
-        LayerKey("layer", "relu", True, 5): torch.tensor(np.maximum(x, 0), dtype=torch.float32),
-        LayerKey("layer", "tanh", True, 5, (-0.99, 0.99)): torch.tensor(np.tanh(x), dtype=torch.float32),
-        LayerKey("layer_grad", "far", False): torch.tensor(1e3 + x, dtype=torch.float32),
+        LayerKey("relu", True, 5): torch.tensor(np.maximum(x, 0), dtype=torch.float32),
+        LayerKey("tanh", True, 5, (-0.99, 0.99)): torch.tensor(np.tanh(x), dtype=torch.float32),
+        LayerKey("far", False, is_gradient=True): torch.tensor(1e3 + x, dtype=torch.float32),
     }
-    one, order = ActivationWindow(), rng.permutation(samples)
+    one, order = LayerAccumulators(), rng.permutation(samples)
     # Each at least one sample, some many.
     ends = np.sort(rng.choice(np.arange(1, samples), ranks - 1, replace=False))
     many = Simulated()
     for number, part in enumerate(np.split(order, ends)):
-        window = ActivationWindow()
+        window = LayerAccumulators()
         for key, all_values in values.items():
             window.update(key, all_values[part])
         many.is_last = number == ranks - 1
@@ -244,7 +244,7 @@ def test_many_ranks_in_any_order_are_one_process(ranks, seed):
             assert found.units.samples == samples
             np.testing.assert_array_equal(found.units.nonzero, (exact != 0).sum(axis=0))
             np.testing.assert_allclose(found.units.magnitude, np.nansum(np.abs(exact), axis=0), rtol=1e-5)
-        numbers = [statistics(key, each, each.units, 0.025) for each in (found, alone)]
+        numbers = [layer_catalogue().numbers(LayerCounts(key, each, each.units)) for each in (found, alone)]
         assert numbers[0] == pytest.approx(numbers[1], rel=1e-4, abs=1e-6)
 
 

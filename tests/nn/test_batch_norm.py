@@ -1,14 +1,11 @@
 import copy
 import inspect
-from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from bnlightning import BatchNorm1d, BatchNorm2d, BatchNorm3d, Convention
-from bnlightning.nn import CONVENTIONS
+from bnlightning import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 PAIRS = [
     (BatchNorm1d, nn.BatchNorm1d, (6, 4)),
@@ -66,104 +63,6 @@ def test_state_dicts_load_strictly_both_ways():
     assert all(torch.equal(mine.state_dict()[key], value) for key, value in theirs.state_dict().items())
 
 
-# Each framework's rule as its source has it: decay, eps, degrees of freedom taken off, initial mean and variance.
-RULES = {
-    "pytorch": (0.9, 1e-5, 1, 0.0, 1.0),
-    "keras": (0.99, 1e-3, 0, 0.0, 1.0),
-    "tf_fused": (0.99, 1e-3, 1, 0.0, 1.0),
-    "tf_ema": (0.7, 1e-3, 0, 0.0, 0.0),
-    "flax": (0.99, 1e-5, 0, 0.0, 1.0),
-    "caffe": (0.999, 1e-5, 1, 0.0, 0.0),
-    "from_scratch": (0.9, 1e-6, 0, 0.0, 0.0),
-}
-
-
-def numpy_running_statistics(name, batches):
-    """What evaluation uses after these batches of shape (n, C), by each framework's own loop, in float64."""
-    decay, _, ddof, mean, var = RULES[name]
-    mean, var, total = np.full(batches[0].shape[1], mean), np.full(batches[0].shape[1], var), 0.0
-    for x in batches:
-        if name == "caffe":
-            mean, var, total = (
-                decay * mean + x.mean(axis=0),
-                decay * var + x.var(axis=0, ddof=ddof),
-                decay * total + 1,
-            )
-        else:
-            mean = decay * mean + (1 - decay) * x.mean(axis=0)
-            var = decay * var + (1 - decay) * x.var(axis=0, ddof=ddof)
-    return (mean / total, var / total) if name == "caffe" else (mean, var)
-
-
-def test_every_convention_has_its_rule():
-    assert set(RULES) == set(CONVENTIONS)
-
-
-@pytest.mark.parametrize("n", [2, 3, 8])
-@pytest.mark.parametrize("name", RULES)
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("rule", ["averaged by the kernel", "averaged by us", "averaged by us in tensors"])
-def test_conventions_against_a_loop_in_numpy(name, n, backend, rule):
-    eps = RULES[name][1]
-    options = {"momentum": 1 - RULES[name][0], "eps": eps} if name == "tf_ema" else {}
-    layer = BatchNorm1d(3, convention=name, backend=backend, dtype=torch.float64, **options)
-    if rule == "averaged by us":
-        layer.update_rule = lambda layer, mean, var, n: layer.update_running_stats(mean, var, n)
-    elif rule == "averaged by us in tensors":
-        layer.update_rule = lambda layer, mean, var, n: layer.update_running_stats(mean, var, torch.tensor(n))
-    count = 6
-    for step in range(1, count + 1):
-        layer(batches((n, 3), count)[step - 1].double())
-        mean, var = numpy_running_statistics(name, [x.double().numpy() for x in batches((n, 3), count)[:step]])
-        np.testing.assert_allclose(layer.running_mean.numpy(), mean, rtol=1e-11)
-        np.testing.assert_allclose(layer.running_var.numpy(), var, rtol=1e-11)
-    test = batches((4, 3))[1].double()
-    want = (test.numpy() - mean) / np.sqrt(var + eps)
-    np.testing.assert_allclose(layer.eval()(test).detach().numpy(), want, rtol=1e-9)
-
-
-@pytest.mark.parametrize("name", RULES)
-def test_the_average_over_all_batches_under_every_convention(name):
-    layer = BatchNorm1d(3, momentum=None, eps=1e-3, convention=name, dtype=torch.float64)
-    data = batches((5, 3))
-    for x in data:
-        layer(x.double())
-    ddof = RULES[name][2]
-    np.testing.assert_allclose(
-        layer.running_var.numpy(), np.mean([x.double().numpy().var(axis=0, ddof=ddof) for x in data], axis=0)
-    )
-    assert layer.num_batches_tracked == 5
-
-
-@pytest.mark.parametrize("steps", [1, 2, 1000])
-def test_debiasing_is_accurate_in_float32(steps):
-    layer = BatchNorm1d(1, convention="caffe")
-    x = torch.tensor([[1.0], [3.0]])
-    for _ in range(steps):
-        layer(x)
-    # A constant is its own average, however few batches there were.
-    assert layer.running_mean.item() == pytest.approx(2.0, rel=2e-6)
-    assert layer.running_var.item() == pytest.approx(2.0, rel=2e-6)
-
-
-@pytest.mark.filterwarnings("ignore:momentum=1.0 gives the newest batch")
-@pytest.mark.parametrize(("momentum", "share"), [(0.0, [1, 1 / 2, 1 / 3]), (1.0, [1, 1, 1]), (0.5, [1, 2 / 3, 4 / 7])])
-@pytest.mark.parametrize("rule", [False, True])
-def test_the_share_of_a_batch_when_the_start_is_averaged_out(momentum, share, rule):
-    layer = BatchNorm1d(1, convention="caffe", momentum=momentum, dtype=torch.float64)
-    if rule:
-        layer.update_rule = lambda layer, mean, var, n: layer.update_running_stats(mean, var, n)
-    mean = 0.0
-    for x, weight in zip(batches((4, 1)), share, strict=False):
-        assert float(layer.weight_of_next_batch()) == pytest.approx(weight)
-        # As a compiled layer computes it.
-        with mock.patch("torch.compiler.is_compiling", return_value=True):
-            assert float(layer.weight_of_next_batch()) == pytest.approx(weight)
-        layer(x.double())
-        mean += weight * (x.double().mean().item() - mean)
-        assert layer.running_mean.item() == pytest.approx(mean)
-
-
 def test_without_data_and_under_vmap():
     layer = BatchNorm1d(3, convention="caffe", device="meta")
     assert layer(torch.randn(4, 3, device="meta")).shape == layer.eval()(torch.randn(4, 3, device="meta")).shape
@@ -195,32 +94,6 @@ def test_half_precision_modules(backend):
         assert output.dtype == each.running_mean.dtype == torch.bfloat16
         torch.testing.assert_close(output.float(), (x - x.mean(0)) / x.std(0), rtol=0.05, atol=0.05)
         assert each.eval()(x.bfloat16()).dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize(("layer_class", "shape"), [(BatchNorm1d, (6, 4, 5)), (BatchNorm2d, (6, 3, 2, 4))])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_statistics_per_activation(layer_class, shape, backend):
-    features = int(np.prod(shape[1:]))
-    layer = layer_class(features, convention="from_scratch", backend=backend, dtype=torch.float64)
-    flat = BatchNorm1d(features, convention="keras", eps=1e-6, dtype=torch.float64)
-    x = batches(shape)[1].double()
-    # Not contiguous, too: the positions must not be mixed up.
-    for data in (x, x.transpose(1, -1).contiguous().transpose(1, -1)):
-        torch.testing.assert_close(layer(data), flat(data.reshape(shape[0], -1)).view(shape))
-    assert layer.running_mean.shape == (features,)
-    with pytest.raises(ValueError, match=rf"has {features} features a sample, and num_features={shape[1]}"):
-        layer_class(shape[1], convention="from_scratch")(x.float())
-
-
-def test_defaults_are_the_conventions_and_can_be_replaced():
-    assert (BatchNorm1d(2).momentum, BatchNorm1d(2).eps) == (0.1, 1e-5)
-    assert (BatchNorm1d(2, convention="keras").momentum, BatchNorm1d(2, convention="keras").eps) == (0.01, 1e-3)
-    mine = BatchNorm1d(2, momentum=0.5, convention=Convention(momentum=0.2, eps=1e-4, unbiased=False, initial_mean=3.0))
-    assert (mine.momentum, mine.eps) == (0.5, 1e-4)
-    assert mine.running_mean.tolist() == [3.0, 3.0]
-    mine(torch.randn(4, 2))
-    mine.reset_running_stats()
-    assert mine.running_mean.tolist() == [3.0, 3.0] and mine.num_batches_tracked == 0
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def test_the_arrays_are_copied():
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"gama": np.ones(C)}, "variables has 'gama': give one layer's gamma, beta, moving_mean, moving_variance"),
+        ({"gama": np.ones(C)}, "variables has 'gama': give gamma, beta, moving_mean, moving_variance of one layer"),
         ({"a/gamma": np.ones(C), "b/gamma": np.ones(C)}, "variables has 'b/gamma'.*each once"),
         ({"moving_mean": np.ones(C)}, "lacks moving_variance"),
     ],

@@ -1,4 +1,7 @@
-"""Every classification model of torchvision that has batch norm: to our layers and back, nothing is lost."""
+"""The promise of swap_norm and our layers on whole networks: to ours and back, and nothing is lost.
+
+The networks are all classification models of torchvision that have batch norm.
+"""
 
 import pytest
 import torch

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bnlightning.monitors.counting.histogram import count_values
+from bnlightning.monitors.counting.layer_statistics import layer_catalogue
 from bnlightning.writing.history import History, coarsen
 from bnlightning.writing.pictures import (
     NONFINITE,
@@ -25,6 +26,14 @@ def normal(*shape, seed=0, scale=1.0):
 
 def distribution(x):
     return coarsen(count_values(x).numpy()[None])[0]
+
+
+LOOKS = layer_catalogue().looks()
+
+
+def looks(*statistics):
+    """How our statistics are shown; those that are not ours have no look of their own."""
+    return {statistic: LOOKS.get(statistic) for statistic in statistics}
 
 
 def history_of(layers, samples=5, every=10, statistics=("dead",), x=None):
@@ -177,7 +186,7 @@ def test_distributions_in_the_figure():
         }
         history.add(step, bins, {"zero": {"net.relu": 0.49}, "nonfinite": {"net.norm": 0.0}})
 
-    figure = draw_distributions(history)
+    figure = draw_distributions(history, LOOKS)
 
     assert {"net.norm", "net.tanh", "net.relu", "49 % zeros"} <= set(texts(figure))
     for layer, image in zip(history.layers, arrays(figure), strict=True):
@@ -200,7 +209,7 @@ def test_what_stands_out_is_the_worst():
         }
         history.add(step, dict.fromkeys(layers, count_values(normal(50)).numpy()), values)
 
-    found = texts(draw_distributions(history))
+    found = texts(draw_distributions(history, LOOKS))
 
     assert [text for text in found if " % " in text and "NaN" in text] == ["< 1 % NaN/inf"]
     assert "25 % dead units" in found
@@ -211,7 +220,7 @@ def test_what_stands_out_is_the_worst():
 def test_at_most_sixteen_layers_are_drawn():
     history = history_of([f"layer{number}" for number in range(53)])
 
-    figure = draw_distributions(history)
+    figure = draw_distributions(history, LOOKS)
 
     assert len(arrays(figure)) == 16
     assert any("16 of 53 layers" in text for text in texts(figure))
@@ -224,9 +233,9 @@ def test_surface_of_a_fraction():
         history.add(step, dict.fromkeys("ab", count_values(normal(9)).numpy()), {"dead": values})
 
     nan = np.nan
-    np.testing.assert_array_equal(surface_image(history, "dead"), [[0, 0.25, nan], [0.5, nan, 1]])
-    (image,) = arrays(draw_surfaces(history, ["dead"]))
-    np.testing.assert_array_equal(image, surface_image(history, "dead"))
+    np.testing.assert_array_equal(surface_image(history, "dead", looks("dead")), [[0, 0.25, nan], [0.5, nan, 1]])
+    (image,) = arrays(draw_surfaces(history, looks("dead")))
+    np.testing.assert_array_equal(image, surface_image(history, "dead", looks("dead")))
 
 
 def test_surface_of_the_standard_deviation_is_logarithmic_around_one():
@@ -234,7 +243,7 @@ def test_surface_of_the_standard_deviation_is_logarithmic_around_one():
     values = [1.0, 10.0, 1e-3, 0.0, 1e9, float("inf")]
     history.add(0, {}, {"std": {str(number): value for number, value in enumerate(values)}})
 
-    image = surface_image(history, "std")[:, 0]
+    image = surface_image(history, "std", looks("std"))[:, 0]
 
     np.testing.assert_allclose(image, [1 / 2, 1 / 2 + 1 / 6, 0, 0, 1, NONFINITE], atol=1e-6)
 
@@ -244,12 +253,12 @@ def test_surface_of_an_unknown_statistic_has_the_scale_of_the_run():
     for step in range(5):
         history.add(step, {}, {"grad_norm": {"a": 10.0**step, "b": 0.0, "c": 1e30 if step == 2 else None}})
 
-    image = surface_image(history, "grad_norm")
+    image = surface_image(history, "grad_norm", looks("grad_norm"))
 
     assert (np.diff(image[0]) > 0).all()
     np.testing.assert_array_equal(image[1], 0)
     assert image[2, 2] == 1
-    png(draw_surfaces(history, ["grad_norm"]))
+    png(draw_surfaces(history, looks("grad_norm")))
 
 
 def test_surface_marks_whatever_is_nonfinite():
@@ -258,19 +267,21 @@ def test_surface_marks_whatever_is_nonfinite():
     # Nothing is known of the zeros of c, and b was never asked for them.
     history.add(1, {}, {"nonfinite": {"a": 1.0, "b": 1.0, "c": 1.0}, "zero": {"a": 0.5, "c": None}})
 
-    np.testing.assert_array_equal(surface_image(history, "nonfinite") == NONFINITE, [[0, 1], [1, 1], [1, 1]])
-    np.testing.assert_array_equal(surface_image(history, "zero") == NONFINITE, [[0, 1], [0, 1], [1, 1]])
+    np.testing.assert_array_equal(
+        surface_image(history, "nonfinite", looks("nonfinite")) == NONFINITE, [[0, 1], [1, 1], [1, 1]]
+    )
+    np.testing.assert_array_equal(surface_image(history, "zero", looks("zero")) == NONFINITE, [[0, 1], [0, 1], [1, 1]])
 
 
 def test_layers_that_never_have_a_statistic_are_not_marked():
     history = History()
     history.add(0, {}, {"nonfinite": {"norm": 1.0, "tanh": 1.0}, "saturated": {"norm": None, "tanh": 0.5}})
 
-    image = surface_image(history, "saturated")
+    image = surface_image(history, "saturated", looks("saturated"))
 
     assert np.isnan(image[0, 0])
     assert image[1, 0] == NONFINITE
-    (image,) = arrays(draw_surfaces(history, ["saturated"]))
+    (image,) = arrays(draw_surfaces(history, looks("saturated")))
     assert image.shape == (1, 1)
 
 
@@ -279,7 +290,7 @@ def test_surfaces_side_by_side_share_their_rows():
     for step in range(3):
         history.add(step, {}, {"dead": {"a": 0.5, "b": 0.5}, "saturated": {"b": 0.5, "c": 0.5}, "other": {"d": 1}})
 
-    figure = draw_surfaces(history, ["dead", "saturated", "zero"])
+    figure = draw_surfaces(history, looks("dead", "saturated", "zero"))
 
     first, second = arrays(figure)
     assert first.shape == second.shape == (3, 3)
@@ -294,7 +305,7 @@ def test_surfaces_side_by_side_share_their_rows():
 def test_labels_of_many_layers(number):
     layers = [f"layer{index}" for index in range(number)]
 
-    figure = draw_surfaces(history_of(layers), ["dead"])
+    figure = draw_surfaces(history_of(layers), looks("dead"))
 
     labels = [text for text in texts(figure) if text.startswith("layer")]
     assert labels[0] == "layer0"
@@ -319,7 +330,7 @@ def test_of_thousands_of_layers_the_worst_of_neighbours_is_shown(number, rows, g
     history = History()
     for step in range(2):
         history.add(step, {}, values)
-    figure = draw_surfaces(history, list(values))
+    figure = draw_surfaces(history, looks(*values))
 
     dead, nonfinite, std = arrays(figure)
     for image, statistic, healthy, worst in ((dead, "dead", 0.25, 1.0), (std, "std", 0.5, 0.0)):
@@ -343,13 +354,15 @@ def test_single_sample():
     history = history_of(["a"], samples=1)
 
     np.testing.assert_array_equal(step_edges(history), [0, 1])
-    for figure in (draw_distributions(history), draw_surfaces(history, ["dead"])):
+    for figure in (draw_distributions(history, LOOKS), draw_surfaces(history, looks("dead"))):
         (image,) = arrays(figure)
         assert image.shape[1] == 1
         assert png(figure)
 
 
-@pytest.mark.parametrize("draw", [draw_distributions, lambda history: draw_surfaces(history, ["dead"])])
+@pytest.mark.parametrize(
+    "draw", [lambda history: draw_distributions(history, LOOKS), lambda history: draw_surfaces(history, looks("dead"))]
+)
 def test_nothing_sampled(draw):
     figure = draw(History())
 
@@ -363,24 +376,24 @@ def test_samples_without_anything():
     history.add(0, {}, {})
     history.add(1, {}, {"dead": {"a": None}})
 
-    assert "Nothing has been sampled yet." in texts(draw_surfaces(history, ["dead"]))
-    assert "Nothing has been sampled yet." in texts(draw_distributions(history))
+    assert "Nothing has been sampled yet." in texts(draw_surfaces(history, looks("dead")))
+    assert "Nothing has been sampled yet." in texts(draw_distributions(history, LOOKS))
 
 
 def test_odd_names_and_statistics():
     layers = ["a$b_1$", "x" * 300, "net.$\\frac$", "tail_" * 40 + "end"]
-    figure = draw_distributions(history_of(layers))
+    figure = draw_distributions(history_of(layers), LOOKS)
     assert png(figure)
     assert any(text.endswith("tail_end") and text.startswith("…") for text in texts(figure))
-    assert png(draw_surfaces(history_of(layers, statistics=("weird $\\x$",)), ["weird $\\x$"]))
+    assert png(draw_surfaces(history_of(layers, statistics=("weird $\\x$",)), looks("weird $\\x$")))
 
 
 def test_hundreds_of_layers_are_drawn_in_time():
     names = [f"features.block{number}.act" for number in range(300)]
     statistics = ["nonfinite", "dead", "saturated", "zero", "std"]
     history = history_of(names, samples=128, statistics=statistics)
-    draw_distributions(History())
-    for draw in (lambda: draw_distributions(history), lambda: draw_surfaces(history, statistics)):
+    draw_distributions(History(), LOOKS)
+    for draw in (lambda: draw_distributions(history, LOOKS), lambda: draw_surfaces(history, looks(*statistics))):
         started = time.process_time()
         png(draw())
         # 0.2 s on an idle machine.
@@ -394,7 +407,7 @@ def test_importing_does_not_wait_for_matplotlib():
         "[sys.modules.pop(name) for name in list(sys.modules) if name.startswith('matplotlib') or 'pictures' in name]; "
         "import bnlightning.writing.pictures as pictures; "
         "assert not any(name.startswith('matplotlib') for name in sys.modules); "
-        "from bnlightning.writing.history import History; pictures.draw_distributions(History()); "
+        "from bnlightning.writing.history import History; pictures.draw_distributions(History(), {}); "
         "assert 'matplotlib.figure' in sys.modules and 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

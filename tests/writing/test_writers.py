@@ -5,12 +5,17 @@ import types
 import numpy as np
 import pytest
 from helpers import quiet_trainer, read_events, scalar
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from torch.utils.tensorboard import SummaryWriter
 
 from bnlightning.monitors.counting.histogram import Histogram
-from bnlightning.writing.writers import Publication
+from bnlightning.writing import writers
+from bnlightning.writing.summaries import Summaries
+from bnlightning.writing.writers import register_writer, write, writer_of
 
 
 def draw():
@@ -19,9 +24,10 @@ def draw():
     return figure
 
 
-def publication(step=7):
+def summaries(step=7, **more):
     histogram = Histogram(np.array([-1.0, 0.0, 2.0]), np.array([3, 4]), 1.5, 9.0)
-    return Publication(step, {"a/x": 1.5, "b/y": -2.0}, {"hist/x": histogram}, {"text": "layer1"}, {"pictures/x": draw})
+    scalars = {"a/x": 1.5, "b/y": -2.0}
+    return Summaries(step, scalars, {"hist/x": histogram}, {"text": "layer1"}, {"pictures/x": draw}, **more)
 
 
 class OtherLogger(Logger):
@@ -42,10 +48,10 @@ class OtherLogger(Logger):
 
 def test_tensorboard_gets_everything(tmp_path):
     trainer = quiet_trainer(tmp_path)
-    publication().write(trainer)
+    write(trainer.loggers, summaries())
     trainer.logger.finalize("success")
     # Behind the end of a fit the file is opened again.
-    publication(8).write(trainer)
+    write(trainer.loggers, summaries(8))
     trainer.logger.finalize("success")
     events = read_events(tmp_path)
     assert scalar(events, "a/x") == {7: 1.5, 8: 1.5} and scalar(events, "b/y") == {7: -2.0, 8: -2.0}
@@ -62,11 +68,11 @@ def test_tensorboard_gets_everything(tmp_path):
 
 def test_other_loggers_get_the_scalars(tmp_path):
     loggers = [OtherLogger(), CSVLogger(tmp_path, name="", version="", flush_logs_every_n_steps=1)]
-    publication().write(quiet_trainer(logger=loggers))
+    write(loggers, summaries())
     assert loggers[0].logged == [({"a/x": 1.5, "b/y": -2.0}, 7)]
     loggers[1].save()
     assert (tmp_path / "metrics.csv").read_text().splitlines() == ["a/x,b/y,step", "1.5,-2.0,7"]
-    Publication(3, texts={"only": "a text"}).write(quiet_trainer(logger=loggers))
+    write(loggers, Summaries(3, texts={"only": "a text"}))
     assert len(loggers[0].logged) == 1
 
 
@@ -80,17 +86,106 @@ def test_weights_and_biases_gets_histograms_and_pictures(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(Histogram=Kept, Image=Kept))
     logger = WandbLogger()
-    publication().write(quiet_trainer(logger=logger))
+    write([logger], summaries())
     ((logged, step),) = logger.logged
     assert step == 7 and logged["a/x"] == 1.5 and logged["text"] == "layer1"
     assert logged["hist/x"].options == {"np_histogram": ([3, 4], [-1.0, 0.0, 2.0])}
     assert isinstance(logged["pictures/x"].args[0], Figure)
 
 
-@pytest.mark.parametrize("loggers", [False, "rank 1"])
-def test_nothing_happens_without_a_logger_or_on_another_rank(loggers, tmp_path, monkeypatch):
-    trainer = quiet_trainer(logger=TensorBoardLogger(tmp_path) if loggers else False)
-    if loggers:
-        monkeypatch.setattr(type(trainer), "is_global_zero", False)
-    publication().write(trainer)
-    assert not list(tmp_path.iterdir())
+DESCRIPTIONS = {"a/x": "what x is", "hist/x": "what it shows", "text": "what it says", "pictures/x": "what is drawn"}
+
+
+def descriptions(directory):
+    """By tag, what an event file says of its values, one text each time that there is one."""
+    found = {}
+    for file in sorted(directory.glob("events.*")):
+        for event in EventFileLoader(str(file)).Load():
+            for value in event.summary.value:
+                texts = found.setdefault(value.tag.removesuffix("/text_summary"), [])
+                if value.metadata.summary_description:
+                    texts.append(value.metadata.summary_description)
+    return found
+
+
+def test_a_tag_is_described_once_in_an_event_file(tmp_path):
+    trainer = quiet_trainer(tmp_path)
+    for step in range(3):
+        write(trainer.loggers, summaries(step, descriptions=DESCRIPTIONS))
+    trainer.logger.finalize("success")
+    found = descriptions(tmp_path)
+    assert {tag: [text] for tag, text in DESCRIPTIONS.items()} == {tag: found[tag] for tag in DESCRIPTIONS}
+    assert found["b/y"] == []
+
+
+def test_a_summary_writer_is_a_logger(tmp_path):
+    with SummaryWriter(tmp_path) as writer:
+        write([writer], summaries(descriptions=DESCRIPTIONS))
+    assert scalar(read_events(tmp_path), "a/x") == {7: 1.5}
+    assert descriptions(tmp_path)["a/x"] == ["what x is"]
+
+
+def test_all_layers_of_a_statistic_are_one_chart(tmp_path):
+    with SummaryWriter(tmp_path) as writer:
+        write([writer], Summaries(0, {"layer_dead/a": 0.5, "layer_dead/b": 0.0, "health/dead": 0.25}))
+        write([writer], Summaries(1, {"layer_dead/a": 0.5, "layer_val_dead/a": 0.0, "param_grad_norm/a.weight": 1.0}))
+        write([writer], Summaries(2, {"layer_dead/a": 0.5}))
+    events = read_events(tmp_path)
+    layouts = [
+        Layout.FromString(item.tensor_proto.string_val[0]) for item in events.Tensors("custom_scalars__config__")
+    ]
+    # One when the first chart comes, one when others do.
+    assert len(layouts) == 2
+    charts = {
+        category.title: {chart.title: list(chart.multiline.tag) for chart in category.chart}
+        for category in layouts[-1].category
+    }
+    assert charts == {
+        "Layers": {
+            "layer_dead": ["layer_dead/.*"],
+            "layer_dead (validation)": ["layer_val_dead/.*"],
+        },
+        "Parameters": {"param_grad_norm": ["param_grad_norm/.*"]},
+    }
+
+
+class Printer:
+    """A logger that is none of Lightning's."""
+
+    def __init__(self):
+        self.told = []
+
+
+class LoudPrinter(Printer):
+    pass
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """Registers for the test only."""
+    monkeypatch.setattr(writers, "_WRITERS", dict(writers._WRITERS))
+    return register_writer
+
+
+def test_a_user_registers_a_logger_from_outside(registered):
+    printer = LoudPrinter()
+    with pytest.raises(ValueError, match=r"logger=LoudPrinter is not known: .*register_writer"):
+        write([printer], summaries())
+    registered(Printer, lambda printer, told: printer.told.append((told.step, dict(told.scalars))))
+    write([printer], summaries())
+    assert printer.told == [(7, {"a/x": 1.5, "b/y": -2.0})]
+
+
+def test_the_nearest_class_decides(registered):
+    def loud(printer, told):
+        printer.told.append("loud")
+
+    registered("Printer", lambda printer, told: printer.told.append("quiet"))
+    registered(LoudPrinter, loud)
+    assert writer_of(LoudPrinter()) is loud
+    # The class of any package that has this name, such as lightning's and pytorch_lightning's.
+    assert writer_of(type("TensorBoardLogger", (), {})()) is writers.write_to_tensorboard_logger
+
+
+def test_nothing_happens_without_a_logger():
+    write([], summaries())

@@ -36,8 +36,8 @@ def observe(x: Tensor, receiver: Tensor, index: Tensor, position: int) -> None:
     Args:
         x: Any.
         receiver: What :func:`add_receiver` gave.
-        index: Of the module.
-        position: Of ``x`` in what the module returned.
+        index: Number of the module.
+        position: Place of ``x`` in what the module returned.
     """
     found = _receivers.get(int(receiver))
     if found is not None:

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from bnlightning.monitors.counting.precision import real_dtype
+
 _NEVER = torch.iinfo(torch.int64).max
 
 Found = tuple[int, int, str]
@@ -155,7 +157,8 @@ class _DeferredCheck:
     def _look(self, place: str, x: Tensor) -> None:
         index = self._places.setdefault(place, len(self._places))
         # In float64 no sum of float32 overflows; Apple's GPUs have none, where the extrema take another pass.
-        total = x.detach().sum(dtype=torch.float64) if x.device.type != "mps" else torch.stack(torch.aminmax(x)).sum()
+        is_wide = real_dtype(x.device) is torch.float64
+        total = x.detach().sum(dtype=torch.float64) if is_wide else torch.stack(torch.aminmax(x)).sum()
         before = self._sums.get(index)
         self._sums[index] = total if before is None else before + total
 

@@ -24,7 +24,8 @@ from bnlightning.monitors.catching.selection import (
     unit_dim,
     user_path,
 )
-from bnlightning.monitors.counting.window import ActivationWindow, LayerKey, Limits, real_dtype
+from bnlightning.monitors.counting.layers import LayerAccumulators, LayerKey, Limits
+from bnlightning.monitors.counting.precision import real_dtype
 from bnlightning.nn.tap import add_listener, remove_listener
 
 MAX_CALLS = 16
@@ -61,7 +62,7 @@ class Observer:
     def __init__(self, choices: Sequence[Choice] | None, max_layers: int) -> None:
         self.choices = choices
         self.max_layers = max_layers
-        self.window: ActivationWindow | None = None
+        self.window: LayerAccumulators | None = None
         self.check: FiniteCheck | None = None
         self.grad_scale: float | None = None
         self.places: list[Place] = []
@@ -87,13 +88,35 @@ class Observer:
         """What was seen so far: paths with the number of the call and the place in the output."""
         return list(self._labels)
 
+    def report(self, seen: Sequence[str]) -> str:
+        """What is watched and what cannot be, in sentences.
+
+        Args:
+            seen: The layers that were seen on any rank.
+        """
+        paths = {label.partition("#")[0].partition(":")[0] for label in seen}
+        sentences = [f"{len(seen)} layer{'s are' if len(seen) != 1 else ' is'} watched: {_listed(seen)}."]
+        unseen = [path for path in self.watched if path not in paths and path not in self.without_tensor]
+        if unseen:
+            sentences.append(f"Not called so far: {_listed(unseen)}.")
+        if self.without_tensor:
+            described = [f"{path} ({kind})" for path, kind in self.without_tensor.items()]
+            sentences.append(f"They put out no floating tensor: {_listed(described)}.")
+        if self.refused:
+            sentences.append(f"Compiled by TorchScript, which takes no hooks: {_listed(self.refused)}.")
+        sentences.append(
+            "What else is called as a function, such as torch.relu(x), cannot be seen: make it a module, or show it by "
+            "bnlightning.tap(x, 'name')."
+        )
+        return " ".join(sentences)
+
     def attach(self, module: nn.Module, checks: bool, device: torch.device) -> None:
         """Put hooks on the modules of ``module``.
 
         Args:
             module: The network.
             checks: Whether there will be a check.
-            device: Of the network.
+            device: The device of the network.
         """
         self.detach()
         self._is_compiled = is_compiled(module)
@@ -123,7 +146,7 @@ class Observer:
         for hooks in (self._handles, self._hooks, self.places):
             hooks.clear()
 
-    def start(self, window: ActivationWindow | None) -> None:
+    def start(self, window: LayerAccumulators | None) -> None:
         """From now on values go into ``window``, or nowhere; the next call of each module is its first."""
         self.window = window
         self.is_sampling = window is not None
@@ -220,10 +243,10 @@ class Observer:
         numbers.add(units)
         window = self.window
         assert window is not None
-        key = LayerKey("layer", label, place.is_activation, units, place.limits if units else None)
+        key = LayerKey(label, place.is_activation, units, place.limits if units else None)
         window.update(key, tensor, dim)
         if self.grad_scale is not None and tensor.requires_grad:
-            tensor.register_hook(_GradHook(self, window, LayerKey("layer_grad", label)))
+            tensor.register_hook(_GradHook(self, window, LayerKey(label, is_gradient=True)))
 
 
 class _Hook:
@@ -274,7 +297,7 @@ class _Hook:
 class _GradHook:
     """Of a tensor: of the module it would break in-place operations behind it."""
 
-    def __init__(self, observer: Observer, window: ActivationWindow, key: LayerKey) -> None:
+    def __init__(self, observer: Observer, window: LayerAccumulators, key: LayerKey) -> None:
         self.observer = observer
         self.window = window
         self.key = key
@@ -299,6 +322,11 @@ def tensors_in(output: Any, path: str = "", depth: int = 0) -> Iterator[tuple[st
         return
     for name, value in _members(output):
         yield from tensors_in(value, f"{path}.{name}" if path else f":{name}", depth + 1)
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:20])
+    return shown if len(names) <= 20 else f"{shown} and {len(names) - 20} more"
 
 
 def _is_dense(x: Tensor) -> bool:

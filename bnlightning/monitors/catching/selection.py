@@ -96,7 +96,7 @@ def unit_dim(shape: Sequence[int], layer: tuple[int, bool] | None) -> int:
     volume, otherwise the last.
 
     Args:
-        shape: Of the output.
+        shape: Shape of the output.
         layer: :func:`features` of the last layer that ran.
     """
     last = len(shape) - 1
@@ -144,6 +144,12 @@ def _matches(choice: Choice, name: str, module: nn.Module, is_leaf: bool) -> boo
     if isinstance(choice, type):
         return isinstance(module, choice)
     return bool(choice(name, module))
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """The device of a module's first parameter; the CPU without any."""
+    parameter = next(module.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
 
 
 def user_path(name: str) -> str:

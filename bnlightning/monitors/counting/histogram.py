@@ -61,8 +61,8 @@ def finite_histogram(
 
     Args:
         bins: What :func:`count_values` gave, added up; at least one finite value.
-        minimum: Of the finite values.
-        maximum: Of the finite values.
+        minimum: Smallest finite value.
+        maximum: Largest finite value.
         total: Their sum.
         total_squares: The sum of their squares.
     """

@@ -1,27 +1,51 @@
-"""From sums over a window to the numbers that people look at: pure functions.
+"""The numbers of a layer, each one declaration. A new number is one more entry of :func:`layer_statistics`.
 
-Fractions are in [0, 1]. A function gives ``None`` where its number does not exist: no finite value, no units.
+Shares are in [0, 1]. A function returns ``None`` where its number does not exist: no finite value, no units.
 """
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from bnlightning.monitors.counting.histogram import num_zero
-from bnlightning.monitors.counting.window import LayerKey, LayerSums, UnitSums
+from bnlightning.monitors.counting.layers import CallValues, LayerKey, LayerSums, Sum, UnitSums
+from bnlightning.monitors.counting.precision import real_dtype
+from bnlightning.monitors.record import Entry
+from bnlightning.monitors.statistic import Alarm, Catalogue, Look, Statistic, Summary
 
 RARELY = 0.01
-"""Dohare et al., "Loss of plasticity in deep continual learning" (Nature 2024): active for less than 1 % of samples."""
+"""A unit that is not zero for less than this share of the samples is rarely active (Dohare et al., Nature 2024)."""
 ALMOST_ALWAYS = 0.95
-"""A unit is saturated if it is so in this share of the samples."""
+"""A unit that is saturated for this share of the samples counts as saturated."""
+MAX_UNITS_OF_RANK = 1024
+"""Layers with more units have no effective rank: their matrix of second moments would be too large."""
+
+_OF_STEP = "Over the finite outputs of the sampled step (of a whole evaluation), all micro-batches and ranks."
+_OF_WINDOW = "In training over the window, the last samples of the sampled steps; in an evaluation over all of it."
+
+
+@dataclass(frozen=True)
+class LayerCounts:
+    """What was counted of a layer.
+
+    Args:
+        key: The layer.
+        values: Sums over the sampled step, or over the whole evaluation.
+        units: Sums of the units over the window of samples; ``None`` where units are not looked at.
+    """
+
+    key: LayerKey
+    values: LayerSums
+    units: UnitSums | None = None
 
 
 def mean(layer: LayerSums) -> float | None:
-    """Of the finite values."""
+    """Mean of the finite values."""
     return layer.sum / layer.finite if layer.finite else None
 
 
@@ -33,17 +57,17 @@ def std(layer: LayerSums) -> float | None:
 
 
 def minimum(layer: LayerSums) -> float | None:
-    """Of the finite values."""
+    """Smallest finite value."""
     return layer.minimum if layer.minimum <= layer.maximum else None
 
 
 def maximum(layer: LayerSums) -> float | None:
-    """Of the finite values."""
+    """Largest finite value."""
     return layer.maximum if layer.minimum <= layer.maximum else None
 
 
 def zero(layer: LayerSums) -> float | None:
-    """Share of zeros among the finite values; what is below 2^-129 in magnitude counts as zero."""
+    """Share of zeros among the finite values. A magnitude below 2^-129 counts as zero."""
     return num_zero(layer.bins) / layer.finite if layer.finite else None
 
 
@@ -70,12 +94,13 @@ def saturated(layer: LayerSums) -> float | None:
 def effective_rank(layer: LayerSums) -> float | None:
     r"""Effective rank of the matrix of observations by units: ``exp(-sum_k p_k log p_k)``, ``p = sigma / sum(sigma)``.
 
-    With ``sigma`` its singular values (Roy & Vetterli, EUSIPCO 2007), not centred. From 1 to the number of units, and
-    at most the number of observations.
+    ``sigma`` are its singular values (Roy & Vetterli, EUSIPCO 2007). The matrix is not centred. The rank is at least 1,
+    and at most the number of units and of observations.
     """
-    if layer.second_moments is None:
+    second_moments = layer.sums.get(SECOND_MOMENTS.name)
+    if second_moments is None:
         return None
-    singular = np.sqrt(np.clip(np.linalg.eigvalsh(layer.second_moments), 0.0, None))
+    singular = np.sqrt(np.clip(np.linalg.eigvalsh(second_moments), 0.0, None))
     # What rounding makes of zeros would count as many small directions.
     shares = singular[singular > 1e-5 * singular.max(initial=0.0)]
     if not len(shares):
@@ -85,140 +110,276 @@ def effective_rank(layer: LayerSums) -> float | None:
 
 
 def dead(units: UnitSums) -> NDArray[np.bool_]:
-    """Which units were exactly zero for every sample and position. One with a non-finite value is not dead."""
-    return units.nonzero == 0
+    """Which units were exactly zero for every sample and position. A unit with a non-finite value is not dead."""
+    return np.equal(units.nonzero, 0)
 
 
 def dormant(units: UnitSums, tau: float) -> NDArray[np.bool_]:
-    """Which units are tau-dormant (Sokar et al., ICML 2023): mean magnitude at most ``tau`` times the layer's.
+    """Which units are tau-dormant: their mean magnitude is at most ``tau`` times the layer's (Sokar et al., ICML 2023).
 
-    The magnitudes are means over samples and positions, the layer's the mean over its units. All units of a layer of
-    zeros are dormant; one without a finite value is not.
+    A unit's magnitude is a mean over samples and positions, the layer's the mean over its units. All units of a layer
+    of zeros are dormant. A unit without a finite value is not.
     """
     broken = (units.magnitude == 0) & (units.nonzero > 0)
-    return (units.magnitude <= tau * units.magnitude.mean()) & ~broken
+    is_small: NDArray[np.bool_] = units.magnitude <= tau * units.magnitude.mean()
+    return is_small & ~broken
 
 
 def rarely_active(units: UnitSums) -> NDArray[np.bool_]:
     """Which units were not zero for less than :data:`RARELY` of the samples and positions."""
-    return units.nonzero < RARELY * units.observations
+    return np.less(units.nonzero, RARELY * units.observations)
 
 
 def always_saturated(units: UnitSums) -> NDArray[np.bool_]:
     """Which units were beyond the activation's limits for at least :data:`ALMOST_ALWAYS` of samples and positions."""
-    return units.low + units.high >= ALMOST_ALWAYS * units.observations
+    return np.greater_equal(units.low + units.high, ALMOST_ALWAYS * units.observations)
 
 
-_OF_VALUES: dict[str, Callable[[LayerSums], float | None]] = {
-    "mean": mean,
-    "std": std,
-    "min": minimum,
-    "max": maximum,
-    "zero": zero,
-    "nonfinite": nonfinite,
-    "saturated": saturated,
-    "saturated_low": saturated_low,
-    "saturated_high": saturated_high,
-    "effective_rank": effective_rank,
-}
+# Classes and no lambdas: a callback that holds declarations has to be pickled for processes that are spawned.
 
 
-def statistics(key: LayerKey, layer: LayerSums, recent: UnitSums | None, tau: float) -> dict[str, float]:
-    """All numbers of a layer that exist, by the name in their tag.
+@dataclass(frozen=True)
+class _OfValues:
+    of: Callable[[LayerSums], float | None]
+
+    def __call__(self, layer: LayerCounts) -> float | None:
+        return self.of(layer.values)
+
+
+@dataclass(frozen=True)
+class _ShareOfUnits:
+    which: Callable[[UnitSums], NDArray[np.bool_]]
+
+    def __call__(self, layer: LayerCounts) -> float | None:
+        if layer.units is None:
+            return None
+        marked = self.which(layer.units)
+        return np.count_nonzero(marked) / len(marked)
+
+
+@dataclass(frozen=True)
+class _WhereBounded:
+    of: Callable[[LayerCounts], float | None]
+
+    def __call__(self, layer: LayerCounts) -> float | None:
+        return self.of(layer) if layer.key.limits is not None else None
+
+
+@dataclass(frozen=True)
+class _OverUnits:
+    """The share of all units of the activations."""
+
+    name: str
+
+    def __call__(self, layers: Sequence[Entry]) -> float | None:
+        having = [layer for layer in layers if self.name in layer.numbers]
+        units = sum(layer.units for layer in having)
+        return sum(layer.numbers[self.name] * layer.units for layer in having) / units if units else None
+
+
+@dataclass(frozen=True)
+class _OverLayers:
+    """The mean over the activations that have the number."""
+
+    name: str
+
+    def __call__(self, layers: Sequence[Entry]) -> float | None:
+        values = [layer.numbers[self.name] for layer in layers if self.name in layer.numbers]
+        return sum(values) / len(values) if values else None
+
+
+def _worst_dead(layers: Sequence[Entry]) -> float | None:
+    return max((layer.numbers["dead"] for layer in layers if "dead" in layer.numbers), default=None)
+
+
+def _matrix_shape(key: LayerKey) -> tuple[int, int] | None:
+    return (key.units, key.units) if 0 < key.units <= MAX_UNITS_OF_RANK and not key.is_gradient else None
+
+
+def _second_moments(call: CallValues) -> Tensor:
+    matrix = call.by_unit(call.fill(0.0)).to(real_dtype(call.x.device))
+    return matrix.T @ matrix
+
+
+SECOND_MOMENTS = Sum("second_moments", _matrix_shape, _second_moments)
+"""``X^T X`` of the finite values as a matrix of observations by units."""
+
+EFFECTIVE_RANK = Statistic[LayerCounts](
+    "effective_rank",
+    _OfValues(effective_rank),
+    "Effective rank of the matrix of samples and positions by units (Roy & Vetterli, 2007), over one sampled step.",
+    "A large part of the number of units. A falling rank means that units become copies of each other.",
+    sum=SECOND_MOMENTS,
+)
+"""Takes many more samples than units, and units squared times 8 bytes of memory."""
+
+
+def layer_statistics(tau: float = 0.025) -> list[Statistic[LayerCounts]]:
+    """The numbers of a layer's outputs, in the order in which the picture of all layers shows them.
 
     Args:
-        key: Of the layer.
-        layer: Sums over the sample.
-        recent: Sums of the units over the window of samples in which they may fire; ``None`` without units.
-        tau: Of :func:`dormant`.
+        tau: Below this share of the layer's mean magnitude a unit is dormant.
     """
-    bounded = key.limits is not None
-    found = {name: of(layer) for name, of in _OF_VALUES.items() if bounded or not name.startswith("saturated")}
-    if recent is not None:
-        found |= {
-            "dead": np.count_nonzero(dead(recent)) / len(recent.nonzero),
-            "dormant": np.count_nonzero(dormant(recent, tau)) / len(recent.nonzero),
-            "rarely_active": np.count_nonzero(rarely_active(recent)) / len(recent.nonzero),
-        }
-        if bounded:
-            found["saturated_units"] = np.count_nonzero(always_saturated(recent)) / len(recent.nonzero)
-    return {name: float(value) for name, value in found.items() if value is not None}
+    return [
+        Statistic(
+            "nonfinite",
+            _OfValues(nonfinite),
+            "Share of NaN and infinities among all outputs of the sampled step (of a whole evaluation), all ranks.",
+            "0. health/first_nonfinite_layer names the module that made the first one.",
+            look=Look("NaN or inf", "neutral", ticks={}, word="NaN/inf", word_above=0.0),
+        ),
+        Statistic(
+            "dead",
+            _ShareOfUnits(dead),
+            f"Share of the units that put out exactly zero for every sample. {_OF_WINDOW}",
+            "0. Try a lower learning rate, a normalisation in front of the activation, or leaky_relu.",
+            look=Look("dead units", word="dead units"),
+            alarm=Alarm(
+                "of the units are dead: zero for every one of",
+                "a lower learning rate, a normalisation in front of the activation, He initialisation, or an "
+                "activation with a slope on both sides (leaky_relu, elu, gelu)",
+            ),
+        ),
+        Statistic(
+            "dormant",
+            _ShareOfUnits(partial(dormant, tau=tau)),
+            f"Share of the units whose mean magnitude is at most {tau:g} times the layer's (Sokar et al., 2023). "
+            f"Dead units are dormant, too. {_OF_WINDOW}",
+            "Near 0.",
+            look=Look("dormant units"),
+            alarm=Alarm(
+                "of the units are dormant, their mean magnitude at most tau times the layer's, over",
+                "a lower learning rate, a normalisation in front of the activation, or setting these units' weights "
+                "anew",
+            ),
+        ),
+        Statistic(
+            "saturated",
+            _WhereBounded(_OfValues(saturated)),
+            f"Share of the outputs where the activation is flat (tanh beyond 0.99, sigmoid outside [0.01, 0.99]). "
+            f"{_OF_STEP}",
+            "Below about 0.5. Try smaller initial weights or a normalisation in front of the activation.",
+            look=Look("saturated", word="saturated"),
+            alarm=Alarm(
+                "of the values are saturated, where the activation is flat and passes hardly any gradient, over",
+                "smaller initial weights, a normalisation in front of the activation, a lower learning rate, or an "
+                "activation without bounds",
+            ),
+        ),
+        Statistic(
+            "zero",
+            _OfValues(zero),
+            f"Share of zeros. {_OF_STEP}",
+            "About one half for a ReLU, 0 for most others.",
+            look=Look("zeros", "neutral", word="zeros"),
+        ),
+        Statistic(
+            "std",
+            _OfValues(std),
+            f"Population standard deviation of the outputs. {_OF_STEP}",
+            "Near 1, and alike in all layers.",
+            look=Look("std", "two_sided", 1e-3, 1e3, {1e-3: "0.001", 1.0: "1", 1e3: "1000"}, log=True),
+        ),
+        Statistic("mean", _OfValues(mean), f"Mean of the outputs. {_OF_STEP}", "Small beside layer_std."),
+        Statistic(
+            "min",
+            _OfValues(minimum),
+            f"Smallest output. {_OF_STEP}",
+            "A few layer_std below the mean.",
+        ),
+        Statistic("max", _OfValues(maximum), f"Largest output. {_OF_STEP}", "A few layer_std above the mean."),
+        Statistic(
+            "saturated_low",
+            _WhereBounded(_OfValues(saturated_low)),
+            f"Share of the outputs at the lower end of a bounded activation. {_OF_STEP}",
+            "About as much as at the upper end.",
+        ),
+        Statistic(
+            "saturated_high",
+            _WhereBounded(_OfValues(saturated_high)),
+            f"Share of the outputs at the upper end of a bounded activation. {_OF_STEP}",
+            "About as much as at the lower end.",
+        ),
+        Statistic(
+            "rarely_active",
+            _ShareOfUnits(rarely_active),
+            f"Share of the units that are not zero for less than 1 % of the samples (Dohare et al., 2024). "
+            f"{_OF_WINDOW}",
+            "Near 0.",
+        ),
+        Statistic(
+            "saturated_units",
+            _WhereBounded(_ShareOfUnits(always_saturated)),
+            f"Share of the units that are saturated for at least 95 % of the samples. {_OF_WINDOW}",
+            "0. Such a unit passes hardly any gradient.",
+        ),
+    ]
 
 
-def health(layers: Iterable[tuple[dict[str, float], int]]) -> dict[str, float]:
-    """The activations of a network in few numbers.
+def layer_catalogue(statistics: Sequence[Statistic[LayerCounts]] | None = None) -> Catalogue[LayerCounts, Entry]:
+    """The numbers of layers and of the whole network, as loggers are told them.
 
     Args:
-        layers: The statistics of each activation, and how many units it has.
-
-    Returns:
-        ``dead``, ``dormant``: share of all units. ``dead_max``: of the worst layer. ``nonfinite``,
-        ``saturated``: mean over the layers that have it.
+        statistics: The numbers of a layer's outputs; ``None``: those of :func:`layer_statistics`.
     """
-    layers = list(layers)
-    found: dict[str, float] = {}
-    with_units = [(values, units) for values, units in layers if units]
-    if with_units:
-        number = sum(units for _, units in with_units)
-        for name in ("dead", "dormant"):
-            found[name] = sum(values[name] * units for values, units in with_units) / number
-        found["dead_max"] = max(values["dead"] for values, _ in with_units)
-    for name in ("nonfinite", "saturated"):
-        shares = [values[name] for values, _ in layers if name in values]
-        if shares:
-            found[name] = sum(shares) / len(shares)
-    return found
+    return Catalogue(
+        "layer",
+        layer_statistics() if statistics is None else statistics,
+        _HEALTH,
+        {"hist": f"Histogram of the outputs; far outliers are counted in the outermost bin. {_OF_STEP}"},
+    )
+
+
+def gradient_catalogue() -> Catalogue[LayerCounts, Entry]:
+    """The numbers of the gradients of layers' outputs: those of outputs that make sense for any values."""
+    names = ("mean", "std", "min", "max", "zero", "nonfinite")
+    return Catalogue(
+        "layer",
+        [
+            replace(
+                statistic,
+                name=f"grad_{statistic.name}",
+                description="For the gradient of the mean loss with respect to the outputs: " + statistic.description,
+                healthy="Alike in all layers, over at most a few orders of magnitude.",
+                look=None,
+            )
+            for statistic in layer_statistics()
+            if statistic.name in names
+        ],
+        histograms={"grad_hist": "Histogram of the gradient of the mean loss with respect to the layer's outputs."},
+    )
 
 
 def _share_of_finite(layer: LayerSums, count: Callable[[UnitSums], NDArray[np.float64]]) -> float | None:
     return float(count(layer.units).sum()) / layer.finite if layer.finite and layer.units is not None else None
 
 
-class RecentUnits:
-    """The units of each layer over the last ``samples`` to twice as many samples that it saw.
-
-    Whether a unit is dead takes many samples. Sums of two generations of at least ``samples`` each are kept; the older
-    is dropped when the younger is complete.
-
-    Args:
-        samples: Over all ranks.
-    """
-
-    def __init__(self, samples: int) -> None:
-        self.samples = samples
-        self._younger: dict[LayerKey, UnitSums] = {}
-        self._older: dict[LayerKey, UnitSums] = {}
-
-    def add(self, key: LayerKey, units: UnitSums) -> UnitSums:
-        """Add those of a layer; what is known of its recent samples, these included."""
-        younger = self._younger[key] + units if key in self._younger else units
-        recent = younger + self._older[key] if key in self._older else younger
-        if younger.samples >= self.samples:
-            self._older[key] = younger
-            self._younger.pop(key, None)
-        else:
-            self._younger[key] = younger
-        return recent
-
-    def state_dict(self) -> dict[str, Any]:
-        """As plain values and tensors, for a checkpoint."""
-        return {name: [_packed(key, units) for key, units in getattr(self, name).items()] for name in _GENERATIONS}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` gave."""
-        for name in _GENERATIONS:
-            setattr(self, name, dict(_unpacked(packed) for packed in state[name]))
-
-
-_GENERATIONS = ("_younger", "_older")
-
-
-def _packed(key: LayerKey, units: UnitSums) -> dict[str, Any]:
-    sums = torch.from_numpy(np.stack([units.nonzero, units.magnitude, units.low, units.high]))
-    return {**vars(key), "observations": units.observations, "samples": units.samples, "sums": sums}
-
-
-def _unpacked(packed: dict[str, Any]) -> tuple[LayerKey, UnitSums]:
-    packed = dict(packed)
-    sums, observations, samples = packed.pop("sums").numpy(), packed.pop("observations"), packed.pop("samples")
-    return LayerKey(**packed), UnitSums(observations, samples, *sums)
+_HEALTH = (
+    Summary[Entry](
+        "dead", _OverUnits("dead"), f"Share of the dead units among all units of all activations. {_OF_WINDOW}", "0."
+    ),
+    Summary[Entry](
+        "dead_max",
+        _worst_dead,
+        f"Share of the dead units in the worst activation. {_OF_WINDOW}",
+        "0.",
+    ),
+    Summary[Entry](
+        "dormant",
+        _OverUnits("dormant"),
+        f"Share of the dormant units among all units of all activations. {_OF_WINDOW}",
+        "Near 0.",
+    ),
+    Summary[Entry](
+        "saturated",
+        _OverLayers("saturated"),
+        f"Share of the saturated outputs, mean over the bounded activations. {_OF_STEP}",
+        "Below about 0.5.",
+    ),
+    Summary[Entry](
+        "nonfinite",
+        _OverLayers("nonfinite"),
+        "Share of NaN and infinities, mean over the activations, over all outputs of the sampled step and all ranks.",
+        "0.",
+    ),
+)

@@ -1,4 +1,4 @@
-"""The only code of the callbacks that knows of ranks.
+"""The only code of the monitors that communicates between ranks.
 
 Whatever is reduced is a sum or a maximum, packed, so that a publication takes a constant number of collectives, in the
 same order on every rank, however many modules there are and whichever of them ran on a rank.
@@ -21,6 +21,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def is_first_rank() -> bool:
+    """Whether this process is rank 0, or alone."""
+    return world_size() == 1 or torch.distributed.get_rank() == 0
+
+
 def all_keys(own: Sequence[Key], device: torch.device) -> list[Key]:
     """The keys that any rank has, on every rank in the same order: rank 0's first, in its order, then rank 1's others.
 
@@ -30,7 +35,7 @@ def all_keys(own: Sequence[Key], device: torch.device) -> list[Key]:
 
     Args:
         own: This rank's, each once; their ``repr`` tells them apart.
-        device: Of the collective: the device that the process group works on.
+        device: The device that the process group works on.
     """
     if world_size() == 1:
         return list(own)
@@ -54,7 +59,7 @@ def first_of_ranks(own: Found | None, device: torch.device) -> Found | None:
 
     Args:
         own: This rank's, a tuple that can be ordered.
-        device: Of the collectives.
+        device: The device of the collectives.
     """
     if world_size() == 1:
         return own
@@ -92,7 +97,7 @@ def _reduce(tensors: Sequence[Tensor], operation: str) -> list[Tensor]:
         indices = [index for index, tensor in enumerate(tensors) if tensor.dtype == dtype]
         packed = torch.cat([tensors[index].flatten() for index in indices])
         torch.distributed.all_reduce(packed, op=getattr(torch.distributed.ReduceOp, operation))
-        parts = packed.split([tensors[index].numel() for index in indices])
+        parts = torch.split(packed, [tensors[index].numel() for index in indices])
         reduced |= {index: part.view_as(tensors[index]) for index, part in zip(indices, parts, strict=True)}
     return [reduced[index] for index in range(len(tensors))]
 
@@ -114,7 +119,7 @@ def own_part(tensor: Tensor, like: Tensor | None = None) -> Tensor | None:
         like: A tensor of the same shape, a DTensor if ``tensor`` is one.
     """
     if not is_sharded(tensor):
-        return tensor if world_size() == 1 or torch.distributed.get_rank() == 0 else None
+        return tensor if is_first_rank() else None
     sharded: Any = tensor
     placements: Any = sharded.placements if like is None else like.placements  # type: ignore[attr-defined]
     if placements != sharded.placements:

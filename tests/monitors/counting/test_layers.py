@@ -5,8 +5,14 @@ from helpers import run_on_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnlightning.monitors.counting.histogram import finite_histogram
-from bnlightning.monitors.counting.layer_statistics import RecentUnits, health, statistics
-from bnlightning.monitors.counting.window import ActivationWindow, LayerKey, _moments, _Row, _table
+from bnlightning.monitors.counting.layer_statistics import (
+    EFFECTIVE_RANK,
+    SECOND_MOMENTS,
+    LayerCounts,
+    layer_catalogue,
+    layer_statistics,
+)
+from bnlightning.monitors.counting.layers import LayerAccumulators, LayerKey, Sum, _moments, _Row, _table
 
 CPU = torch.device("cpu")
 LIMITS = (-0.99, 0.99)
@@ -14,6 +20,10 @@ LIMITS = (-0.99, 0.99)
 
 def normal(*shape, seed=0, scale=1.0, shift=0.0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale + shift
+
+
+def statistics(key, layer, units, tau):
+    return layer_catalogue([*layer_statistics(tau), EFFECTIVE_RANK]).numbers(LayerCounts(key, layer, units))
 
 
 TENSORS = {
@@ -41,7 +51,7 @@ TENSORS = {
 
 
 def key_of(x, dim, limits=LIMITS):
-    return LayerKey("layer", "layer", True, x.shape[dim] if x.dim() > 1 else 1, limits)
+    return LayerKey("layer", True, x.shape[dim] if x.dim() > 1 else 1, limits)
 
 
 def as_matrix(x, dim):
@@ -78,7 +88,7 @@ def expected_statistics(x, dim, tau):
 def test_numbers_against_numpy_in_float64(name, dim):
     x = TENSORS[name]
     dim = dim % max(x.dim(), 1)
-    window, key = ActivationWindow(), key_of(x, dim)
+    window, key = LayerAccumulators(), key_of(x, dim)
     # In two unequal parts, where there are several samples.
     for part in x.tensor_split([len(x) // 3]) if x.dim() else [x]:
         window.update(key, part, dim)
@@ -99,7 +109,7 @@ def test_numbers_against_numpy_in_float64(name, dim):
 def test_a_standard_deviation_far_from_zero(mean):
     # What float32 itself leaves of the values is exact in float64.
     x = normal(500, 20, shift=mean)
-    window, key = ActivationWindow(), LayerKey("layer", "layer")
+    window, key = LayerAccumulators(), LayerKey("layer")
     for part in x.split(100):
         window.update(key, part)
     layer = window.reduce(CPU)[key]
@@ -109,7 +119,7 @@ def test_a_standard_deviation_far_from_zero(mean):
 @pytest.mark.parametrize("name", TENSORS)
 def test_histogram_counts_every_finite_value_in_the_right_bin(name):
     x = TENSORS[name]
-    window, key = ActivationWindow(), LayerKey("layer", "layer")
+    window, key = LayerAccumulators(), LayerKey("layer")
     window.update(key, x)
     layer = window.reduce(CPU)[key]
     histogram = finite_histogram(layer.bins, layer.minimum, layer.maximum, layer.sum, layer.sum_squares)
@@ -131,7 +141,7 @@ def test_histogram_counts_every_finite_value_in_the_right_bin(name):
 
 def test_a_layer_without_a_finite_value():
     x = torch.full((4, 3), float("nan"))
-    window, key = ActivationWindow(), key_of(x, 1)
+    window, key = LayerAccumulators(), key_of(x, 1)
     window.update(key, x)
     layer = window.reduce(CPU)[key]
     found = statistics(key, layer, layer.units, 0.025)
@@ -140,7 +150,7 @@ def test_a_layer_without_a_finite_value():
 
 
 def test_a_layer_of_zeros_is_dormant_all_over():
-    window, key = ActivationWindow(), LayerKey("layer", "layer", True, 3)
+    window, key = LayerAccumulators(), LayerKey("layer", True, 3)
     window.update(key, torch.zeros(5, 3))
     layer = window.reduce(CPU)[key]
     found = statistics(key, layer, layer.units, 0.0)
@@ -148,7 +158,7 @@ def test_a_layer_of_zeros_is_dormant_all_over():
 
 
 def test_a_reset_window_knows_nothing():
-    window, key = ActivationWindow(), LayerKey("layer", "layer", True, 3)
+    window, key = LayerAccumulators(), LayerKey("layer", True, 3)
     window.update(key, normal(5, 3))
     before = window.reduce(CPU)[key]
     window.reset()
@@ -161,13 +171,13 @@ def test_a_reset_window_knows_nothing():
 
 
 def test_an_empty_batch():
-    window = ActivationWindow()
-    window.update(LayerKey("layer", "layer", True, 3), torch.zeros(0, 3))
+    window = LayerAccumulators()
+    window.update(LayerKey("layer", True, 3), torch.zeros(0, 3))
     assert window.reduce(CPU) == {}
 
 
 def test_values_of_inference_mode_and_others_go_together():
-    window, key = ActivationWindow(), LayerKey("layer", "layer", True, 3)
+    window, key = LayerAccumulators(), LayerKey("layer", True, 3)
     x = normal(8, 3)
     with torch.inference_mode():
         window.update(key, x[:4] * 1.0)
@@ -177,8 +187,8 @@ def test_values_of_inference_mode_and_others_go_together():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_dtypes_are_counted_in_float32(dtype):
-    x, key = normal(100, 4, scale=3).to(dtype), LayerKey("layer", "layer", True, 4)
-    windows = [ActivationWindow() for _ in range(2)]
+    x, key = normal(100, 4, scale=3).to(dtype), LayerKey("layer", True, 4)
+    windows = [LayerAccumulators() for _ in range(2)]
     windows[0].update(key, x)
     windows[1].update(key, x.float())
     first, second = (window.reduce(CPU)[key] for window in windows)
@@ -189,7 +199,7 @@ def test_other_dtypes_are_counted_in_float32(dtype):
 @pytest.mark.parametrize(("samples", "units", "rank"), [(2000, 10, 10), (2000, 10, 3), (5, 8, 5)])
 def test_effective_rank_against_the_singular_values(samples, units, rank):
     x = normal(samples, rank) @ normal(rank, units, seed=1)
-    window, key = ActivationWindow(effective_rank=True), LayerKey("layer", "layer", True, units)
+    window, key = LayerAccumulators([SECOND_MOMENTS]), LayerKey("layer", True, units)
     for part in x.split(700):
         window.update(key, part)
     layer = window.reduce(CPU)[key]
@@ -202,63 +212,38 @@ def test_effective_rank_against_the_singular_values(samples, units, rank):
 
 def test_effective_rank_of_an_image_is_over_positions():
     x = normal(6, 4, 5, 5)
-    window, key = ActivationWindow(effective_rank=True), LayerKey("layer", "layer", True, 4)
+    window, key = LayerAccumulators([SECOND_MOMENTS]), LayerKey("layer", True, 4)
     window.update(key, x.to(memory_format=torch.channels_last), 1)
     matrix = as_matrix(x.numpy(), 1)
-    np.testing.assert_allclose(window.reduce(CPU)[key].second_moments, matrix.T @ matrix, rtol=1e-5)
+    np.testing.assert_allclose(window.reduce(CPU)[key].sums["second_moments"], matrix.T @ matrix, rtol=1e-5)
 
 
 def test_a_unit_that_fires_at_few_positions_is_rarely_active():
     x = torch.ones(2, 2, 20, 20)
     x[:, 0] = 0.0
     x[:, 0, 0, :2] = 1.0
-    window, key = ActivationWindow(), LayerKey("layer", "layer", True, 2)
+    window, key = LayerAccumulators(), LayerKey("layer", True, 2)
     window.update(key, x, 1)
     layer = window.reduce(CPU)[key]
     # In 4 of 800 samples and positions, of 1 % of which fewer than 8 are.
     assert statistics(key, layer, layer.units, 0.025)["rarely_active"] == 0.5
 
 
-def test_recent_units_are_those_of_the_last_samples():
-    recent, key = RecentUnits(samples=10), LayerKey("layer", "layer", True, 3)
-    firing = [torch.eye(3)[[0, 0, 0, 0]], torch.eye(3)[[1] * 6], torch.eye(3)[[2] * 12], torch.eye(3)[[2] * 12]]
-    seen = []
-    for x in firing:
-        window = ActivationWindow()
-        window.update(key, x)
-        units = recent.add(key, window.reduce(CPU)[key].units)
-        seen.append((units.samples, (units.nonzero > 0).tolist()))
-    # The first two make a generation of just 10 samples, which the third follows; the fourth comes after both.
-    assert seen == [
-        (4, [True, False, False]),
-        (10, [True, True, False]),
-        (22, [True, True, True]),
-        (24, [False, False, True]),
-    ]
-    again = RecentUnits(samples=10)
-    again.load_state_dict(recent.state_dict())
-    window = ActivationWindow()
-    window.update(key, firing[0])
-    units = window.reduce(CPU)[key].units
-    for mine, theirs in zip(vars(recent.add(key, units)).values(), vars(again.add(key, units)).values(), strict=True):
-        np.testing.assert_array_equal(mine, theirs)
-
-
-def test_health_of_several_layers():
-    layers = []
-    for x, limits in ((torch.tensor([[0.0, 1.0, 0.0, 0.0]]), None), (torch.tensor([[0.0, 1.0]]), LIMITS)):
-        window, key = ActivationWindow(), LayerKey("layer", "layer", True, x.shape[1], limits)
-        window.update(key, x)
-        layer = window.reduce(CPU)[key]
-        layers.append((statistics(key, layer, layer.units, 0.025), key.units))
-    assert health(layers) == {
-        "dead": 4 / 6,
-        "dead_max": 3 / 4,
-        "dormant": 4 / 6,
-        "nonfinite": 0.0,
-        "saturated": 0.5,
-    }
-    assert health([]) == {}
+def test_a_statistic_brings_accumulators_of_its_own():
+    fourth = Sum("fourth_powers", lambda key: (), lambda call: call.fill(0.0).double().pow(4).sum())
+    largest = Sum("largest", lambda key: (key.units,), lambda call: call.by_unit(call.fill(0.0)).amax(0), True)
+    nowhere = Sum("nowhere", lambda key: None, lambda call: call.x.sum())
+    x = normal(40, 6, shift=-5)
+    accumulators, key = LayerAccumulators([fourth, largest, nowhere]), LayerKey("layer", True, 6)
+    for _ in range(2):
+        # What was before is forgotten, also of maxima below zero.
+        accumulators.reset()
+        for part in x.split(15):
+            accumulators.update(key, part)
+        sums = accumulators.reduce(CPU)[key].sums
+    assert set(sums) == {"fourth_powers", "largest"}
+    assert sums["fourth_powers"] == pytest.approx(float((x.double() ** 4).sum()))
+    np.testing.assert_array_equal(sums["largest"], x.amax(0).numpy())
 
 
 class Operations(TorchDispatchMode):
@@ -275,7 +260,7 @@ class Operations(TorchDispatchMode):
 def test_the_numbers_of_all_layers_are_packed_by_few_operations(on_device):
     def packed(number):
         rng = np.random.default_rng(0)
-        rows = [_Row(LayerKey("layer", str(index)), CPU, False) for index in range(number)]
+        rows = [_Row(LayerKey(str(index)), CPU, []) for index in range(number)]
         expected = []
         # The last layer has not run on this rank.
         for row in rows[:-1]:
@@ -294,14 +279,14 @@ def test_the_numbers_of_all_layers_are_packed_by_few_operations(on_device):
 
 
 RELU, TANH, ONLY = (
-    LayerKey("layer", "relu", True, 6),
-    LayerKey("layer", "tanh", True, 4, LIMITS),
-    LayerKey("layer", "only"),
+    LayerKey("relu", True, 6),
+    LayerKey("tanh", True, 4, LIMITS),
+    LayerKey("only"),
 )
 
 
 def _reduce_on_rank(rank, parts):
-    window = ActivationWindow(effective_rank=True)
+    window = LayerAccumulators([SECOND_MOMENTS])
     collectives = []
 
     def counted(real):
@@ -329,7 +314,7 @@ def test_ranks_together_give_what_one_process_gives(world_size, tmp_path):
         for part, own in zip(values[key].tensor_split(number), parts, strict=False):
             own[key] = part
     parts[1][ONLY] = values[ONLY]
-    single = ActivationWindow(effective_rank=True)
+    single = LayerAccumulators([SECOND_MOMENTS])
     for key, x in values.items():
         single.update(key, x)
     expected = single.reduce(CPU)
@@ -346,4 +331,6 @@ def test_ranks_together_give_what_one_process_gives(world_size, tmp_path):
             if layer.units is not None:
                 assert (mine.units.observations, mine.units.samples) == (len(values[key]),) * 2
                 np.testing.assert_array_equal(mine.units.nonzero, layer.units.nonzero)
-                np.testing.assert_allclose(mine.second_moments, layer.second_moments, rtol=1e-5, atol=1e-5)
+                np.testing.assert_allclose(
+                    mine.sums["second_moments"], layer.sums["second_moments"], rtol=1e-5, atol=1e-5
+                )

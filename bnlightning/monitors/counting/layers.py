@@ -1,11 +1,12 @@
-"""What is known of the values of several layers over a window of forward passes.
+"""Accumulators of what layers put out.
 
-Every accumulator only adds up (or is a maximum), so a window is exact over calls, micro-batches, steps and ranks. It
-lives on the device and is read once, when it is published. A layer takes 33 kB, and 32 bytes for each of its units.
+Every accumulator is a sum or a maximum. The result is therefore exact over calls, micro-batches, steps and ranks. The
+accumulators lie on the device and are read once, when a sample is closed. A layer takes 33 kB, and 32 bytes for each of
+its units.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,10 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bnlightning.monitors.counting.histogram import NUM_BINS, count_values
+from bnlightning.monitors.counting.precision import real_dtype
 from bnlightning.monitors.counting.ranks import all_keys, reduce_maxima, reduce_sums
-
-MAX_UNITS_OF_RANK = 1024
-"""Layers with more units have no effective rank: their matrix of second moments would be too large."""
 
 Limits = tuple[float, float]
 Number = float | Tensor
@@ -31,21 +30,41 @@ _NONZERO, _MAGNITUDE, _LOW, _HIGH = range(4)
 
 @dataclass(frozen=True)
 class LayerKey:
-    """What tells one layer's row from another, the same on every rank.
+    """What tells the accumulators of one layer from those of another, the same on every rank.
 
     Args:
-        family: First part of the tags, ``"layer"`` or ``"layer_grad"``.
         label: Path of the module, with the number of the call and the place in the output, as it stands in tags.
-        is_activation: Whether it counts under ``health/``.
-        units: How many; 0 where units are not looked at.
-        limits: The values beyond which it counts as saturated; ``None`` for an unbounded activation.
+        is_activation: Whether the layer counts under ``health/``.
+        units: Number of units; 0 where units are not looked at.
+        limits: The values beyond which an output counts as saturated; ``None`` for an unbounded activation.
+        is_gradient: Whether the values are gradients of the layer's output, not the output itself.
     """
 
-    family: str
     label: str
     is_activation: bool = False
     units: int = 0
     limits: Limits | None = None
+    is_gradient: bool = False
+
+
+@dataclass(frozen=True)
+class Sum:
+    """An accumulator that a statistic brings with it.
+
+    Args:
+        name: Its name in :attr:`LayerSums.sums`.
+        shape: Its shape for a layer; ``None`` leaves the layer out.
+        of: What one call adds, of that shape, any floating dtype. Called without gradients.
+        is_maximum: Whether the maximum is kept, over calls and ranks, and not the sum.
+
+    Example:
+        >>> fourth_powers = Sum("fourth_powers", lambda key: (), lambda call: call.fill(0.0).pow(4).sum())
+    """
+
+    name: str
+    shape: Callable[[LayerKey], tuple[int, ...] | None]
+    of: Callable[["CallValues"], Tensor]
+    is_maximum: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,12 +101,12 @@ class LayerSums:
         bins: Counts by :func:`bnlightning.monitors.counting.histogram.count_values`.
         numel: How many values there are.
         finite: How many of them are finite.
-        sum: Of the finite values.
-        sum_squares: Of the finite values.
-        minimum: Of the finite values; infinity without one.
-        maximum: Of the finite values; minus infinity without one.
+        sum: Sum of the finite values.
+        sum_squares: Sum of the squares of the finite values.
+        minimum: Smallest finite value; infinity without one.
+        maximum: Largest finite value; minus infinity without one.
         units: ``None`` where they are not looked at.
-        second_moments: ``X^T X`` of the finite values as a matrix of observations by units, where it was asked for.
+        sums: What the statistics' own accumulators hold, by the name of the :class:`Sum`.
     """
 
     bins: NDArray[np.int64]
@@ -98,18 +117,18 @@ class LayerSums:
     minimum: float
     maximum: float
     units: UnitSums | None
-    second_moments: NDArray[np.float64] | None
+    sums: Mapping[str, NDArray[np.float64]]
 
 
-class ActivationWindow:
+class LayerAccumulators:
     """Accumulators for any number of layers, which come into being as they are seen.
 
     Args:
-        effective_rank: Whether second moments of the units are kept, ``units * units`` numbers a layer.
+        sums: The accumulators that statistics bring with them.
     """
 
-    def __init__(self, effective_rank: bool = False) -> None:
-        self.effective_rank = effective_rank
+    def __init__(self, sums: Sequence[Sum] = ()) -> None:
+        self._sums = tuple(sums)
         self._rows: dict[LayerKey, _Row] = {}
 
     def __len__(self) -> int:
@@ -126,9 +145,9 @@ class ActivationWindow:
         if row is None:
             # Evaluations run in inference mode, whose tensors nobody may change later.
             with torch.inference_mode(False):
-                row = self._rows[key] = _Row(key, values.device, self.effective_rank)
+                row = self._rows[key] = _Row(key, values.device, self._sums)
         if values.numel():
-            row.update(_Values(values, unit_dim))
+            row.update(CallValues(values, unit_dim))
 
     def reduce(self, device: torch.device) -> dict[LayerKey, LayerSums]:
         """The sums over all ranks, on all ranks, of the layers that ran on any: four collectives, however many layers.
@@ -136,38 +155,45 @@ class ActivationWindow:
         Every rank must call it.
 
         Args:
-            device: Of the collectives.
+            device: The device of the collectives.
         """
         keys = all_keys([key for key, row in self._rows.items() if row.seen], device)
         if not keys:
             return {}
         with torch.no_grad(), torch.inference_mode(False):
-            rows = [self._rows.get(key) or _Row(key, device, self.effective_rank) for key in keys]
+            rows = [self._rows.get(key) or _Row(key, device, self._sums) for key in keys]
             bins = torch.stack([row.bins for row in rows])
             counts = _table([[row.finite, row.samples, row.numel] for row in rows], torch.int64, device)
             moments = _moments(rows, real_dtype(device), device)
             # The minimum with its sign turned, so that both are maxima.
             extrema = _table([[-row.minimum, row.maximum] for row in rows], real_dtype(device), device)
             units = torch.cat([row.units.flatten() for row in rows])
-            seconds = torch.cat([row.second_moments.flatten() for row in rows])
-            bins, counts, moments, units, seconds = reduce_sums([bins, counts, moments, units, seconds])
-            (extrema,) = reduce_maxima([extrema])
-        return _split(keys, rows, *(each.cpu().numpy() for each in (bins, counts, moments, extrema, units, seconds)))
+            own = _packed([row.sums[each.name] for row in rows for each in row.own if not each.is_maximum], units)
+            largest = _packed([row.sums[each.name] for row in rows for each in row.own if each.is_maximum], units)
+            bins, counts, moments, units, own = reduce_sums([bins, counts, moments, units, own])
+            extrema, largest = reduce_maxima([extrema, largest])
+        read = (each.cpu().numpy() for each in (bins, counts, moments, extrema, units, own, largest))
+        return _split(keys, rows, *read)
 
 
 class _Row:
     """Accumulators of one layer: numbers are floats on a CPU, elsewhere tensors that nobody waits for."""
 
-    def __init__(self, key: LayerKey, device: torch.device, effective_rank: bool) -> None:
+    def __init__(self, key: LayerKey, device: torch.device, sums: Sequence[Sum]) -> None:
         self.key = key
         self.seen = False
         real = real_dtype(device)
         self.bins = torch.zeros(NUM_BINS, dtype=torch.int64, device=device)
-        sums = 0 if not key.units else 4 if key.limits else 2
-        self.units = torch.zeros(sums, key.units, dtype=real, device=device)
+        number = 0 if not key.units else 4 if key.limits else 2
+        self.units = torch.zeros(number, key.units, dtype=real, device=device)
         self._unit_sums = self.units.unbind()
-        rank = key.units if effective_rank and key.units <= MAX_UNITS_OF_RANK else 0
-        self.second_moments = torch.zeros(rank, rank, dtype=real, device=device)
+        shapes = {each: each.shape(key) for each in sums}
+        self.own = [each for each, shape in shapes.items() if shape is not None]
+        self.sums = {
+            each.name: torch.full(shape, _start(each), dtype=real, device=device)
+            for each, shape in shapes.items()
+            if shape is not None
+        }
         # Sums are of the values less this: their squares about zero would lose the digits of a small variance.
         self.shift: Number | None = None
         self.samples = self.numel = 0
@@ -182,13 +208,13 @@ class _Row:
             self.seen = False
             self.bins.zero_()
             self.units.zero_()
-            if len(self.second_moments):
-                self.second_moments.zero_()
+            for each in self.own:
+                self.sums[each.name].fill_(_start(each))
             self.samples = self.numel = self.finite = 0
             self.total = self.squares = 0.0
             self.minimum, self.maximum = math.inf, -math.inf
 
-    def update(self, values: "_Values") -> None:
+    def update(self, values: "CallValues") -> None:
         self.seen = True
         self.samples += values.samples
         self.numel += values.x.numel()
@@ -199,8 +225,10 @@ class _Row:
         self._update_moments(values)
         if self.key.units:
             self._update_units(values)
+        for each in self.own:
+            self._update_own(each, values)
 
-    def _update_moments(self, values: "_Values") -> None:
+    def _update_moments(self, values: "CallValues") -> None:
         if self.shift is None:
             self.shift = _middle(values)
         shift, scale = self.shift, values.scale()
@@ -210,7 +238,7 @@ class _Row:
         self.total = self.total + (total if scale is None else total / scale)
         self.squares = self.squares + (squares if scale is None else squares / scale / scale)
 
-    def _update_units(self, values: "_Values") -> None:
+    def _update_units(self, values: "CallValues") -> None:
         # Signs and sums of floats are several times as fast on a CPU as comparisons and sums of booleans.
         magnitude = values.fill(0.0).abs()
         self._unit_sums[_MAGNITUDE].add_(values.sum_by_unit(magnitude))
@@ -223,23 +251,28 @@ class _Row:
             between = values.fill((max(low, -1e30) + min(high, 1e30)) / 2)
             self._unit_sums[_LOW].add_(values.sum_by_unit((low - between).sign_().clamp_min_(0.0)))
             self._unit_sums[_HIGH].add_(values.sum_by_unit((between - high).sign_().clamp_min_(0.0)))
-        if len(self.second_moments):
-            matrix = values.by_unit(values.fill(0.0)).to(self.second_moments.dtype)
-            with torch.autocast(matrix.device.type, enabled=False):
-                self.second_moments += matrix.T @ matrix
+
+    def _update_own(self, own: Sum, values: "CallValues") -> None:
+        total = self.sums[own.name]
+        with torch.autocast(total.device.type, enabled=False):
+            added = own.of(values).to(total)
+        if own.is_maximum:
+            torch.maximum(total, added, out=total)
+        else:
+            total.add_(added)
 
 
-class _Values:
-    """Values of one call, ready to be counted.
+class CallValues:
+    """The values of one call of a layer, ready to be counted.
 
     Attributes:
         x: Contiguous float32 of at least one value and two dimensions.
         unit_dim: The dimension of the units.
         samples: Size of the batch.
         finite: Which values are finite; ``None`` if all are known to be.
-        num_finite: How many are.
-        minimum: Of the finite ones.
-        maximum: Of the finite ones.
+        num_finite: Number of finite values.
+        minimum: Smallest finite value.
+        maximum: Largest finite value.
     """
 
     def __init__(self, values: Tensor, unit_dim: int) -> None:
@@ -294,6 +327,7 @@ class _Values:
         return values.movedim(self.unit_dim, -1).flatten(0, -2)
 
     def sum_by_unit(self, values: Tensor) -> Tensor:
+        """Sums over all dimensions but that of the units, shape ``(units,)``."""
         # float32 holds every count up to 2^24.
         if values.numel() > 2**24 * values.shape[self.unit_dim]:
             return values.sum(self._others, dtype=real_dtype(values.device))
@@ -307,12 +341,7 @@ class _Values:
         return x.contiguous()
 
 
-def real_dtype(device: torch.device) -> torch.dtype:
-    """Of sums: float64, where the device has it (Apple's GPUs have not)."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def _middle(values: _Values) -> Number:
+def _middle(values: CallValues) -> Number:
     """Near the mean of the finite values, and a float32; 0 if there are none."""
     # The sum may overflow, and a value less the shift.
     mean = (values.fill(0.0).sum() / values.num_finite).nan_to_num(nan=0.0)
@@ -357,14 +386,15 @@ def _split(
     moments: NDArray[np.float64],
     extrema: NDArray[np.float64],
     units: NDArray[np.float64],
-    seconds: NDArray[np.float64],
+    own: NDArray[np.float64],
+    largest: NDArray[np.float64],
 ) -> dict[LayerKey, LayerSums]:
-    take_units, take_seconds = _taker(units), _taker(seconds)
+    take_units, take_own, take_largest = _taker(units), _taker(own), _taker(largest)
     finite, samples, numel = counts.T.tolist()
     (total, squares), (low, high) = moments.T.tolist(), extrema.T.tolist()
     layers = {}
     for index, (key, row) in enumerate(zip(keys, rows, strict=True)):
-        sums, second = take_units(row.units.shape), take_seconds(row.second_moments.shape)
+        sums = take_units(row.units.shape)
         layers[key] = LayerSums(
             bins=bins[index],
             numel=numel[index],
@@ -374,9 +404,20 @@ def _split(
             minimum=-low[index],
             maximum=high[index],
             units=_unit_sums(sums, numel[index] // key.units, samples[index]) if key.units else None,
-            second_moments=second if second.size else None,
+            sums={
+                each.name: (take_largest if each.is_maximum else take_own)(row.sums[each.name].shape)
+                for each in row.own
+            },
         )
     return layers
+
+
+def _start(own: Sum) -> float:
+    return -math.inf if own.is_maximum else 0.0
+
+
+def _packed(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
+    return torch.cat([like.new_zeros(0), *(tensor.flatten() for tensor in tensors)])
 
 
 def _unit_sums(sums: NDArray[np.float64], observations: int, samples: int) -> UnitSums:

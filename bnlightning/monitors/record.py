@@ -1,0 +1,61 @@
+"""The one datum that goes through the house: what a monitor found out at one sampled step."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bnlightning.compare.names import TRAIN
+from bnlightning.monitors.counting.histogram import Histogram
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is known of one layer, one batch norm layer or one parameter at one sampled step.
+
+    Args:
+        numbers: By name of the statistic.
+        histograms: By name, as loggers show them: far outliers are counted in the outermost bin.
+        bins: Counts by :func:`~bnlightning.monitors.counting.histogram.count_values`, int64 of shape ``(NUM_BINS,)``;
+            ``None`` where they are not kept.
+        units: How many units a layer has; 0 where units are not looked at.
+        samples: Over how many samples the numbers of the units are.
+        is_activation: Whether the layer is an activation.
+    """
+
+    numbers: Mapping[str, float]
+    histograms: Mapping[str, Histogram] = field(default_factory=dict)
+    bins: NDArray[np.int64] | None = field(default=None, repr=False, compare=False)
+    units: int = 0
+    samples: int = 0
+    is_activation: bool = False
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a monitor found out at one sampled step, over all samples, micro-batches and ranks of it.
+
+    Tags, pictures, findings and tables are pure functions of records.
+
+    Args:
+        step: Where it stands on the x-axis: the number of steps taken before.
+        phase: ``"train"``, ``"val"`` or ``"test"``.
+        layers: The watched layers, by path with the number of the call, in the order of execution.
+        norms: The batch norm layers, by path.
+        parameters: The parameters, by path.
+        health: The numbers of the whole network, by name.
+        texts: What is said of the whole network, by name.
+    """
+
+    step: int
+    phase: str = TRAIN
+    layers: Mapping[str, Entry] = field(default_factory=dict)
+    norms: Mapping[str, Entry] = field(default_factory=dict)
+    parameters: Mapping[str, Entry] = field(default_factory=dict)
+    health: Mapping[str, float] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
+
+    def entries(self, kind: str) -> Mapping[str, Entry]:
+        """The entries of a kind: ``"layer"``, ``"norm"`` or ``"param"``."""
+        return {"layer": self.layers, "norm": self.norms, "param": self.parameters}[kind]

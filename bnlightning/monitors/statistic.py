@@ -1,0 +1,152 @@
+"""How a number is declared: everything the package knows of it stands in one place.
+
+A :class:`Statistic` says how a number is computed, what it is called, what it means, what is healthy, how a picture
+shows it and what a warning says. Tags, descriptions, pictures and warnings follow from it. A new number is one more
+declaration in a catalogue.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, Literal, TypeVar
+
+from bnlightning.monitors.counting.layers import Sum
+
+Counts = TypeVar("Counts")
+Part = TypeVar("Part")
+
+Palette = Literal["alarm", "neutral", "two_sided"]
+_SHARE = {0.0: "0", 0.5: "0.5", 1.0: "1"}
+
+
+@dataclass(frozen=True)
+class Look:
+    """How the picture of all layers by step shows a statistic.
+
+    Args:
+        title: Heading of its heat map.
+        palette: ``"alarm"`` where a high value is ill, ``"neutral"`` where it is not, ``"two_sided"`` where both ends
+            are ill.
+        low: Lowest value that the colours tell apart.
+        high: Highest value that the colours tell apart.
+        ticks: What stands at the colour scale, by value. Without any there is no scale.
+        log: Whether the colours follow the logarithm.
+        word: What the caption of a layer calls it, such as ``"dead units"``; ``None``: captions leave it out.
+        word_above: The share above which the caption mentions it.
+    """
+
+    title: str
+    palette: Palette = "alarm"
+    low: float = 0.0
+    high: float = 1.0
+    ticks: Mapping[float, str] = field(default_factory=lambda: _SHARE)
+    log: bool = False
+    word: str | None = None
+    word_above: float = 0.005
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """What a warning says when a statistic exceeds its limit.
+
+    Args:
+        meaning: What the share is of, such as ``"of the units are dead"``.
+        cures: What people do about it.
+    """
+
+    meaning: str
+    cures: str
+
+
+@dataclass(frozen=True)
+class Statistic(Generic[Counts]):
+    """A number of a layer, a parameter or a batch norm layer.
+
+    Args:
+        name: Its name in tags, such as ``"dead"`` in ``layer_dead/<path>``.
+        of: Computes it from what was counted; ``None`` where the number does not exist.
+        description: What it is, and over which samples, steps and ranks.
+        healthy: Which values are healthy, and what to do about others.
+        sum: What it adds up beyond what is counted for every layer; ``None``: nothing.
+        look: How the picture of all layers shows it; ``None``: the picture leaves it out.
+        alarm: What a warning says; ``None``: there is no limit for it.
+
+    Example:
+        >>> spread = Statistic(
+        ...     name="range",
+        ...     of=lambda layer: layer.values.maximum - layer.values.minimum,
+        ...     description="Largest minus smallest finite value of the sampled step, over all ranks.",
+        ...     healthy="Steady over the steps.",
+        ... )
+    """
+
+    name: str
+    of: Callable[[Counts], float | None]
+    description: str
+    healthy: str
+    sum: Sum | None = None
+    look: Look | None = None
+    alarm: Alarm | None = None
+
+
+@dataclass(frozen=True)
+class Summary(Generic[Part]):
+    """A number of the whole network, under ``health/``.
+
+    Args:
+        name: Its name in the tag, such as ``"dead_max"``.
+        of: Computes it from the parts of the network; ``None`` where the number does not exist.
+        description: What it is, and over what.
+        healthy: Which values are healthy, and what to do about others.
+    """
+
+    name: str
+    of: Callable[[Sequence[Part]], float | None]
+    description: str
+    healthy: str
+
+
+@dataclass(frozen=True)
+class Catalogue(Generic[Counts, Part]):
+    """All numbers of one kind.
+
+    Args:
+        kind: ``"layer"``, ``"param"`` or ``"norm"``, the beginning of the tags.
+        statistics: The numbers of each layer or parameter.
+        summaries: The numbers of the whole network.
+        histograms: What each histogram shows, by its name in tags.
+    """
+
+    kind: str
+    statistics: Sequence[Statistic[Counts]]
+    summaries: Sequence[Summary[Part]] = ()
+    histograms: Mapping[str, str] = field(default_factory=dict)
+
+    def numbers(self, counts: Counts) -> dict[str, float]:
+        """The numbers that exist for one layer or parameter, by name."""
+        return _existing((statistic.name, statistic.of(counts)) for statistic in self.statistics)
+
+    def health(self, parts: Sequence[Part]) -> dict[str, float]:
+        """The numbers that exist for the whole network, by name."""
+        return _existing((summary.name, summary.of(parts)) for summary in self.summaries)
+
+    def description(self, name: str) -> str | None:
+        """What a number or a histogram of this kind is, in words; ``None`` if it is none of this catalogue."""
+        if name in self.histograms:
+            return self.histograms[name]
+        return next((_in_words(one) for one in self.statistics if one.name == name), None)
+
+    def health_description(self, name: str) -> str | None:
+        """What a number of the whole network is, in words; ``None`` if it is none of this catalogue."""
+        return next((_in_words(one) for one in self.summaries if one.name == name), None)
+
+    def looks(self) -> dict[str, Look]:
+        """How the picture shows those statistics that are in it, by name."""
+        return {statistic.name: statistic.look for statistic in self.statistics if statistic.look is not None}
+
+
+def _existing(found: Iterable[tuple[str, float | None]]) -> dict[str, float]:
+    return {name: float(value) for name, value in found if value is not None}
+
+
+def _in_words(declared: Statistic[Counts] | Summary[Part]) -> str:
+    return f"{declared.description} Healthy: {declared.healthy}"
