@@ -36,7 +36,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from bnlightning._conf import CONF_DIR
-from bnlightning.compare.__main__ import Draw, compare_sweep
+from bnlightning.compare.comparison import Draw
+from bnlightning.compare.sweep import compare_sweep
 from bnlightning.experiments.directory import SweepDirectory, is_finished, make_directory, mark_finished
 from bnlightning.experiments.ranks import Failure, Ranks
 from bnlightning.experiments.sweep import check_runs, override_for_runs, runs, subdirectory

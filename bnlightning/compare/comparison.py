@@ -1,6 +1,6 @@
 """Several finished runs, one table and one figure.
 
-Everything is read back from the runs' TensorBoard files, so it shows what TensorBoard shows.
+All numbers come from the runs' TensorBoard files, so that they are the ones TensorBoard shows.
 """
 
 import csv
@@ -17,13 +17,28 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from bnlightning.compare.figures import overview
-from bnlightning.compare.names import VAL, health_tag
-from bnlightning.compare.runs import (
+from bnlightning.compare.names import (
+    COMPARISON,
+    COMPARISON_CURVE,
+    COMPARISON_FIGURE,
+    COMPARISON_PAGE,
     COMPARISON_SUFFIX,
+    COMPARISON_TABLE,
+    EVENT_FILES,
+    PUBLISHED,
+    TEST,
+    VAL,
+    VAL_LOSS,
+    health_tag,
+    sort_key,
+    title_of,
+)
+from bnlightning.compare.runs import (
     Run,
     curves,
     digits,
     find_runs,
+    labels,
     measured_in_tests,
     published_curves,
     quartiles,
@@ -31,10 +46,14 @@ from bnlightning.compare.runs import (
     worst,
 )
 
-METRIC = "test metric"
-
 Draw = Callable[[Mapping[str, Sequence[Run]], str, str, Sequence[str]], Figure]
-"""Draws the runs of each variant: from these, the metric, a title and the notes to the comparison's figure."""
+"""A function from the runs of each variant, the metric, a title and the notes to the comparison's figure."""
+
+_METRIC = "test metric"
+_DESCRIPTION = (
+    "The figure of the comparison of all runs below this directory. The same file as `comparison.png`; "
+    "`comparison.md` has its tables."
+)
 
 
 @dataclass(frozen=True)
@@ -43,21 +62,25 @@ class Comparison:
 
     Args:
         directory: The compared directory.
-        runs: What was read, a run each, for numbers of your own.
-        rows: One mapping from column to text a variant. ``final cost``: median of the last ``val/loss`` over the
-            seeds, with the quartiles (of a metric that is no loss the column has the metric's name); ``dead``,
-            ``saturated``, ``non-finite``: the last ``health/val_*``, median over the seeds (without an evaluation
-            ``health/act_*``, of training batches); ``first non-finite``: the earliest step seen, after so many training
-            steps, and the module; ``seconds``: a run's time from its first to its last event, median over the seeds.
-        notes: What the tables say, in sentences.
-        results: One mapping from column to text a metric that the runs' tests logged as ``test/<metric>``:
-            ``test metric``, its name; ``published``, where :class:`~bnlightning.PublishedValues` logged some; each
-            variant's value, with several seeds the median and the quartiles. All digits of a float32, up to the eighth
-            behind the point.
-        curve: One mapping from column to text a step for which :class:`~bnlightning.PublishedCurve` logged a value of
-            the metric: ``step``, ``published``, and each variant's value, median over the seeds, to as many places as
-            the published ones have, four at least. Variants with publications of their own have a column
-            ``published (<variant>)`` each.
+        runs: The runs as they were read, for numbers of your own.
+        rows: One mapping from column to text for each variant, which is called as people call it: "no norm".
+            The columns are:
+
+            - ``final cost``: the last ``val/loss``, median over the seeds with the quartiles. A metric that is no loss
+              gives the column its own name.
+            - ``dead``, ``saturated``, ``non-finite``: the last ``health/val_*``, median over the seeds. Runs without
+              an evaluation have ``health/*``, which is over training batches.
+            - ``first non-finite``: the earliest step at which a layer put out NaN or infinity, and the layer.
+            - ``seconds``: the time from a run's first event to its last, median over the seeds.
+        notes: The sentences below the tables.
+        results: One mapping from column to text for each metric that a test logged as ``test/<metric>``.
+            ``test metric`` is its name. ``published`` is what :class:`~bnlightning.PublishedValues` logged. Each
+            variant's column has its value, or median and quartiles over several seeds. A value has all digits of a
+            float32, at most eight behind the point.
+        curve: One mapping from column to text for each step at which :class:`~bnlightning.PublishedCurve` logged a
+            value of the metric. The columns are ``step``, ``published`` and the variants, with medians over the seeds.
+            They have as many decimal places as the published values, at least four. If variants have publications of
+            their own, the columns are called ``published (<variant>)``.
         figure: The path of ``comparison.png``.
     """
 
@@ -78,7 +101,7 @@ class Comparison:
         return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
 
     def print(self) -> None:
-        """Print the tables, the path of the figure and the command that opens TensorBoard on the runs."""
+        """Print the tables, the notes, the path of the figure and the command that opens TensorBoard on the runs."""
         from rich.console import Console
 
         # Where the output goes to a file, a width of 80 would fold the table.
@@ -91,9 +114,12 @@ class Comparison:
         console.print(f"Look closer: tensorboard --logdir {shlex.quote(str(self.directory))}")
 
     def _tables(self) -> list[list[dict[str, str]]]:
-        """What is shown: no column without a value; tests beside what was published of them, or else with the rest."""
-        is_published = any("published" in result for result in self.results)
-        tests = {} if is_published else {f"test/{result[METRIC]}": result for result in self.results}
+        """The tables that people see.
+
+        A column without a value is left out. Test metrics have a table of their own only beside published values.
+        """
+        is_published = any(PUBLISHED in result for result in self.results)
+        tests = {} if is_published else {f"{TEST}/{result[_METRIC]}": result for result in self.results}
         rows = [row | {name: _shortened(result[row["variant"]]) for name, result in tests.items()} for row in self.rows]
         tables = [[{name: row[name] for name in row if any(each[name] != "-" for each in rows)} for row in rows]]
         if is_published:
@@ -103,29 +129,35 @@ class Comparison:
         return tables
 
 
-def compare_runs(directory: str | Path, metric: str = "val/loss", draw: Draw | None = None) -> Comparison:
+def compare_runs(directory: str | Path, metric: str = VAL_LOSS, draw: Draw | None = None) -> Comparison:
     """Compare the finished runs in and below a directory.
 
-    Writes ``comparison.png``, ``comparison.csv`` and ``comparison.md`` into the directory, and the figure into an event
-    file there, so that it is in TensorBoard's Images tab, too. An earlier comparison is replaced. Runs that differ in
-    nothing but ``seed-<number>`` in their directory's name are one variant.
+    The function writes ``comparison.png``, ``comparison.csv`` and ``comparison.md`` into the directory. The figure is
+    in TensorBoard's Images tab too, as a run called ``comparison``. An earlier comparison is replaced.
 
-    A run's last value of the metric is its result. With several seeds medians and quartiles are shown. A run that
-    diverged counts as worse than any that did not.
+    Runs are one variant if their directories' names differ in nothing but ``seed-<number>``. A run's result is its last
+    value of the metric. Several seeds are shown by median and quartiles. A run that diverged counts as worse than any
+    other.
 
-    Whatever a LightningModule's ``test_step`` logs as ``test/<metric>`` is shown by variant, and beside it
-    ``published/<metric>``, if that was logged, too; a text logged as ``test/note`` stands among the notes.
-    What was published of the metric over the steps, ``published/<metric>``, is drawn beside the curves, and a table
-    compares it with the runs' values at those steps; ``comparison_curve.csv`` holds them, too.
+    Some tags have a meaning here:
+
+    | tag | where it is shown |
+    |---|---|
+    | ``test/<metric>`` | in a table, by variant |
+    | ``published/<metric>`` | beside ``test/<metric>``, or beside the curve of a metric that is logged over the steps |
+    | ``test/note``, a text | among the notes |
+
+    Values that were published over the steps are compared with the runs' step by step. ``comparison_curve.csv`` holds
+    both.
 
     Args:
-        directory: With one run a subdirectory, at any depth.
+        directory: The directory that holds the runs, each in a subdirectory at any depth.
         metric: The tag of the cost or of an accuracy.
-        draw: Draws the figure, called with the runs of each variant (a mapping from its name to a sequence of runs,
-            as in :attr:`Comparison.runs`), the metric, a title and the notes. One of
+        draw: The function that draws the figure, called with the runs of each variant, the metric, a title and the
+            notes. The runs are a mapping from :attr:`Run.variant` to a sequence of runs. Give one of
             :mod:`bnlightning.compare.figures` with its options, such as
             ``functools.partial(draw_parameter, parameter="learning_rate")``, or your own. The default shows curves,
-            fits and how the values of every layer are distributed.
+            fits and the distribution of every layer's values.
 
     Raises:
         ValueError: If there is no run in the directory, or none with this metric.
@@ -139,13 +171,14 @@ def compare_runs(directory: str | Path, metric: str = "val/loss", draw: Draw | N
         known = sorted(set().union(*(run.scalars for run in runs)))
         raise ValueError(f"metric={metric!r} was logged by no run in {root}: choose one of {', '.join(known)}.")
     variants = _by_variant(runs)
-    rows = [_row(name, group, metric) for name, group in variants.items()]
-    notes = [note for name, group in variants.items() for note in _notes(name, group)]
-    results = _results(measured_in_tests(variants), [*variants])
-    curve, agreements = _curve(variants, metric)
+    words = labels(variants)
+    rows = [_row(words[name], group, metric) for name, group in variants.items()]
+    notes = [note for name, group in variants.items() for note in _notes(words[name], group)]
+    results = _results(measured_in_tests(variants), words)
+    curve, agreements = _curve(variants, metric, words)
     notes += agreements
-    comparison = Comparison(root, runs, rows, notes, results, curve, root / "comparison.png")
-    figure = (draw or overview.draw)(variants, metric, _title(root), notes)
+    comparison = Comparison(root, runs, rows, notes, results, curve, root / COMPARISON_FIGURE)
+    figure = (draw or overview.draw)(variants, metric, title_of(root.name, root.parent.name), notes)
     figure.savefig(comparison.figure)
     _write_image(root, comparison.figure)
     _write_tables(comparison)
@@ -154,16 +187,16 @@ def compare_runs(directory: str | Path, metric: str = "val/loss", draw: Draw | N
 
 def _write_tables(comparison: Comparison) -> None:
     root, rows, results = comparison.directory, comparison.rows, comparison.results
-    (root / "comparison.md").write_text(comparison.markdown, encoding="utf-8")
-    published = [{"variant": "published"}] if any("published" in result for result in results) else []
+    (root / COMPARISON_PAGE).write_text(comparison.markdown, encoding="utf-8")
+    published = [{"variant": PUBLISHED}] if any(PUBLISHED in result for result in results) else []
     lines = [
-        row | {f"test/{result[METRIC]}": result[row["variant"]] for result in results} for row in [*published, *rows]
+        row | {f"{TEST}/{result[_METRIC]}": result[row["variant"]] for result in results} for row in [*published, *rows]
     ]
-    _write_csv(root / "comparison.csv", lines)
+    _write_csv(root / COMPARISON_TABLE, lines)
     if comparison.curve:
-        _write_csv(root / "comparison_curve.csv", comparison.curve)
+        _write_csv(root / COMPARISON_CURVE, comparison.curve)
     else:
-        (root / "comparison_curve.csv").unlink(missing_ok=True)
+        (root / COMPARISON_CURVE).unlink(missing_ok=True)
 
 
 def _write_csv(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
@@ -190,12 +223,12 @@ def _table(rows: Sequence[dict[str, str]]) -> Any:
 
 
 def _results(
-    measured: Mapping[str, Mapping[str, NDArray[np.float64]]], variants: Sequence[str]
+    measured: Mapping[str, Mapping[str, NDArray[np.float64]]], words: Mapping[str, str]
 ) -> list[dict[str, str]]:
-    published = any("published" in values for values in measured.values())
-    columns = ["published", *variants] if published else variants
+    is_published = any(PUBLISHED in values for values in measured.values())
+    columns = {PUBLISHED: PUBLISHED, **words} if is_published else words
     return [
-        {METRIC: metric} | {name: _value(values.get(name, np.array([])), metric) for name in columns}
+        {_METRIC: metric} | {column: _value(values.get(name, np.array([])), metric) for name, column in columns.items()}
         for metric, values in measured.items()
     ]
 
@@ -211,7 +244,7 @@ def _value(values: NDArray[np.float64], metric: str) -> str:
 
 
 def _shortened(text: str) -> str:
-    """To four digits: all of them matter only beside published ones."""
+    """Four digits of a number: all of them matter only beside a published one."""
     try:
         return f"{float(text):.4g}"
     except ValueError:
@@ -219,7 +252,7 @@ def _shortened(text: str) -> str:
 
 
 def _marked(results: Sequence[dict[str, str]]) -> list[dict[str, str]]:
-    """Where a variant's digits are not the published ones, a mark says so."""
+    """The results with a mark at digits that are not the published ones."""
     return [
         {column: f"≠ {text}" if _differs(result, column) else text for column, text in result.items()}
         for result in results
@@ -227,12 +260,14 @@ def _marked(results: Sequence[dict[str, str]]) -> list[dict[str, str]]:
 
 
 def _differs(result: Mapping[str, str], column: str) -> bool:
-    published = result.get("published", "-")
-    return column != METRIC and "-" not in (published, result[column]) and result[column] != published
+    published = result.get(PUBLISHED, "-")
+    return column != _METRIC and "-" not in (published, result[column]) and result[column] != published
 
 
-def _curve(variants: Mapping[str, Sequence[Run]], metric: str) -> tuple[list[dict[str, str]], list[str]]:
-    """What was published of the metric and what the variants have at these steps; how well they agree, in sentences."""
+def _curve(
+    variants: Mapping[str, Sequence[Run]], metric: str, words: Mapping[str, str]
+) -> tuple[list[dict[str, str]], list[str]]:
+    """The published values beside the variants' at the same steps, and sentences on how well they agree."""
     published = published_curves(variants, metric)
     values = {value for curve in published.values() for value in curve.values()}
     places = max([4, *(len(digits(value).partition(".")[2]) for value in values if "e" not in digits(value))])
@@ -240,13 +275,13 @@ def _curve(variants: Mapping[str, Sequence[Run]], metric: str) -> tuple[list[dic
     columns: dict[str, dict[int, str]] = {}
     notes = []
     for name, curve in published.items():
-        reference = _publication(name, is_one)
+        reference = _publication(words[name], is_one)
         columns[reference] = {step: f"{value:.{places}f}" for step, value in curve.items()}
         steps, table = curves(variants[name], metric)
         medians = quartiles(table, worst(metric))[1] if len(steps) else []
         ours = dict(zip(steps.tolist(), medians, strict=True))
-        columns[name] = {step: f"{ours[step]:.{places}f}" for step in curve if step in ours}
-        notes.append(_agreement(name, variants[name], columns[reference], columns[name], metric))
+        columns[words[name]] = {step: f"{ours[step]:.{places}f}" for step in curve if step in ours}
+        notes.append(_agreement(words[name], variants[name], columns[reference], columns[words[name]], metric))
     rows = [
         {"step": str(step)} | {column: texts.get(step, "-") for column, texts in columns.items()}
         for step in sorted(set().union(*published.values()))
@@ -255,14 +290,14 @@ def _curve(variants: Mapping[str, Sequence[Run]], metric: str) -> tuple[list[dic
 
 
 def _publication(variant: str, is_one: bool) -> str:
-    """The column of what was published for a variant."""
-    return "published" if is_one else f"published ({variant})"
+    """The name of the column with the values that were published for a variant."""
+    return PUBLISHED if is_one else f"{PUBLISHED} ({variant})"
 
 
 def _agreement(
     name: str, runs: Sequence[Run], published: Mapping[int, str], ours: Mapping[int, str], metric: str
 ) -> str:
-    """How many of the published values a variant has, digit for digit, and how far it is from the others."""
+    """How many of a variant's values are exactly the published ones, and how far the others are from them."""
     differences = {step: abs(float(ours[step]) - float(published[step])) for step in published if step in ours}
     if not differences:
         return f"{name}: {metric} was published for {len(published)} steps, none of which was evaluated."
@@ -270,45 +305,39 @@ def _agreement(
     places = len(next(iter(published.values())).partition(".")[2])
     largest = max(differences, key=lambda step: differences[step])
     what = f"{metric}, median of {len(runs)} seeds" if len(runs) > 1 else metric
-    text = f"{name}: of {len(differences)} values of {what}, {equal} {'is' if equal == 1 else 'are'} exactly the "
-    text += f"published one{'' if equal == 1 else 's'}"
+    are = "is exactly the published one" if equal == 1 else "are exactly the published ones"
+    text = f"{name}: {equal} of {len(differences)} values of {what} {are}."
     if equal < len(differences):
-        text += f"; the largest difference is {differences[largest]:.{places}f}, at step {largest}"
-    return text + "."
+        text += f" The largest difference is {differences[largest]:.{places}f}, at step {largest}."
+    return text
 
 
 def _with_differences(curve: Sequence[dict[str, str]]) -> list[dict[str, str]]:
-    """Behind a variant's value how far it is above or below the published one, if it is not that."""
+    """The curve with each variant's difference from the published value, if there is one, behind its value."""
     return [{column: text + _difference(row, column) for column, text in row.items()} for row in curve]
 
 
 def _difference(row: Mapping[str, str], column: str) -> str:
     own = _publication(column, is_one=False)
-    published = row.get(own, row.get("published", "-"))
-    if column in ("step", "published") or "-" in (published, row[column]) or published == row[column]:
+    published = row.get(own, row.get(PUBLISHED, "-"))
+    if column in ("step", PUBLISHED) or "-" in (published, row[column]) or published == row[column]:
         return ""
     places = len(published.partition(".")[2])
     return f" ({float(row[column]) - float(published):+.{places}f})"
 
 
 def _by_variant(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """The runs of each variant, those without normalisation first, numbers in the names and seeds rising."""
-    names = sorted({run.variant for run in runs}, key=lambda name: ("none" not in name.split("_"), _by_numbers(name)))
+    """The runs of each variant. Variants without normalisation come first, numbers in the names and seeds rise."""
+    names = sorted({run.variant for run in runs}, key=sort_key)
     return {
         name: sorted((run for run in runs if run.variant == name), key=lambda run: (run.seed or 0, run.path))
         for name in names
     }
 
 
-def _by_numbers(name: str) -> list[Any]:
-    """To sort by: text and numbers by turns, so that 10 comes after 2 and 1e-05 before 0.001."""
-    parts = re.split(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)", name)
-    return [float(part) if index % 2 else part for index, part in enumerate(parts)]
-
-
 def _row(name: str, runs: Sequence[Run], metric: str) -> dict[str, str]:
     costs = np.array([cost for run in runs if (cost := run.last(metric)) is not None])
-    # What is called a loss is a cost; another metric has its own name.
+    # Only what is called a loss is a cost.
     result = "final cost" if re.search(r"loss|cost", metric.rpartition("/")[2]) else metric
     return {
         "variant": name,
@@ -358,13 +387,13 @@ def _first_nonfinite(runs: Sequence[Run]) -> str:
 
 
 def _earliest(found: Sequence[tuple[int, str]]) -> tuple[int, str]:
-    """The earliest step, and the modules of all runs in which it was that one."""
+    """The earliest step of all runs, and the layers it was found in."""
     first = min(step for step, _ in found)
     return first, " or ".join(sorted({layer for step, layer in found if step == first}))
 
 
 def _notes(name: str, runs: Sequence[Run]) -> list[str]:
-    """What its runs have to say, and what happened to a variant that did not stay finite: diverging is not dying."""
+    """A variant's own note, and what happened to it if it diverged."""
     notes = [f"{name}: {runs[0].note}"] if runs[0].note else []
     found = [run.first_nonfinite for run in runs if run.first_nonfinite is not None]
     if not found:
@@ -375,22 +404,28 @@ def _notes(name: str, runs: Sequence[Run]) -> list[str]:
     text = f"{who} diverged: after {steps} {layer} put out the first NaN or infinity. "
     nonfinite, dead = _share(runs, "nonfinite"), _share(runs, "dead")
     if "-" not in (nonfinite, dead):
-        text += f"At the end {nonfinite} of its activations are not finite and {dead} of its units are dead. "
-    text += "Diverged is not dead: a dead unit puts out zero for every input, these put out NaN."
+        text += f"At the end {nonfinite} of its values are not finite and {dead} of its units are dead. "
+    text += "Diverged is not dead: a dead unit puts out zero for every input, a diverged one puts out NaN."
     return [*notes, text]
 
 
-def _title(root: Path) -> str:
-    """The experiment's name, above the directory named by the time."""
-    return root.parent.name if re.match(r"\d{4}-\d\d-\d\d_", root.name) else root.name
-
-
 def _write_image(directory: Path, png: Path) -> None:
+    """Write the figure as a TensorBoard run of its own, with a description."""
     import matplotlib.image
-    from torch.utils.tensorboard import SummaryWriter
+    from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_BLOB_SEQUENCE, Summary
+    from tensorboard.plugins.image.metadata import create_summary_metadata
+    from torch.utils.tensorboard import FileWriter
 
-    for old in directory.glob(f"events.out.tfevents.*{COMPARISON_SUFFIX}"):
-        old.unlink()
-    pixels = (matplotlib.image.imread(png)[:, :, :3] * 255).round().astype(np.uint8)
-    with SummaryWriter(str(directory), filename_suffix=COMPARISON_SUFFIX) as writer:
-        writer.add_image("comparison", pixels, dataformats="HWC")
+    run = directory / COMPARISON
+    # Comparisons of earlier versions wrote into the directory itself.
+    for folder in (directory, run):
+        for old in folder.glob(f"{EVENT_FILES}{COMPARISON_SUFFIX}"):
+            old.unlink()
+    height, width, channels = matplotlib.image.imread(png).shape
+    image = Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=png.read_bytes())
+    metadata = create_summary_metadata(COMPARISON, _DESCRIPTION, converted_to_tensor=True)
+    # Without it TensorBoard's fast loader drops the description.
+    metadata.data_class = DATA_CLASS_BLOB_SEQUENCE
+    writer = FileWriter(str(run), filename_suffix=COMPARISON_SUFFIX)
+    writer.add_summary(Summary(value=[Summary.Value(tag=COMPARISON, image=image, metadata=metadata)]))
+    writer.close()

@@ -11,10 +11,22 @@ import numpy as np
 from lightning.pytorch.core.saving import load_hparams_from_yaml
 from numpy.typing import NDArray
 
-COMPARISON_SUFFIX = ".comparison"
-"""Ends the name of the event file that a comparison writes, so that it is not taken for a run."""
+from bnlightning.compare.names import (
+    COMPARISON_SUFFIX,
+    EVENT_FILES,
+    FIRST_NONFINITE_LAYER,
+    HPARAMS,
+    NOTE,
+    PREDICTION,
+    PUBLISHED,
+    TEST,
+    TRAIN_LOSS,
+    VAL_LOSS,
+    RunName,
+    parse_run_directory,
+    published_tag,
+)
 
-_SEED = re.compile(r"(?:^|[_/])seed-(\d+)(?=[_/]|$)")
 _HIGHER_IS_BETTER = re.compile(
     r"(?:^|_)(?:acc|accuracy|auc|auroc|ap|map|precision|recall|f1|iou|dice|r2|psnr|ssim)(?:_|$)"
 )
@@ -22,7 +34,13 @@ _HIGHER_IS_BETTER = re.compile(
 
 @dataclass(frozen=True)
 class HistogramAt:
-    """A histogram of one step: counts between ascending edges, one more of these."""
+    """A layer's values at one step.
+
+    Args:
+        step: The step.
+        edges: The borders of the bins, rising, shape ``(bins + 1,)``.
+        counts: How many values each bin holds, shape ``(bins,)``.
+    """
 
     step: int
     edges: NDArray[np.float64]
@@ -34,16 +52,17 @@ class Run:
     """What one training run wrote.
 
     Args:
-        path: Its directory.
-        variant: The directory's name below the compared one, less the seed.
-        seed: From the directory's name or from ``hparams.yaml``; ``None`` if neither tells.
-        hparams: Hyperparameters from ``hparams.yaml``, nested as they were saved; empty without the file.
-        scalars: Steps and values by tag.
-        histograms: By tag, steps rising.
-        predictions: ``(step, array of shape (N, 3) with columns x, y, prediction)``, steps rising.
-        first_nonfinite: Step and module path of the first non-finite output, if there was one.
-        note: What the run's module wrote under ``test/note``, if it did.
-        seconds: From the first to the last event.
+        path: The run's directory.
+        variant: The directory's path below the compared one, less the seed: ``"custom_depth-10"``.
+        seed: The seed from the directory's name or from ``hparams.yaml``. ``None`` if neither has one.
+        hparams: The hyperparameters from ``hparams.yaml``, nested as they were saved. Empty without the file.
+        scalars: Steps and values by tag, in the order of writing.
+        histograms: A layer's histograms by tag, steps rising.
+        predictions: Pairs of a step and an array of shape ``(N, 3)`` with columns x, y and prediction, steps rising.
+        first_nonfinite: The step and the module path of the first output with NaN or infinity. ``None`` if none was
+            seen.
+        note: The text under ``test/note``, ``None`` if there is none.
+        seconds: The time from the first to the last scalar.
     """
 
     path: Path
@@ -58,14 +77,17 @@ class Run:
     seconds: float
 
     def last(self, tag: str) -> float | None:
-        """The last value of a scalar."""
+        """The last value of a scalar, ``None`` if the run has no such tag."""
         return float(self.scalars[tag][1][-1]) if tag in self.scalars else None
 
     def hparam(self, name: str) -> Any:
-        """A hyperparameter; of a nested one the path with dots, such as ``norm_options.momentum``.
+        """The value of a hyperparameter.
+
+        Args:
+            name: The hyperparameter's name. A nested one has a path with dots, such as ``norm_options.momentum``.
 
         Raises:
-            ValueError: If the run has none of this name.
+            ValueError: If the run has no hyperparameter of this name.
         """
         value: Any = self.hparams
         for part in name.split("."):
@@ -76,32 +98,41 @@ class Run:
         return value
 
     def has_diverged(self, metric: str) -> bool:
-        """Whether the run met NaN or infinity: a monitor saw it, or the last value of a loss or the metric is that.
+        """Whether the run met NaN or infinity.
 
-        Accuracies stay finite in a run that diverged.
+        Either a monitor saw it, or the last value of a loss or of the metric is not finite. The losses count too,
+        since an accuracy stays finite in a run that diverged.
         """
-        last = [self.last(tag) for tag in (metric, "train/loss", "val/loss")]
+        last = [self.last(tag) for tag in (metric, TRAIN_LOSS, VAL_LOSS)]
         return self.first_nonfinite is not None or not all(value is None or np.isfinite(value) for value in last)
 
 
 def is_higher_better(metric: str) -> bool:
-    """Whether a metric is known by its name for one that grows as a model gets better, such as ``val/acc``."""
+    """Whether a metric grows as a model gets better. Its name tells, such as ``val/acc``."""
     return _HIGHER_IS_BETTER.search(metric.rpartition("/")[2].lower()) is not None
 
 
 def worst(metric: str) -> float:
-    """What a run that diverged counts as, for the order of the runs."""
+    """The value that a run that diverged counts as: worse than any other."""
     return -np.inf if is_higher_better(metric) else np.inf
 
 
 def find_runs(directory: Path) -> list[Path]:
-    """The directories at or below ``directory`` with an event file of a run, sorted."""
-    files = directory.rglob("events.out.tfevents.*")
+    """The directories at or below ``directory`` with an event file of a run, sorted.
+
+    The event file of a comparison belongs to no run.
+    """
+    files = directory.rglob(EVENT_FILES)
     return sorted({file.parent for file in files if not file.name.endswith(COMPARISON_SUFFIX)})
 
 
 def read_run(path: Path, root: Path) -> Run:
-    """Read the event files in ``path``, a directory at or below ``root``."""
+    """Read a run from its event files.
+
+    Args:
+        path: The run's directory.
+        root: The compared directory, at or above ``path``.
+    """
     # Takes 0.2 s, which importing the package should not.
     from tensorboard.backend.event_processing import event_accumulator as ea
 
@@ -109,8 +140,8 @@ def read_run(path: Path, root: Path) -> Run:
     events = ea.EventAccumulator(str(path), size_guidance=keep_all)
     events.Reload()
     tags = events.Tags()
-    name = path.relative_to(root).as_posix() if path != root else path.name
     hparams = _hparams(path)
+    name = parse_run_directory(path.relative_to(root).as_posix() if path != root else path.name, _by_last_name(hparams))
     times: list[float] = []
     scalars = {}
     for tag in tags[ea.SCALARS]:
@@ -119,47 +150,81 @@ def read_run(path: Path, root: Path) -> Run:
         times += [items[0].wall_time, items[-1].wall_time]
         scalars[tag] = (np.array([item.step for item in items]), np.array([item.value for item in items]))
     if any((np.diff(steps) < 0).any() for steps, _ in scalars.values()):
-        warnings.warn(f"{path} holds several trainings, which are read as one: give each a directory.", stacklevel=2)
+        warnings.warn(
+            f"{path} holds several trainings, which are read as one: give each a directory of its own.", stacklevel=2
+        )
     return Run(
         path=path,
-        variant=_SEED.sub("", name).strip("_/") or name,
+        variant=name.without_seed,
         seed=_seed(name, hparams),
         hparams=hparams,
         scalars=scalars,
         histograms={tag: _histograms(events.Histograms(tag)) for tag in tags[ea.HISTOGRAMS]},
-        predictions=_tensors(events, tags[ea.TENSORS], "val/prediction"),
-        first_nonfinite=_text(events, tags[ea.TENSORS], "health/first_nonfinite_layer"),
-        note=note[1] if (note := _text(events, tags[ea.TENSORS], "test/note")) is not None else None,
+        predictions=_tensors(events, tags[ea.TENSORS], PREDICTION),
+        first_nonfinite=_text(events, tags[ea.TENSORS], FIRST_NONFINITE_LAYER),
+        note=note[1] if (note := _text(events, tags[ea.TENSORS], NOTE)) is not None else None,
         seconds=max(times, default=0.0) - min(times, default=0.0),
     )
 
 
-def measured_in_tests(variants: Mapping[str, Sequence[Run]]) -> dict[str, dict[str, NDArray[np.float64]]]:
-    """What the runs' tests measured: the last values over a variant's runs, by metric and then by variant.
+def labels(variants: Mapping[str, Sequence[Run]]) -> dict[str, str]:
+    """What people read for each variant: "no norm", "batch norm (ours), depth 10".
 
-    The metrics are those logged as ``test/<metric>``. Where a run logged ``published/<metric>``, too, that value stands
-    before the variants', as ``published``.
+    Args:
+        variants: The runs of each variant, by :attr:`Run.variant`.
+    """
+    texts = {variant: name.in_words for variant, name in run_names(variants).items()}
+    # Two directories may read the same. Their names then tell them apart.
+    return texts if len(set(texts.values())) == len(texts) else {variant: variant for variant in variants}
+
+
+def run_names(variants: Mapping[str, Sequence[Run]]) -> dict[str, RunName]:
+    """The directory name of each variant, taken apart."""
+    return {
+        variant: parse_run_directory(variant, _by_last_name(runs[0].hparams) if runs else None)
+        for variant, runs in variants.items()
+    }
+
+
+def measured_in_tests(variants: Mapping[str, Sequence[Run]]) -> dict[str, dict[str, NDArray[np.float64]]]:
+    """The numbers that the runs' tests logged as ``test/<metric>``.
+
+    Args:
+        variants: The runs of each variant.
+
+    Returns:
+        The last value of each run, by metric and then by variant. If a run logged ``published/<metric>``, that value
+        stands before the variants' under the name ``published``.
     """
     everything = [run for runs in variants.values() for run in runs]
-    columns = {"published": ("published/", everything)} | {name: ("test/", runs) for name, runs in variants.items()}
+    columns = {PUBLISHED: (PUBLISHED, everything)} | {name: (TEST, runs) for name, runs in variants.items()}
     results: dict[str, dict[str, NDArray[np.float64]]] = {}
     for tag in dict.fromkeys(tag for run in everything for tag in run.scalars):
         group, _, metric = tag.partition("/")
-        if group not in ("test", "published") or metric in results or _is_curve(metric, everything):
+        if group not in (TEST, PUBLISHED) or metric in results or _is_curve(metric, everything):
             continue
         found = {
-            name: [run.scalars[prefix + metric][1][-1] for run in runs if prefix + metric in run.scalars]
-            for name, (prefix, runs) in columns.items()
+            name: [last for run in runs if (last := run.last(f"{kind}/{metric}")) is not None]
+            for name, (kind, runs) in columns.items()
         }
         # One publication, however many runs stand beside it.
         results[metric] = {
-            name: np.array(values[:1] if name == "published" else values) for name, values in found.items() if values
+            name: np.array(values[:1] if name == PUBLISHED else values) for name, values in found.items() if values
         }
     return results
 
 
 def curves(runs: Sequence[Run], metric: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The steps all runs have, and their values there, one run a row; what is not finite counts as the worst."""
+    """A metric over the steps that all runs have.
+
+    Args:
+        runs: The runs of one variant.
+        metric: The tag. Runs without it are left out.
+
+    Returns:
+        The steps, shape ``(steps,)``, and the values, shape ``(runs, steps)``. A value that is not finite counts as the
+        worst.
+    """
     logged = [run.scalars[metric] for run in runs if metric in run.scalars]
     if not logged:
         return np.array([], dtype=np.int64), np.zeros((0, 0))
@@ -170,10 +235,17 @@ def curves(runs: Sequence[Run], metric: str) -> tuple[NDArray[np.int64], NDArray
 
 
 def published_curves(variants: Mapping[str, Sequence[Run]], metric: str) -> dict[str, dict[int, float]]:
-    """What was published for a metric, value by step, for each variant; no variants if nothing was.
+    """The values that were published for a metric over the steps.
 
-    One publication that any of the runs logged is for all variants; if variants logged different ones, each is for
-    those that did.
+    All variants share one publication, whichever of their runs logged it. If variants logged different ones, each
+    belongs to the variants that logged it.
+
+    Args:
+        variants: The runs of each variant.
+        metric: The tag of the metric, such as ``val/acc``.
+
+    Returns:
+        The published value by step, for each variant. Empty if nothing was published.
     """
     if not _is_curve(metric, [run for runs in variants.values() for run in runs]):
         return {}
@@ -181,7 +253,7 @@ def published_curves(variants: Mapping[str, Sequence[Run]], metric: str) -> dict
         name: {
             int(step): float(value)
             for run in runs
-            if (tag := f"published/{metric}") in run.scalars
+            if (tag := published_tag(metric)) in run.scalars
             for step, value in zip(*run.scalars[tag], strict=True)
         }
         for name, runs in variants.items()
@@ -195,22 +267,26 @@ def published_curves(variants: Mapping[str, Sequence[Run]], metric: str) -> dict
 
 
 def _is_curve(metric: str, runs: Sequence[Run]) -> bool:
-    """Whether ``published/<metric>`` is of a metric that is logged over the steps, and not of ``test/<metric>``."""
-    return not any(f"test/{metric}" in run.scalars for run in runs) and any(metric in run.scalars for run in runs)
+    """Whether ``published/<metric>`` belongs to a metric that is logged over the steps, not to ``test/<metric>``."""
+    return not any(f"{TEST}/{metric}" in run.scalars for run in runs) and any(metric in run.scalars for run in runs)
 
 
 def digits(value: float) -> str:
-    """The digits that tell a float32 from its neighbours, at most eight behind the point, as numpy prints arrays."""
+    """The digits that tell a float32 from its neighbours, as numpy prints arrays: at most eight behind the point."""
     return np.array2string(np.array([value], dtype=np.float32), precision=8, floatmode="maxprec")[1:-1].removesuffix(
         "."
     )
 
 
 def quartiles(values: NDArray[np.float64], worst: float = np.inf) -> NDArray[np.float64]:
-    """The quartiles over the first dimension, three along a new first one.
+    """The quartiles over the first dimension.
 
-    A run that diverged is worse than any that did not: it counts as ``worst``, for the order; of costs that is
-    infinity, of what is better the higher it is ``-inf``.
+    Args:
+        values: One run a row, shape ``(runs, ...)``.
+        worst: The value that a run that diverged counts as: infinity for costs, ``-inf`` for accuracies.
+
+    Returns:
+        Lower quartile, median and upper quartile, shape ``(3, ...)``.
     """
     ordered = np.where(np.isfinite(values), values, worst)
     if np.isfinite(ordered).all():
@@ -247,28 +323,35 @@ def _text(events: Any, tags: Sequence[str], tag: str) -> tuple[int, str] | None:
     return item.step, item.tensor_proto.string_val[0].decode()
 
 
-def _seed(name: str, hparams: Mapping[str, Any]) -> int | None:
-    match = _SEED.search(name)
-    seed = int(match[1]) if match else hparams.get("seed")
+def _seed(name: RunName, hparams: Mapping[str, Any]) -> int | None:
+    seed = hparams.get("seed") if name.seed is None else name.seed
     return seed if isinstance(seed, int) else None
 
 
 def _hparams(path: Path) -> dict[str, Any]:
-    file = path / "hparams.yaml"
+    file = path / HPARAMS
     if not file.is_file():
         return {}
     try:
         hparams = load_hparams_from_yaml(str(file), use_omegaconf=False)
     except Exception:
-        # A run of somebody else's, with a file of the same name: it tells nothing.
+        # Another project's file of the same name.
         return {}
     return hparams if isinstance(hparams, dict) else {}
 
 
 def _paths(hparams: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The names of all hyperparameters, of nested ones the paths."""
+    """The names of all hyperparameters. A nested one has a path with dots."""
     nested = [
         _paths(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else [f"{prefix}{name}"]
         for name, value in hparams.items()
     ]
     return [path for paths in nested for path in paths]
+
+
+def _by_last_name(hparams: Mapping[str, Any]) -> dict[str, Any]:
+    """All hyperparameters by the last part of their paths, which directories are named by."""
+    found: dict[str, Any] = {}
+    for name, value in hparams.items():
+        found |= _by_last_name(value) if isinstance(value, Mapping) else {str(name): value}
+    return found

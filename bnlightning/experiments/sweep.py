@@ -15,6 +15,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from bnlightning._check import check_integer
+from bnlightning.compare.names import NO_VARIANT, run_directory
 
 
 def _overrides(config: DictConfig) -> list[Override]:
@@ -123,16 +124,16 @@ def subdirectory(config: DictConfig) -> str:
     """A run's directory, in terms of its own configuration: the normalisation and whatever else is swept."""
     swept = [o for o in _overrides(config) if o.is_sweep_override() and o.key_or_group != "model.norm"]
     last = [override.key_or_group.split(".")[-1] for override in swept]
-    parts = ["${oc.select:model.norm,run}"]
+    settings = {}
     for override, short in zip(swept, last, strict=True):
         key = override.key_or_group
         label = short if last.count(short) == 1 else key
         values = list(override.sweep_string_iterator())
         if GlobalHydra.instance().config_loader().get_group_options(key):
-            parts.append(f"{label}-${{hydra.runtime.choices.{key}}}")
+            settings[label] = f"${{hydra.runtime.choices.{key}}}"
         elif all(re.fullmatch(r"[\w.+-]{1,60}", value) for value in values):
-            parts.append(f"{label}-${{{key}}}")
-        elif "job-${hydra.job.num}" not in parts:
+            settings[label] = f"${{{key}}}"
+        else:
             # Values that make no name, such as lists and paths.
-            parts.append("job-${hydra.job.num}")
-    return "_".join(parts)
+            settings["job"] = "${hydra.job.num}"
+    return run_directory(f"${{oc.select:model.norm,{NO_VARIANT}}}", settings)

@@ -78,9 +78,9 @@ def test_every_experiment_runs_and_leaves_one_tidy_directory(experiment, run_mod
     assert result.stderr == ""
     directory = run_directory(tmp_path, experiment)
     files = {path.name for path in directory.iterdir()}
-    (events,) = [name for name in files if name.endswith(".comparison")]
     variants = VARIANTS.get(experiment, {"none", "custom"})
-    assert files - {events} == {"multirun.yaml", "comparison.png", "comparison.csv", "comparison.md"} | variants
+    comparison = {"comparison", "comparison.png", "comparison.csv", "comparison.md"}
+    assert files == {"multirun.yaml"} | comparison | variants
     for variant in variants:
         names = {re.sub(r"tfevents.*", "tfevents", path.name) for path in (directory / variant).iterdir()}
         assert names == {"events.out.tfevents", "checkpoints", ".hydra", "hparams.yaml", "finished"}
@@ -99,21 +99,22 @@ def test_every_experiment_runs_and_leaves_one_tidy_directory(experiment, run_mod
         assert checkpoint["global_step"] == 12
     assert str(directory / "comparison.png") in result.stdout
     assert f"tensorboard --logdir {directory}" in result.stdout
-    assert "comparison" in read_events(directory).Tags()["images"]
+    assert read_events(directory / "comparison").Tags()["images"] == ["comparison"]
 
 
 @pytest.mark.slow
 def test_the_command_line_narrows_and_widens_the_variants(run_module, tmp_path):
     run_module("bnlightning.train", "+experiment=tanh", "model.norm=torch", *SHORT)
     directory = run_directory(tmp_path, "tanh")
-    assert {path.name for path in directory.iterdir() if path.is_dir()} == {"torch"}
+    assert {path.name for path in directory.iterdir() if path.is_dir()} == {"comparison", "torch"}
     result = run_module(
         "bnlightning.train", "+experiment=tanh", "model.norm=none,torch", "seed=1,2", "output_dir=here", *SHORT
     )
     names = {path.name for path in (tmp_path / "here").iterdir() if path.is_dir()}
-    assert names == {"none_seed-1", "none_seed-2", "torch_seed-1", "torch_seed-2"}
+    assert names == {"comparison", "none_seed-1", "none_seed-2", "torch_seed-1", "torch_seed-2"}
     with (tmp_path / "here" / "comparison.csv").open() as file:
-        assert [(row["variant"], row["seeds"]) for row in csv.DictReader(file)] == [("none", "1, 2"), ("torch", "1, 2")]
+        rows = [(row["variant"], row["seeds"]) for row in csv.DictReader(file)]
+    assert rows == [("no norm", "1, 2"), ("batch norm (torch)", "1, 2")]
     assert "1, 2" in result.stdout
 
 
@@ -150,7 +151,10 @@ hydra:
 def test_without_an_experiment_it_trains_the_default_and_says_how_to_look(run_module, tmp_path):
     result = run_module("bnlightning.train", *SHORT)
     assert result.returncode == 0, result.stderr
-    assert {path.name for path in run_directory(tmp_path, "train").iterdir() if path.is_dir()} == {"custom"}
+    assert {path.name for path in run_directory(tmp_path, "train").iterdir() if path.is_dir()} == {
+        "comparison",
+        "custom",
+    }
 
 
 @pytest.mark.slow
@@ -191,9 +195,9 @@ def test_relu_without_normalisation_diverges_and_is_not_called_dead(run_module, 
         assert scalar(events, f"layer_val_dead/net.act{index}")[50] == 0.0
     with (directory / "comparison.csv").open() as file:
         rows = {row["variant"]: row for row in csv.DictReader(file)}
-    assert rows["none"]["final cost"] == "not finite" and rows["none"]["first non-finite"] == f"step 1, {layer}"
-    assert rows["none"]["dead"] == "0.0 %" and rows["none"]["non-finite"] == "100.0 %"
-    assert rows["custom"]["first non-finite"] == "none seen"
+    assert rows["no norm"]["final cost"] == "not finite" and rows["no norm"]["first non-finite"] == f"step 1, {layer}"
+    assert rows["no norm"]["dead"] == "0.0 %" and rows["no norm"]["non-finite"] == "100.0 %"
+    assert rows["batch norm (ours)"]["first non-finite"] == "none seen"
     assert (
         "Diverged is not dead" in result.stdout and "Diverged is not dead" in (directory / "comparison.md").read_text()
     )
@@ -309,7 +313,7 @@ def test_sweeps_are_named_by_what_they_sweep(run_module, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     names = {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()}
-    assert names == {
+    assert names - {"comparison"} == {
         f"custom_experiment-{experiment}_data.seed-{data}_seed-{seed}"
         for experiment in ("tanh", "relu")
         for data in (3, 4)
@@ -370,8 +374,8 @@ def test_parallel_runs_give_what_they_give_one_after_the_other(run_module, tmp_p
         recorded = OmegaConf.load(tmp_path / "two" / name / ".hydra" / "hydra.yaml").hydra.runtime.output_dir
         assert recorded == str(tmp_path / "two" / name)
     # Where each run was: two processes, and neither the one that waits.
-    processes = {path.name.split(".")[-2] for path in (tmp_path / "two").glob("*/events.out.tfevents.*")}
-    (comparison,) = (tmp_path / "two").glob("*.comparison")
+    processes = {path.name.split(".")[-2] for path in (tmp_path / "two").glob("*_seed-*/events.out.tfevents.*")}
+    (comparison,) = (tmp_path / "two" / "comparison").iterdir()
     assert len(processes) == 2 and comparison.name.split(".")[-3] not in processes
 
 

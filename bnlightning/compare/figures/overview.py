@@ -1,10 +1,8 @@
-"""The figure of a comparison: costs, fits, and how the values of every layer are distributed over the steps."""
+"""The default figure of a comparison: costs, fits, test metrics, and the distribution of every layer's values."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from textwrap import fill
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,68 +12,65 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import blended_transform_factory
 from numpy.typing import NDArray
 
-from bnlightning.compare.names import VAL, Tag, parse_tag
+from bnlightning.compare.figures.style import (
+    POINTS,
+    WARNING,
+    Variants,
+    histogram_range,
+    legend_of,
+    metric_in_words,
+    quantiles,
+    set_value_limits,
+    style,
+    value_range,
+)
+from bnlightning.compare.names import PUBLISHED, VAL, Tag, parse_tag
 from bnlightning.compare.runs import (
     HistogramAt,
     Run,
     curves,
     digits,
     is_higher_better,
+    labels,
     measured_in_tests,
     published_curves,
     quartiles,
     worst,
 )
 
-Variants = Mapping[str, Sequence[Run]]
-
 _MAX_COLUMNS = 8
 _MAX_STEPS = 6
 _BINS = 40
 _MAX_RESULTS = 20
 _MIN_VALUES = 10
-# Told apart in grey, too: by lightness and by line style.
-_STYLES = {
-    "none": ("#c44e00", (0, (5, 2))),
-    "custom": ("#08306b", "solid"),
-    "torch": ("#41ab5d", (0, (1, 1))),
-}
-_OTHER_COLORS = ("#6a51a3", "#525252", "#a63603", "#0868ac", "#238b45", "#ce1256", "#b8860b", "#17becf")
-_OTHER_LINES = ("solid", (0, (5, 2)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (3, 1, 1, 1, 1, 1)))
-_MEANINGS = {
-    "none": "without normalisation",
-    "custom": "with bnlightning's batch normalisation",
-    "torch": "with torch's batch normalisation",
-}
-_ORDER_OF_MAGNITUDE = 30.0
-# As one says it.
-_SETS = {"train": "training", "val": "validation", "test": "test"}
-_WORDS = {"acc": "accuracy"}
+# The width of the table of test metrics, in bold letters of one point.
+_HEADINGS = 650.0
 
 
 def draw(variants: Variants, metric: str, title: str, notes: Sequence[str]) -> Figure:
-    """Draw the runs of each variant; the first seed's where a panel can show only one."""
-    # Beside curves only what was published, too; the table has the rest.
-    measured = measured_in_tests(variants)
-    if max(len(curves(runs, metric)[0]) for runs in variants.values()) > 2:
-        measured = {name: values for name, values in measured.items() if "published" in values}
-    results = dict(list(measured.items())[:_MAX_RESULTS])
+    """Draw the runs of each variant. A panel that can show only one run shows the first seed's.
+
+    Args:
+        variants: The runs of each variant.
+        metric: The tag of the cost or of an accuracy.
+        title: The title above the figure.
+        notes: The sentences below the figure.
+    """
+    is_curve = max(len(curves(runs, metric)[0]) for runs in variants.values()) > 2
+    results = _shown_results(variants, is_curve)
     layers = _layers(variants)
     rows = len(variants) if layers else 0
     texts = [fill(note, 165) for note in notes]
     lines = sum(text.count("\n") + 1 for text in texts)
     tests = [1.2 + 0.27 * len(results)] if results else []
-    legend = 0.55 + 0.24 * (len(variants) + 1 + bool(_shared_beginning(variants)))
+    legend = 0.55 + 0.24 * (len(variants) + 1 + bool(legend_of(variants)[0]))
     fitted = {name: runs[0].predictions[-1] for name, runs in variants.items() if runs[0].predictions}
     # Two evaluations are no curve, where there are other results to show.
-    evaluations = max(len(curves(runs, metric)[0]) for runs in variants.values())
-    shown = [3.4, legend] if not results or fitted or evaluations > 2 else []
+    shown = [3.4, legend] if not results or fitted or is_curve else []
     heights = [0.85, *tests, *shown, *([0.7] if rows else []), *[2.42] * rows]
     heights.append(0.3 + 0.24 * lines + 0.1 * len(texts))
     figure = Figure(figsize=(15.0, sum(heights)), dpi=100, facecolor="white")
     figure.text(0.015, 1 - 0.3 / sum(heights), title, fontsize=15, weight="bold", va="center")
-    meanings = "; ".join(f"{name}: {_MEANINGS[name]}" for name in variants if name in _MEANINGS)
-    figure.text(0.985, 1 - 0.3 / sum(heights), meanings, fontsize=11, va="center", ha="right")
     page = figure.add_gridspec(
         len(heights), 1, height_ratios=heights, left=0.075, right=0.985, top=1.0, bottom=0.0, hspace=0.0
     )
@@ -95,28 +90,12 @@ def draw(variants: Variants, metric: str, title: str, notes: Sequence[str]) -> F
     return figure
 
 
-def in_words(metric: str) -> str:
-    """A metric as one says it: of ``val/acc`` the validation accuracy."""
-    group, _, name = metric.rpartition("/")
-    return f"{_SETS.get(group, group)} {_WORDS.get(name, name.replace('_', ' '))}".strip()
-
-
-def _shared_beginning(variants: Variants) -> str:
-    """What all names begin with up to the value that tells them apart: ``custom_depth-`` of two depths."""
-    first = next(iter(variants))
-    # The minus sign of an exponent stands behind one letter.
-    beginnings = [first[: match.end()] for match in re.finditer(r"[^\W\d]{2}-", first) if len(variants) > 1]
-    return max((text for text in beginnings if all(name.startswith(text) for name in variants)), key=len, default="")
-
-
-def style(name: str, variants: Variants) -> tuple[str, Any]:
-    """A normalisation's own color and line, whatever it is compared with; other variants take what is left."""
-    if name in _STYLES:
-        return _STYLES[name]
-    index = [variant for variant in variants if variant not in _STYLES].index(name)
-    # All colors before a line style comes again with another one.
-    line = _OTHER_LINES[(index + index // len(_OTHER_COLORS)) % len(_OTHER_LINES)]
-    return _OTHER_COLORS[index % len(_OTHER_COLORS)], line
+def _shown_results(variants: Variants, is_curve: bool) -> dict[str, dict[str, NDArray[np.float64]]]:
+    """The test metrics that are drawn. Beside a curve only those with published values: the table has the rest."""
+    measured = measured_in_tests(variants)
+    if is_curve:
+        measured = {name: values for name, values in measured.items() if PUBLISHED in values}
+    return dict(list(measured.items())[:_MAX_RESULTS])
 
 
 def _draw_curves(
@@ -136,6 +115,7 @@ def _draw_costs(axes: Axes, variants: Variants, metric: str) -> None:
     logged = {name: curves(runs, metric) for name, runs in variants.items()}
     logged = {name: curve for name, curve in logged.items() if len(curve[0])}
     published = _published_lines(variants, metric)
+    title, names = legend_of(variants)
     medians = [quartiles(costs, worst(metric))[1] for _, costs in logged.values()]
     # What a network that has learnt nothing yet gets right would flatten all that comes later.
     first = 1 if is_higher_better(metric) and all(len(median) > 2 for median in medians) else 0
@@ -148,7 +128,7 @@ def _draw_costs(axes: Axes, variants: Variants, metric: str) -> None:
         # A curve of one point would be no line.
         marker = "o" if np.isfinite(median).sum() == 1 else None
         shown = np.where(np.isfinite(median), median, np.nan)
-        label = f"{name.removeprefix(_shared_beginning(variants))}{outcome}"
+        label = names[name] + outcome
         axes.plot(steps, shown, color=color, linestyle=line, linewidth=2.2, marker=marker, label=label)
         if len(costs) > 1:
             bottom = np.where(np.isfinite(lower), lower, low)
@@ -163,7 +143,7 @@ def _draw_costs(axes: Axes, variants: Variants, metric: str) -> None:
     set_value_limits(axes, low, high, metric)
     seeds = max(len(runs) for runs in variants.values())
     axes.set_title(
-        (in_words(metric).capitalize() if is_higher_better(metric) else "Cost")
+        (metric_in_words(metric).capitalize() if is_higher_better(metric) else "Cost")
         + (f", median and quartiles of {seeds} seeds" if seeds > 1 else ""),
         fontsize=11,
         loc="left",
@@ -172,62 +152,38 @@ def _draw_costs(axes: Axes, variants: Variants, metric: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
     axes.set_ylabel(metric)
     axes.grid(alpha=0.25)
-    _draw_legend(axes, variants)
+    _draw_legend(axes, title)
 
 
-def _draw_legend(axes: Axes, variants: Variants) -> None:
-    """Below the axes, where it hides nothing."""
+def _draw_legend(axes: Axes, title: str) -> None:
+    """Draw the legend below the axes, where it hides nothing."""
     axes.legend(
         loc="upper left", bbox_to_anchor=(-0.02, -0.16), fontsize=11, handlelength=3.5, frameon=False,
-        borderaxespad=0.0, title=_shared_beginning(variants).removesuffix("-") or None, title_fontsize=11,
-        alignment="left",
+        borderaxespad=0.0, title=title or None, title_fontsize=11, alignment="left",
     )  # fmt: skip
 
 
 def _published_lines(variants: Variants, metric: str) -> dict[str, tuple[NDArray[np.int64], NDArray[np.float64]]]:
-    """What was published of a metric, by label: once, if it is the same for all variants."""
+    """The steps and values that were published for a metric, by label. One label if all variants share them."""
     published = published_curves(variants, metric)
+    words = labels(variants)
     is_one = len({tuple(curve.items()) for curve in published.values()}) == 1
     return {
-        "published" if is_one else f"published ({name})": (np.array([*curve]), np.array([*curve.values()]))
+        PUBLISHED if is_one else f"{PUBLISHED} ({words[name]})": (np.array([*curve]), np.array([*curve.values()]))
         for name, curve in published.items()
     }
 
 
-def value_range(curves: Sequence[NDArray[np.float64]], metric: str) -> tuple[float, float]:
-    """Limits that hold every curve; of costs less the few values that would flatten all others."""
-    finite = np.concatenate([np.zeros(0), *(values[np.isfinite(values)] for values in map(np.asarray, curves))])
-    if not len(finite):
-        return 0.0, 1.0
-    low = float(finite.min())
-    if is_higher_better(metric):
-        return low, float(finite.max())
-    typical = [np.median(values[np.isfinite(values)]) for values in curves if np.isfinite(values).mean() > 0.5]
-    # From the lowest value on, so that it holds for costs of any sign.
-    ceiling = low + _ORDER_OF_MAGNITUDE * (max(typical) - min(low, 0.0)) if typical else float(finite.max())
-    return low, float(finite[finite <= ceiling].max(initial=low))
-
-
-def set_value_limits(axes: Axes, low: float, high: float, metric: str) -> None:
-    """Limits a little beyond ``low`` and ``high``; a logarithmic scale for costs of several magnitudes."""
-    if low > 0 and high / low > 5 and not is_higher_better(metric):
-        axes.set_yscale("log")
-        axes.set_ylim(low / 1.1, high * 1.1)
-        return
-    margin = 0.05 * (high - low) or (0.05 if is_higher_better(metric) else 0.5)
-    axes.set_ylim(low - margin, high + margin)
-
-
 def _is_lost(runs: Sequence[Run], median: NDArray[np.float64], metric: str) -> bool:
-    """Whether a variant's curve is that of runs that diverged; an accuracy is finite also then."""
+    """Whether a variant's median run diverged. An accuracy is finite even then, so that the monitors decide."""
     all_diverged = is_higher_better(metric) and all(run.first_nonfinite is not None for run in runs)
-    return all_diverged or not np.isfinite(median).all()
+    return all_diverged or not bool(np.isfinite(median).all())
 
 
 def _outcome(
     runs: Sequence[Run], steps: NDArray[np.int64], median: NDArray[np.float64], high: float, metric: str
 ) -> str:
-    """Why a curve leaves the picture, if it does: for good, because it diverged, or for some steps only."""
+    """The end of a curve's label, if the curve leaves the picture: it diverged, or some values are too high."""
     highest = int(np.argmax(np.where(np.isfinite(median), median, -np.inf)))
     is_outside = np.isfinite(median[highest]) and median[highest] > high
     outside = f"{median[highest]:.2g} at step {steps[highest]}" if is_outside else ""
@@ -241,41 +197,41 @@ def _outcome(
 
 
 def _first_nonfinite(runs: Sequence[Run], steps: NDArray[np.int64], median: NDArray[np.float64]) -> int:
-    """The step, from the monitor, which may see it before the next evaluation does."""
+    """The step at which a variant diverged. A monitor may see it before the next evaluation does."""
     found = [run.first_nonfinite[0] for run in runs if run.first_nonfinite is not None]
-    return min([*found, *steps[~np.isfinite(median)].tolist()])
+    return int(min([*found, *steps[~np.isfinite(median)].tolist()]))
 
 
 def _draw_fits(axes: Axes, variants: Variants, shown: Mapping[str, tuple[int, NDArray[np.float32]]]) -> None:
     _, points = next(iter(shown.values()))
     size = float(np.clip(125 / np.sqrt(len(points)), 2.5, 9.0))
-    axes.plot(points[:, 0], points[:, 1], ".", color="#b8b8b8", markersize=size, label="data", zorder=0)
+    axes.plot(points[:, 0], points[:, 1], ".", color=POINTS, markersize=size, label="data", zorder=0)
     low, high = np.quantile(points[:, 1], [0.001, 0.999])
     bottom, top = _with_near_fits(low - 0.08 * (high - low), high + 0.08 * (high - low), shown)
     axes.set_ylim(bottom, top)
+    title, names = legend_of(variants)
     for name, (_, points) in shown.items():
         color, line = style(name, variants)
         order = np.argsort(points[:, 0], kind="stable")
         x, prediction = points[order, 0], points[order, 2]
-        short = name.removeprefix(_shared_beginning(variants))
         if np.isfinite(prediction).all():
             outside = " (off the axis)" if (prediction < bottom).all() or (prediction > top).all() else ""
-            axes.plot(x, prediction, color=color, linestyle=line, linewidth=2.4, label=short + outside)
+            axes.plot(x, prediction, color=color, linestyle=line, linewidth=2.4, label=names[name] + outside)
         else:
-            axes.plot([], [], "x", color=color, mew=3, markersize=9, label=f"{short}: prediction is NaN")
+            axes.plot([], [], "x", color=color, mew=3, markersize=9, label=f"{names[name]}: prediction is NaN")
     step = max(step for step, _ in shown.values())
     axes.set_title(
         f"Data and fit after {step} step{'s' if step != 1 else ''}{_which_seed(variants)}", fontsize=11, loc="left"
     )
     axes.set_xlabel("x")
     axes.set_ylabel("y")
-    _draw_legend(axes, variants)
+    _draw_legend(axes, title)
 
 
 def _with_near_fits(
     bottom: float, top: float, shown: Mapping[str, tuple[int, NDArray[np.float32]]]
 ) -> tuple[float, float]:
-    """The data's limits, widened where all fits lie wholly beyond them, and not far."""
+    """The data's limits. They are widened if all fits lie wholly beyond them, but not far."""
     fits = [points[:, 2] for _, points in shown.values() if np.isfinite(points[:, 2]).all()]
     if not fits or not all((fit < bottom).all() or (fit > top).all() for fit in fits):
         return bottom, top
@@ -288,7 +244,7 @@ def _with_near_fits(
 
 
 def _which_seed(variants: Variants) -> str:
-    """Which of several seeds a panel shows that can show only one."""
+    """The seed that a panel shows if there are several and it can show only one."""
     seed = next(iter(variants.values()))[0].seed
     return f", seed {seed}" if seed is not None and max(map(len, variants.values())) > 1 else ""
 
@@ -300,16 +256,16 @@ def _draw_results(
     variants: Variants,
     results: Mapping[str, Mapping[str, NDArray[np.float64]]],
 ) -> None:
-    """A line a test metric: its values on one common axis, and beside it their digits."""
-    published = any("published" in values for values in results.values())
+    """Draw a line for each test metric: its values on one common axis, and their digits beside it."""
+    published = any(PUBLISHED in values for values in results.values())
     # Room for the metrics' names on the left, for the variants' above and for the ticks below.
     cells = place.subgridspec(
         3, 3, wspace=0.0, hspace=0.0, width_ratios=[0.07, 1.0, 1.0], height_ratios=[0.5, height - 1.2, 0.7]
     )
     axes, table = figure.add_subplot(cells[1, 1]), figure.add_subplot(cells[1, 2])
     for row, (metric, values) in enumerate(results.items()):
-        if published and "published" in values:
-            axes.plot(values["published"], [row], "|", color="black", markersize=17, mew=2.2, zorder=1)
+        if published and PUBLISHED in values:
+            axes.plot(values[PUBLISHED], [row], "|", color="black", markersize=17, mew=2.2, zorder=1)
         for index, name in enumerate(variants):
             median = quartiles(values[name], worst(metric))[1] if name in values else np.nan
             # One above the other, so that equal ones do not hide each other.
@@ -319,10 +275,10 @@ def _draw_results(
     axes.set_yticks(range(len(results)), list(results), fontsize=10)
     axes.tick_params(axis="x", labelsize=8)
     axes.grid(alpha=0.25)
-    meaning = " (●: a variant,  |: published; red: other digits)" if published else ""
-    axes.set_title(f"Test metrics, after the last step{meaning}", fontsize=11, loc="left")
+    meaning = " (● a variant, | published, red: other digits)" if published else ""
+    axes.set_title(f"Test metrics after the last step{meaning}", fontsize=11, loc="left")
     _set_value_scale(axes, [value for values in results.values() for logged in values.values() for value in logged])
-    _write_digits(table, variants, results, ["published", *variants] if published else list(variants))
+    _write_digits(table, variants, results, [PUBLISHED, *variants] if published else list(variants))
 
 
 def _write_digits(
@@ -331,28 +287,29 @@ def _write_digits(
     results: Mapping[str, Mapping[str, NDArray[np.float64]]],
     columns: Sequence[str],
 ) -> None:
-    """The medians of the metrics; in bold those that are not the published ones."""
+    """Write the medians of the metrics. Those that are not the published ones are bold."""
     axes.set_axis_off()
     axes.set_xlim(0, len(columns))
     axes.set_ylim(len(results) - 0.5, -0.5)
     size = 10.5 if len(columns) <= 4 else 42 / len(columns)
+    words = labels(variants)
     for column, name in enumerate(columns):
         color = style(name, variants)[0] if name in variants else "black"
-        label = name.replace("_", "_\n")
+        label = fill(words.get(name, name), int(_HEADINGS / (len(columns) * size)), break_long_words=False)
         axes.text(column + 0.5, -0.6, label, color=color, weight="bold", fontsize=size, ha="center", va="bottom")
         for row, (metric, values) in enumerate(results.items()):
             text = digits(quartiles(values[name], worst(metric))[1]) if name in values else "-"
             differs = "-" not in (text, published := _published(values)) and text != published
-            color, weight = ("#b00020", "bold") if differs else ("black", "normal")
+            color, weight = (WARNING, "bold") if differs else ("black", "normal")
             axes.text(column + 0.5, row, text, fontsize=size, color=color, weight=weight, ha="center", va="center")
 
 
 def _published(values: Mapping[str, NDArray[np.float64]]) -> str:
-    return digits(values["published"][0]) if "published" in values else "-"
+    return digits(values[PUBLISHED][0]) if PUBLISHED in values else "-"
 
 
 def _set_value_scale(axes: Axes, values: Sequence[float]) -> None:
-    """Logarithmic beyond the smallest magnitudes, where one linear axis would show the largest only."""
+    """Set an axis that is logarithmic beyond the smallest magnitudes if a linear one would show the largest only."""
     magnitudes = np.abs([value for value in values if np.isfinite(value) and value != 0])
     if len(magnitudes) and magnitudes.max() > 100 * np.median(magnitudes):
         axes.set_xscale("symlog", linthresh=float(np.median(magnitudes)))
@@ -362,14 +319,14 @@ def _draw_heading(axes: Axes, variants: Variants, layers: Sequence[Tag]) -> None
     axes.set_axis_off()
     where = "on the evaluated points" if layers[0].phase == VAL else "in the sampled training batches"
     text = (
-        f"How the values of each layer are distributed {where}{_which_seed(variants)}: the first step at the top, "
-        "each ridge in its own scale, lone spikes cut;\nunder the layer's name what stands out at the last step"
+        f"The distribution of each layer's values {where}{_which_seed(variants)}. The first step is at the top. Each "
+        "ridge has its own scale. Lone spikes are cut.\nUnder a layer's name stands what is notable at the last step."
     )
     axes.text(0.0, 0.1, text, fontsize=11, transform=axes.transAxes, va="bottom", linespacing=1.4)
 
 
 def _layers(variants: Variants) -> list[Tag]:
-    """The histogram tags that are drawn: of evaluations, if there are any, and of layers that all variants have."""
+    """The histogram tags that are drawn: from evaluations if there are any, for layers that all variants have."""
     by_variant = [
         [tag for name in runs[0].histograms if (tag := parse_tag(name)) is not None and tag.kind == "layer"]
         for runs in variants.values()
@@ -382,14 +339,14 @@ def _layers(variants: Variants) -> list[Tag]:
         for tag in tags
     }
     tags = [tag for tag in tags if most[tag] >= _MIN_VALUES]
-    # Less those that one variant only has, such as a normalisation.
+    # A layer that only one variant has, such as a normalisation, cannot be compared.
     tags = [tag for tag in tags if all(tag in logged for logged in by_variant)] or tags
     chosen = np.linspace(0, len(tags) - 1, min(len(tags), _MAX_COLUMNS)).round().astype(int)
     return [tags[index] for index in chosen]
 
 
 def _draw_layers(figure: Figure, place: SubplotSpec, name: str, variants: Variants, layers: Sequence[Tag]) -> None:
-    """A variant's row of layers."""
+    """Draw a variant's row of layers."""
     # Room above for what is written over each cell, and below for the ticks.
     cells = place.subgridspec(3, len(layers), wspace=0.12, hspace=0.0, height_ratios=[0.72, 1.5, 0.2])
     run = variants[name][0]
@@ -401,14 +358,14 @@ def _draw_layers(figure: Figure, place: SubplotSpec, name: str, variants: Varian
             color = style(name, variants)[0]
             # From the left edge of the page, however wide the columns are.
             left = blended_transform_factory(figure.transFigure, axes.transAxes)
-            axes.text(0.012, 1.36, name, fontsize=12, weight="bold", color=color, transform=left)
+            axes.text(0.012, 1.36, labels(variants)[name], fontsize=12, weight="bold", color=color, transform=left)
 
 
 def _draw_layer(axes: Axes, run: Run, tag: Tag, labelled: bool) -> None:
-    """One ridge a step, the first step at the top."""
+    """Draw one ridge for each step, the first step at the top."""
     by_step = {histogram.step: histogram for histogram in run.histograms.get(str(tag), [])}
     steps = _steps(run, tag)
-    low, high = _value_range(list(by_step.values()))
+    low, high = histogram_range(list(by_step.values()))
     for position, step in enumerate(steps):
         base = len(steps) - 1 - position
         shade = str(0.72 - 0.52 * position / max(len(steps) - 1, 1))
@@ -436,31 +393,32 @@ def _draw_layer(axes: Axes, run: Run, tag: Tag, labelled: bool) -> None:
 
 
 def _in_words(histogram: HistogramAt | None, low: float, high: float) -> str:
-    """What a ridge would not show: no finite value, one value only, values far beyond the range."""
+    """Words for what a ridge would not show: no finite value, one value only, values far beyond the range."""
     if histogram is None:
         return "NaN"
     middle, width = (histogram.edges[0] + histogram.edges[-1]) / 2, histogram.edges[-1] - histogram.edges[0]
     if len(histogram.counts) == 1 and width <= max(3e-3 * abs(middle), 3e-6):
         return f"all {middle:.3g}"
-    if _quantiles(histogram, 0.9)[0] - high > 10 * (high - low):
+    if quantiles(histogram, 0.9)[0] - high > 10 * (high - low):
         return f"up to {histogram.edges[-1]:.0e}"
     return ""
 
 
 def _write_words(axes: Axes, x: float, base: float, words: str) -> None:
     box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
-    axes.text(x, base + 0.2, words, ha="center", fontsize=8, color="#b00020", weight="bold", bbox=box, zorder=99)
+    axes.text(x, base + 0.2, words, ha="center", fontsize=8, color=WARNING, weight="bold", bbox=box, zorder=99)
 
 
 def _scaled(density: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Scaled to a maximum of 1; a lone spike, such as a ReLU's zeros, is cut, lest it flatten everything else."""
+    """The density scaled to at most 1. A lone spike, such as a ReLU's zeros, is cut, lest it flatten the rest."""
     second, first = np.sort(density)[-2:]
     scale = max(second, first / 8, 1e-300) * (1.0 if first < 3 * second else 1.6)
-    return np.minimum(density / scale, 1.0)
+    scaled: NDArray[np.float64] = np.minimum(density / scale, 1.0)
+    return scaled
 
 
 def _steps(run: Run, tag: Tag) -> list[int]:
-    """The steps at which the layer was sampled (also without a finite value), at most a few."""
+    """A few of the steps at which the layer was sampled, those without a finite value included."""
     logged = run.scalars.get(str(replace(tag, statistic="nonfinite")))
     steps = (
         logged[0]
@@ -472,7 +430,7 @@ def _steps(run: Run, tag: Tag) -> list[int]:
 
 
 def _health(run: Run, tag: Tag) -> str:
-    """The last thing worth knowing of a layer, worst first."""
+    """The worst thing to know about a layer at its last step."""
     shares = {
         what: run.last(str(replace(tag, statistic=key)))
         for key, what in (("nonfinite", "NaN/inf"), ("dead", "dead"), ("saturated", "saturated"), ("zero", "zero"))
@@ -483,28 +441,8 @@ def _health(run: Run, tag: Tag) -> str:
     return ""
 
 
-def _value_range(histograms: Sequence[HistogramAt]) -> tuple[float, float]:
-    """[-1, 1] or [0, 1] for values that stay there, otherwise where nearly all values of nearly all steps are."""
-    if not histograms:
-        return 0.0, 1.0
-    low, high = min(h.edges[0] for h in histograms), max(h.edges[-1] for h in histograms)
-    if low >= -1 and high <= 1 and high - low > 0.5:
-        return (-1.0 if low < 0 else 0.0), 1.0
-    lows, highs = zip(*(_quantiles(histogram, 0.005, 0.995) for histogram in histograms), strict=True)
-    # Of an even number the one nearer to zero: two steps are none that is typical and one that is not.
-    low, high = float(np.quantile(lows, 0.5, method="higher")), float(np.quantile(highs, 0.5, method="lower"))
-    if 0 <= low < 0.05 * high:
-        low = 0.0
-    return (low, high) if high > low else (low - 0.5, low + 0.5)
-
-
-def _quantiles(histogram: HistogramAt, *quantiles: float) -> list[float]:
-    cumulative = np.concatenate([[0.0], np.cumsum(histogram.counts)])
-    return [float(np.interp(q * cumulative[-1], cumulative, histogram.edges)) for q in quantiles]
-
-
 def _rebin(histogram: HistogramAt, low: float, high: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Counts in equally wide bins, each original bin spread evenly over its width."""
+    """The counts in equally wide bins. Each original bin is spread evenly over its width."""
     edges = np.linspace(low, high, _BINS + 1)
     cumulative = np.concatenate([[0.0], np.cumsum(histogram.counts)])
     return edges, np.diff(np.interp(edges, histogram.edges, cumulative))

@@ -1,66 +1,10 @@
 import math
-import warnings
 
-import lightning
 import numpy as np
 import pytest
-import yaml
-from helpers import quiet_trainer
-from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
-from torch.utils.tensorboard import SummaryWriter
 
-from bnlightning import ActivationMonitor, GradientMonitor, LitRegressor, SyntheticRegressionDataModule
-from bnlightning.compare.figures import draw_gradients, draw_panels, draw_parameter
-from bnlightning.compare.runs import find_runs, read_run
-
-
-@pytest.fixture(scope="module")
-def sweep(tmp_path_factory):
-    """Learning rates with two seeds each; without normalisation the largest makes all diverge."""
-    root = tmp_path_factory.mktemp("sweep")
-    for norm in ("none", "custom"):
-        for rate in (1e-4, 1e-3, 1e12):
-            for seed in (1, 2):
-                directory = root / f"{norm}_learning_rate-{rate}_seed-{seed}"
-                train(directory, seed, norm=norm, activation="relu", depth=2, learning_rate=rate, weight_std=0.3)
-    return read_variants(root)
-
-
-@pytest.fixture(scope="module")
-def depths(tmp_path_factory):
-    """Two depths with and without normalisation, and one run that diverges at once."""
-    root = tmp_path_factory.mktemp("depths")
-    for norm in ("none", "custom"):
-        for depth in (2, 11):
-            rate = 1e12 if (norm, depth) == ("none", 2) else 1e-3
-            train(root / f"{norm}_{depth}", 1, norm=norm, activation="sigmoid", depth=depth, learning_rate=rate)
-    return read_variants(root)
-
-
-def train(directory, seed, **hparams):
-    lightning.seed_everything(seed, verbose=False)
-    monitors = [ActivationMonitor(10, check_finite_every_n_steps=1), GradientMonitor(4)]
-    trainer = quiet_trainer(directory, max_steps=12, val_check_interval=4, callbacks=monitors)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="ActivationMonitor: at step .* the first NaN")
-        trainer.fit(LitRegressor(width=8, **hparams), SyntheticRegressionDataModule(num_points=120, seed=seed))
-
-
-def read_variants(root):
-    runs = [read_run(path, root) for path in find_runs(root)]
-    names = sorted({run.variant for run in runs})
-    return {name: [run for run in runs if run.variant == name] for name in names}
-
-
-def write_run(directory, hparams, nonfinite_at=None, **tags):
-    with SummaryWriter(str(directory)) as writer:
-        for tag, values in tags.items():
-            for step, value in enumerate(values):
-                writer.add_scalar(tag.replace("__", "/"), value, 10 * step)
-        if nonfinite_at is not None:
-            writer.add_text("health/first_nonfinite_layer", "net.act1", nonfinite_at)
-    (directory / "hparams.yaml").write_text(yaml.safe_dump(hparams))
+from bnlightning.compare.figures import draw_panels, draw_parameter
 
 
 def legend(axes):
@@ -83,9 +27,9 @@ def test_results_stand_over_the_parameter(sweep):
     drawn = draw_parameter(sweep, "val/loss", "rates", [], parameter="learning_rate")
     (axes,) = drawn.axes
     assert axes.get_xscale() == "log" and axes.get_xlabel() == "learning rate (learning_rate)"
-    assert legend(axes) == ["without batch norm", "batch norm (custom)"]
+    assert legend(axes) == ["no norm", "batch norm (ours)"]
     assert drawn.texts[0].get_text().startswith("rates: validation loss after training, by learning rate (median")
-    for norm, label in (("none", "without batch norm"), ("custom", "batch norm (custom)")):
+    for norm, label in (("none", "no norm"), ("custom", "batch norm (ours)")):
         drawn_points = points(axes)[label]
         assert drawn_points[:, 0].tolist() == [1e-4, 1e-3, 1e12]
         for rate, shown in drawn_points[:2]:
@@ -97,39 +41,39 @@ def test_results_stand_over_the_parameter(sweep):
             assert shown == pytest.approx(np.median([run.scalars["val/loss"][1][-1] for run in runs]))
     none, custom = (bars.lines[0].get_color() for bars in axes.containers)
     assert (1e12, none) in crosses(axes) and (1e-3, none) not in crosses(axes) and (1e-3, custom) not in crosses(axes)
-    assert math.isnan(points(axes)["without batch norm"][-1, 1])
+    assert math.isnan(points(axes)["no norm"][-1, 1])
 
 
-def test_the_seeds_that_diverged_are_counted_and_are_the_worst(tmp_path):
+def test_the_seeds_that_diverged_are_counted_and_are_the_worst(tmp_path, write_run, read_variants):
     # The accuracy of one that diverged is finite, and above the others'.
     for seed, (last, nonfinite_at) in enumerate([(0.6, None), (0.5, None), (0.9, 3)]):
         write_run(tmp_path / f"a_seed-{seed}", {"norm": "none", "rate": 1.0}, nonfinite_at, val__acc=[0.1, last])
     for seed in range(3):
         write_run(tmp_path / f"b_seed-{seed}", {"norm": "none", "rate": 2.0}, val__acc=[0.1, 0.7])
     (axes,) = draw_parameter(read_variants(tmp_path), "val/acc", "", [], parameter="rate").axes
-    np.testing.assert_allclose(points(axes)["without batch norm"], [[1.0, 0.5], [2.0, 0.7]], rtol=1e-6)
+    np.testing.assert_allclose(points(axes)["no norm"], [[1.0, 0.5], [2.0, 0.7]], rtol=1e-6)
     assert [x for x, _ in crosses(axes)] == [1.0] and "1 of 3" in [text.get_text() for text in axes.texts]
     assert axes.get_yscale() == "linear" and axes.get_ylim()[1] < 1.0
 
 
-def test_without_a_monitor_the_training_loss_tells_that_a_run_diverged(tmp_path):
+def test_without_a_monitor_the_training_loss_tells_that_a_run_diverged(tmp_path, write_run, read_variants):
     write_run(tmp_path / "a", {"norm": "none", "rate": 1.0}, val__acc=[0.1, 0.1], train__loss=[1.0, math.nan])
     write_run(tmp_path / "b", {"norm": "none", "rate": 2.0}, val__acc=[0.1, 0.7], train__loss=[1.0, 0.5])
     (axes,) = draw_parameter(read_variants(tmp_path), "val/acc", "", [], parameter="rate").axes
     assert [x for x, _ in crosses(axes)] == [1.0]
 
 
-def test_a_run_without_the_metric_has_no_part_in_the_median(tmp_path):
+def test_a_run_without_the_metric_has_no_part_in_the_median(tmp_path, write_run, read_variants):
     for seed, last in enumerate([0.6, 0.7]):
         write_run(tmp_path / f"a_seed-{seed}", {"norm": "none", "rate": 1.0}, val__loss=[1.0, last])
     for name in ("a_seed-2", "b"):
         write_run(tmp_path / name, {"norm": "none", "rate": float(name == "b") + 1}, train__loss=[1.0])
     (axes,) = draw_parameter(read_variants(tmp_path), "val/loss", "", [], parameter="rate").axes
-    np.testing.assert_allclose(points(axes)["without batch norm"], [[1.0, 0.65], [2.0, np.nan]], rtol=1e-6)
+    np.testing.assert_allclose(points(axes)["no norm"], [[1.0, 0.65], [2.0, np.nan]], rtol=1e-6)
     assert not crosses(axes)
 
 
-def test_a_result_beyond_the_axes_is_told(tmp_path):
+def test_a_result_beyond_the_axes_is_told(tmp_path, write_run, read_variants):
     for name, rate, last in (("a", 1.0, 2.0), ("b", 2.0, 1.0), ("c", 3.0, 1e9)):
         write_run(tmp_path / name, {"norm": "none", "rate": rate}, val__loss=[3.0, last])
     (axes,) = draw_parameter(read_variants(tmp_path), "val/loss", "", [], parameter="rate").axes
@@ -142,7 +86,7 @@ def test_a_result_beyond_the_axes_is_told(tmp_path):
     assert inside.x0 < box.x0 and box.x1 < inside.x1 and inside.y0 < box.y0 and box.y1 < inside.y1
 
 
-def test_zero_has_a_place_on_the_axis(tmp_path):
+def test_zero_has_a_place_on_the_axis(tmp_path, write_run, read_variants):
     for name, rate in (("a", 0.0), ("b", 0.5)):
         write_run(tmp_path / name, {"options": {"rate": rate}, "kind": "x"}, val__loss=[3.0, 1.0])
     drawn = draw_parameter(read_variants(tmp_path), "val/loss", "", [], parameter="options.rate", group="kind")
@@ -165,7 +109,7 @@ def test_a_panel_stands_for_each_value(sweep, largest_first):
         assert line.get_xdata().tolist() == [4, 8, 12]
         np.testing.assert_allclose(line.get_ydata(), np.median([run.scalars["val/loss"][1] for run in runs], axis=0))
     texts = [text.get_text() for text in drawn.legends[0].get_texts()]
-    assert texts == ["without batch norm", "batch norm (custom)", "diverged: the loss is NaN or infinite at the end"]
+    assert texts == ["no norm", "batch norm (ours)", "diverged (NaN or infinity)"]
     diverged = drawn.axes[titles.index("learning rate = 1e+12")]
     steps = [run.first_nonfinite[0] for run in sweep["none_learning_rate-1000000000000.0"]]
     assert (min(steps), lines[0].get_color()) in crosses(diverged) and not crosses(first)
@@ -176,7 +120,7 @@ def test_a_panel_stands_for_each_value(sweep, largest_first):
     assert len({axes.get_ylim() for axes in drawn.axes}) == 1
 
 
-def test_panels_of_accuracies_reach_from_0_to_1_and_count_epochs(tmp_path):
+def test_panels_of_accuracies_reach_from_0_to_1_and_count_epochs(tmp_path, write_run, read_variants):
     for name, std in (("a", 0.0631), ("b", 1.0)):
         write_run(tmp_path / name, {"norm": "none", "weight_std": std}, val__acc=[0.3, 0.5, 0.6])
     variants = read_variants(tmp_path)
@@ -190,55 +134,21 @@ def test_panels_of_accuracies_reach_from_0_to_1_and_count_epochs(tmp_path):
         draw_panels(variants, "val/acc", "", [], parameter="weight_std", steps_per_epoch=0)
 
 
-def test_gradients_stand_in_maps(depths):
-    drawn = draw_gradients(depths, "val/loss", "depths", [], columns=["activation", "depth"])
-    *maps, bar = drawn.axes
-    assert len(maps) == 4 and bar.get_ylabel().startswith("norm of the gradient")
-    headings = [text.get_text() for axes in maps for text in axes.texts]
-    assert sorted(headings) == ["sigmoid, depth = 11", "sigmoid, depth = 2"]
-    labels = {text.get_text() for text in drawn.texts}
-    assert {"without batch norm", "batch norm (custom)"} <= labels
-    deep = next(axes for axes in maps if len(axes.get_yticks()) > 5 and axes.get_xlabel())
-    run = depths["custom_11"][0]
-    layers = [f"net.linear{index}" for index in range(1, 12)] + ["net.output"]
-    norms = [run.scalars[f"param_grad_norm/{layer}.weight"] for layer in layers]
-    colours, red = (child for child in deep.get_children() if isinstance(child, QuadMesh))
-    np.testing.assert_allclose(colours.get_array(), np.log10([values for _, values in norms]), rtol=1e-6)
-    assert red.get_array().mask.all() and deep.yaxis_inverted()
-    assert deep.get_yticklabels()[0].get_text() == "linear1" and deep.get_yticklabels()[-1].get_text() == "output"
-    first, last = (norms[-1][1][step] / norms[0][1][step] for step in (0, -1))
-    assert deep.get_title() == f"last/first layer: {first:.2g} → {last:.2g}"
-
-
-def test_gradients_that_are_not_finite_are_red(depths):
-    drawn = draw_gradients(depths, "val/loss", "depths", [])
-    (diverged,) = (axes for axes in drawn.axes if axes.get_title().endswith("NaN"))
-    run = depths["none_2"][0]
-    _, red = (child for child in diverged.get_children() if isinstance(child, QuadMesh))
-    shares = run.scalars["param_grad_nonfinite/net.linear1.weight"]
-    steps = run.scalars["health/grad_nonfinite"][0]
-    assert len(shares[0]) and (~red.get_array().mask[0]).tolist() == [step in shares[0] for step in steps]
-
-
-def test_a_gradient_of_zero_is_no_gap(tmp_path):
-    gradients = {"param_grad_norm/net.linear1.weight": [0.0, 1e-3], "param_grad_norm/net.output.weight": [1.0, 1.0]}
-    write_run(tmp_path / "a", {"norm": "none", "depth": 1}, **gradients)
-    drawn = draw_gradients(read_variants(tmp_path), "val/loss", "", [], columns=("depth",))
-    colours, _ = (child for child in drawn.axes[0].get_children() if isinstance(child, QuadMesh))
-    zero, small = colours.get_array()[0].tolist()
-    assert zero < colours.norm.vmin and small == pytest.approx(-3)
-    assert colours.to_rgba(colours.get_array())[0, 0].tolist() == [*colours.cmap.get_under()]
-    assert drawn.axes[0].get_title() == "last/first layer: inf → 1e+03"
-
-
-def test_a_run_that_explodes_leaves_colours_to_the_others(tmp_path):
-    for norm, norms in (("none", [1.0, 1e30]), ("custom", [1.0, 0.01])):
-        gradients = {"param_grad_norm/net.linear1.weight": norms, "param_grad_norm/net.output.weight": [1.0, 0.1]}
-        write_run(tmp_path / norm, {"norm": norm, "depth": 1}, **gradients)
-    drawn = draw_gradients(read_variants(tmp_path), "val/loss", "", [], columns=("depth",))
-    meshes = [next(c for c in axes.get_children() if isinstance(c, QuadMesh)) for axes in drawn.axes[:2]]
-    assert len({(mesh.norm.vmin, mesh.norm.vmax) for mesh in meshes}) == 1
-    assert meshes[0].norm.vmin < -1 and meshes[0].norm.vmax == pytest.approx(6, abs=0.1)
+@pytest.mark.parametrize("group", ["norm", "momentum"])
+def test_a_legend_lies_between_the_title_and_the_panels(group, tmp_path, write_run, read_variants):
+    for index, norm in enumerate(("none", "custom", "torch")):
+        hparams = {"norm": norm, "momentum": 0.1 * index, "weight_std": 1.0}
+        write_run(tmp_path / norm, hparams, 10, val__acc=[0.3, 0.5, 0.6])
+    if group == "momentum":
+        for index in range(3, 9):
+            hparams = {"norm": "torch", "momentum": 0.1 * index, "weight_std": 1.0}
+            write_run(tmp_path / f"torch_momentum-{index}", hparams, val__acc=[0.3, 0.5, 0.6])
+    drawn = draw_panels(read_variants(tmp_path), "val/acc", "stds", [], parameter="weight_std", group=group)
+    drawn.draw_without_rendering()
+    box, title, panel = (part.get_window_extent() for part in (drawn.legends[0], drawn.texts[0], drawn.axes[0].title))
+    assert len(drawn.legends[0].get_texts()) == (4 if group == "norm" else 10)
+    assert box.x0 > 0 and box.x1 < drawn.bbox.x1 and title.x1 < drawn.bbox.x1
+    assert panel.y1 <= box.y0 and box.y1 <= title.y0
 
 
 @pytest.mark.parametrize(
@@ -248,7 +158,6 @@ def test_a_run_that_explodes_leaves_colours_to_the_others(tmp_path):
         (draw_parameter, {"parameter": "depth"}, "have the same norm, depth: this figure needs runs that differ in"),
         (draw_panels, {"parameter": "depth"}, "have the same depth, norm"),
         (draw_panels, {"parameter": "learning_rate", "panels_per_row": 0}, "panels_per_row=0 is not possible"),
-        (draw_gradients, {}, "have the same norm, activation, depth"),
     ],
 )
 def test_what_cannot_be_drawn_is_named(draw, options, message, sweep):
@@ -261,15 +170,9 @@ def test_a_parameter_that_is_no_number_is_named(depths):
         draw_parameter({"custom": depths["custom_2"]}, "val/loss", "", [], parameter="activation")
 
 
-def test_runs_without_gradients_are_named(tmp_path):
-    write_run(tmp_path / "a", {"norm": "none", "depth": 1}, val__loss=[1.0])
-    with pytest.raises(ValueError, match=r"no run has param_grad_norm/<path>.weight .*GradientMonitor"):
-        draw_gradients(read_variants(tmp_path), "val/loss", "", [], columns=("depth",))
-
-
 @pytest.mark.parametrize(
     ("draw", "options"),
-    [(draw_parameter, {"parameter": "depth"}), (draw_panels, {"parameter": "depth"}), (draw_gradients, {})],
+    [(draw_parameter, {"parameter": "depth"}), (draw_panels, {"parameter": "depth"})],
 )
 def test_one_run_is_a_sweep_of_one(draw, options, depths, tmp_path):
     drawn = draw({"custom": depths["custom_2"]}, "val/loss", "one", [], **options)
