@@ -1,9 +1,7 @@
 """The application: ``python -m bnlightning.train +experiment=tanh``."""
 
 import atexit
-import errno
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -13,7 +11,6 @@ import threading
 import traceback
 import warnings
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,35 +20,28 @@ import lightning
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import configure_log, setup_globals
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.utils import instantiate
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import ParallelStrategy
-from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from bnlightning._conf import CONF_DIR
 from bnlightning.compare.__main__ import Draw, compare_sweep
+from bnlightning.experiments.checks import check_runs
 from bnlightning.experiments.directory import SweepDirectory, is_finished, make_directory, mark_finished
+from bnlightning.experiments.faults import LOST, REFUSALS, excepthook, full_disk, ignore_warnings, message, reason
 from bnlightning.experiments.ranks import Failure, Ranks
-from bnlightning.experiments.sweep import check_runs, override_for_runs, runs, subdirectory
+from bnlightning.experiments.sweep import override_for_runs, runs, subdirectory
 from bnlightning.experiments.workers import Workers, available_cores
 
 # What rank 0 made of the clock, for the configuration of each run.
 _OUTPUT_DIR = "BNLIGHTNING_OUTPUT_DIR"
 # torch's own choice, or a worker's.
 _NUM_THREADS = torch.get_num_threads()
-# What is wrong with what the user gave, said in one message.
-_REFUSALS = (InstantiationException, ValueError, MisconfigurationException)
-# What a rank says when another one has gone without a word.
-_LOST = (
-    "another rank's process or its connection has gone: it may have been killed, for want of memory or by the cluster"
-)
 
 
 def train(config: DictConfig, *, in_parallel: bool = False) -> None:
@@ -142,37 +132,6 @@ def _join(trainer: lightning.Trainer, in_parallel: bool) -> None:
     _ranks.tell("first_job", str(HydraConfig.get().job.num))
 
 
-class CheckpointFiles(TorchCheckpointIO):
-    """Lightning's checkpoints, each of which is there whole or not at all, wherever temporary files are kept."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write beside the file, then rename; somewhere else than in a file system, as Lightning does."""
-        if "://" in str(path):
-            super().save_checkpoint(checkpoint, path, storage_options)
-            return
-        beside = f"{path}.part"
-        try:
-            super().save_checkpoint(checkpoint, beside, storage_options)
-            os.replace(beside, path)
-        finally:
-            with suppress(OSError):
-                os.unlink(beside)
-
-
-class RunLogger(TensorBoardLogger):
-    """Lightning's TensorBoard logger, less the closing of its file: what a run evaluates before and after its fit is to
-    be in the same one.
-    """
-
-    @rank_zero_only
-    def finalize(self, status: str) -> None:
-        """Write what is still in memory."""
-        # What failed may be that nothing can be written; Lightning has more to put in order then.
-        with suppress(OSError) if status == "failed" else nullcontext():
-            self.experiment.flush()
-            self.save()
-
-
 class _Progress(lightning.Callback):
     """How far a run has come."""
 
@@ -234,7 +193,7 @@ class CompareRuns(Callback):
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             if _ranks is not None:
                 _ranks.tell("output_dir", "")
-            sys.exit(_message(error))
+            sys.exit(message(error))
         if not begins:
             _leave_files_to_rank_0(config)
         elif _ranks is not None:
@@ -293,29 +252,10 @@ def _wait(workers: Workers) -> None:
         sys.exit("A run's process was killed, perhaps for want of memory: give a smaller n_jobs, and resume=true.")
 
 
-def _message(error: Exception) -> str:
-    """One message for the user; the traceback, too, where Hydra's own variable asks for it."""
-    if "HYDRA_FULL_ERROR" in os.environ:
-        traceback.print_exception(error)
-    cause = error.__cause__
-    if isinstance(error, InstantiationException) and isinstance(cause, ValueError | MisconfigurationException):
-        if "No supported gpu backend" in str(cause):
-            return "trainer.accelerator='gpu' is not possible: no GPU is found. Give trainer=cpu or trainer=ddp_cpu."
-        return str(cause)
-    if isinstance(cause, OmegaConfBaseException):
-        return f"{error}\n{cause}"
-    return str(error)
-
-
-def _reason(error: Exception) -> str:
-    said = f"{type(error).__name__}: {_message(error)}"
-    return _LOST if re.search("by peer|remote process", said) else said
-
-
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="train")
 def _application(config: DictConfig) -> None:
     # Also where one of Hydra's launchers has brought this.
-    _ignore_warnings()
+    ignore_warnings()
     settings = HydraConfig.get()
     if settings.job.num < _first_job:
         return
@@ -329,8 +269,8 @@ def _application(config: DictConfig) -> None:
         _workers.submit(_train_in_worker, config, HydraConfig.instance().cfg, os.getcwd())
         return
     error = _train_in_step(config, settings)
-    if isinstance(error, _REFUSALS):
-        sys.exit(_message(error))
+    if isinstance(error, REFUSALS):
+        sys.exit(message(error))
     if error is not None:
         raise error
     if _ranks is None or _ranks.rank == 0:
@@ -350,23 +290,8 @@ def _train_in_step(config: DictConfig, settings: Any) -> Exception | None:
     return error if _ranks is None else _agree(_ranks, settings, error)
 
 
-def _full_disk(error: BaseException | None) -> OSError | None:
-    """The error that says so; Lightning's logger wraps what the writing of a scalar raises."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return error
-        error = error.__cause__
-    return None
-
-
-def _excepthook(arguments: threading.ExceptHookArgs) -> None:
-    # TensorBoard's thread cannot write, either; the next to write is the main thread, which tells it.
-    if _full_disk(arguments.exc_value) is None:
-        threading.__excepthook__(arguments)
-
-
 def _told_of_full_disk(error: Exception) -> Exception:
-    full = _full_disk(error)
+    full = full_disk(error)
     if full is None:
         return error
     path = HydraConfig.get().runtime.output_dir
@@ -377,14 +302,14 @@ def _agree(ranks: Ranks, settings: Any, error: Exception | None) -> Exception | 
     """This rank's error or, on rank 0, another one's: what one rank fails in, all leave, for the next run."""
     try:
         if error is not None:
-            refused = isinstance(error, _REFUSALS)
-            own = Failure(ranks.rank, _message(error) if refused else _reason(error), refused)
+            refused = isinstance(error, REFUSALS)
+            own = Failure(ranks.rank, message(error) if refused else reason(error), refused)
             told = "".join(traceback.format_exception(error))
             _forget_frames(error)
             # At once, since what ends the other processes may end this one; what was refused, rank 0 says in the end.
             if ranks.fail(own) == own and not own.refused:
                 print(f"{settings.sweep.subdir}: {own}", file=sys.stderr, flush=True)
-                if own.reason == _LOST:
+                if own.reason == LOST:
                     _say_what_remains()
                 else:
                     print(told, file=sys.stderr, flush=True)
@@ -414,7 +339,7 @@ def _forget_frames(error: BaseException | None) -> None:
 
 def _train_in_worker(config: DictConfig, hydra_config: Any, directory: str) -> None:
     """Train in a process that Hydra has not set up."""
-    _ignore_warnings()
+    ignore_warnings()
     setup_globals()
     HydraConfig.instance().cfg = hydra_config
     settings = hydra_config.hydra
@@ -424,27 +349,18 @@ def _train_in_worker(config: DictConfig, hydra_config: Any, directory: str) -> N
     try:
         train(config, in_parallel=True)
         mark_finished(Path(settings.runtime.output_dir))
-    except _REFUSALS as error:
-        sys.exit(f"{settings.sweep.subdir}: {_message(error)}")
+    except REFUSALS as error:
+        sys.exit(f"{settings.sweep.subdir}: {message(error)}")
     except Exception as error:
-        sys.exit(f"{settings.sweep.subdir}: {type(error).__name__}: {_message(error)} (n_jobs=1 shows the traceback.)")
-
-
-def _ignore_warnings() -> None:
-    # Lightning 2.6 with torch 2.15.
-    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
-    # The comparison tells which runs diverged, where and when.
-    warnings.filterwarnings("ignore", message="ActivationMonitor: at step .* the first NaN")
-    # The variant without batch normalisation has the monitors of the others.
-    warnings.filterwarnings("ignore", message="BatchNormMonitor.modules=None. finds nothing to watch")
+        sys.exit(f"{settings.sweep.subdir}: {type(error).__name__}: {message(error)} (n_jobs=1 shows the traceback.)")
 
 
 def main() -> None:
     """The command line."""
     global _interrupted, _ranks
     _interrupted = False
-    _ignore_warnings()
-    threading.excepthook = _excepthook
+    ignore_warnings()
+    threading.excepthook = excepthook
     # Each command has its own directory, also where one before it in this process or shell left its.
     os.environ.pop(_OUTPUT_DIR, None)
     try:
