@@ -51,7 +51,7 @@ def compare_sweep(directory: str | Path, metric: str, draw: Draw | None) -> Comp
 def declared_by_sweep(directory: Path) -> tuple[str, Draw | None]:
     """How the sweep that made a directory compares its runs: the metric, and what draws the figure.
 
-    Both are arguments of ``bnlightning.train.CompareRuns`` in the directory's ``multirun.yaml``, the sweep's
+    Both are arguments of ``bnlightning.experiments.CompareRuns`` in the directory's ``multirun.yaml``, the sweep's
     configuration. Without it, or if it says nothing else: ``val/loss`` and the default figure.
 
     Raises:
@@ -60,7 +60,7 @@ def declared_by_sweep(directory: Path) -> tuple[str, Draw | None]:
     file = directory / "multirun.yaml"
     config = _read(file) if file.is_file() else {}
     for callback in _entries(_entries(config, "hydra"), "callbacks").values():
-        if isinstance(callback, Mapping) and callback.get("_target_") == "bnlightning.train.CompareRuns":
+        if isinstance(callback, Mapping) and callback.get("_target_") == "bnlightning.experiments.CompareRuns":
             declared = callback.get("draw")
             return callback.get("metric", _METRIC), None if declared is None else _function(declared, file)
     return _METRIC, None

@@ -10,6 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from bnlightning._check import check_integer
+from bnlightning.experiments import faults
 from bnlightning.experiments.sweep import overrides_of, runs
 
 
@@ -22,7 +23,7 @@ def check_runs(config: DictConfig) -> None:
     for override in overrides_of(config):
         values = list(override.sweep_string_iterator()) if override.is_sweep_override() else []
         if len(set(values)) < len(values):
-            raise ValueError(f"{override.input_line} would train the same run twice: give each value once.")
+            raise ValueError(faults.same_run_twice(override.input_line))
     for run in runs(config, with_seeds=False):
         _check_run(hydra.compose(config.hydra.job.config_name, overrides=run))
 
@@ -34,7 +35,7 @@ def _check_run(config: DictConfig) -> None:
     if config.n_jobs is not None:
         check_integer("n_jobs", config.n_jobs, at_least=1)
     if not isinstance(config.resume, bool):
-        raise ValueError(f"resume={config.resume!r} is not possible: give true or false.")
+        raise ValueError(faults.not_a_boolean("resume", config.resume))
     for name in ("max_steps", "max_epochs"):
         if config.trainer.get(name) is not None:
             check_integer(f"trainer.{name}", config.trainer[name], at_least=-1)
@@ -51,31 +52,22 @@ def _check_run(config: DictConfig) -> None:
 def _check_checkpoint(config: DictConfig, model: lightning.LightningModule) -> None:
     path = config.ckpt_path
     if not Path(path).is_file():
-        raise ValueError(
-            f"ckpt_path={path!r} is not a file: give a checkpoint, such as checkpoints/last.ckpt of a run."
-        )
+        raise ValueError(faults.checkpoint_is_missing(path))
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=False)
         weights, step = checkpoint["state_dict"], checkpoint["global_step"]
     except Exception as error:
-        raise ValueError(
-            f"ckpt_path={path!r} is no checkpoint of Lightning's, or a damaged one ({_short(error)}): give another."
-        ) from error
+        raise ValueError(faults.checkpoint_is_damaged(path, _short(error))) from error
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise ValueError(
-            f"ckpt_path={path!r} does not fit the model with norm={config.model.get('norm')!r}: give a checkpoint of "
-            f"this model, or the checkpoint's own arguments, such as model.norm=custom ({_short(error)})."
-        ) from error
+        raise ValueError(faults.checkpoint_does_not_fit(path, config.model.get("norm"), _short(error))) from error
     last = config.trainer.max_steps
     if 0 <= last <= step:
-        raise ValueError(f"ckpt_path={path!r} is at step {step} already: give trainer.max_steps above it, not {last}.")
+        raise ValueError(faults.checkpoint_is_at_step(path, step, last))
     epochs, last = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"], config.trainer.max_epochs
     if 0 <= last <= epochs:
-        raise ValueError(
-            f"ckpt_path={path!r} is of {epochs} epoch(s) already: give trainer.max_epochs above it, not {last}."
-        )
+        raise ValueError(faults.checkpoint_is_of_epoch(path, epochs, last))
 
 
 def _short(error: Exception) -> str:

@@ -1,7 +1,6 @@
 """The runs that a command asks for, as Hydra's sweeper makes them: counted, checked, named."""
 
 import re
-from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -30,6 +29,11 @@ def runs(config: DictConfig, *, with_seeds: bool = True) -> list[list[str]]:
     return combinations
 
 
+def swept_keys(config: DictConfig) -> tuple[str, ...]:
+    """The keys, or groups, of which the command gives several values."""
+    return tuple(override.key_or_group for override in overrides_of(config) if override.is_sweep_override())
+
+
 def override_for_runs(config: DictConfig, key: str, value: str) -> None:
     """Have Hydra compose each run's configuration with a value of its own, unless the command line gives one."""
     if not any(override.startswith(f"{key}=") for override in own_overrides(config)):
@@ -38,7 +42,7 @@ def override_for_runs(config: DictConfig, key: str, value: str) -> None:
 
 def own_overrides(config: DictConfig) -> list[str]:
     """Those of Hydra's own configuration, as they stand: what they refer to is there in a run only."""
-    overrides: Any = OmegaConf.to_container(config.hydra.overrides.hydra, resolve=False)
+    overrides: list[str] = OmegaConf.to_container(config.hydra.overrides.hydra, resolve=False)  # type: ignore[assignment]
     return overrides
 
 

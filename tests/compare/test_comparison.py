@@ -453,7 +453,7 @@ def test_a_figure_of_ones_own_replaces_the_default_one(finished):
 
 def sweep_configuration(parameter, target="bnlightning.compare.figures.draw_parameter"):
     draw = {"_target_": target, "_partial_": True, "parameter": parameter}
-    compare = {"_target_": "bnlightning.train.CompareRuns", "metric": "train/loss", "draw": draw}
+    compare = {"_target_": "bnlightning.experiments.CompareRuns", "metric": "train/loss", "draw": draw}
     return yaml.safe_dump({"hydra": {"callbacks": {"other": None, "mine": compare}}})
 
 

@@ -386,7 +386,7 @@ def test_a_full_disk_is_told_wherever_it_is_met(method, tmp_path):
     (tmp_path / "full.py").write_text(
         f"""import errno
 
-from bnlightning.experiments.trainer_parts import RunLogger
+from bnlightning.experiments import RunLogger
 
 
 class Full(RunLogger):
