@@ -23,6 +23,7 @@ from bnlightning.compare.__main__ import Draw, compare_sweep
 from bnlightning.experiments import faults
 from bnlightning.experiments.checks import check_runs
 from bnlightning.experiments.directory import OUTPUT_DIR, SweepDirectory, is_finished, make_directory, mark_finished
+from bnlightning.experiments.listing import list_for_help
 from bnlightning.experiments.ranks import Ranks, agree, ranks_to_start
 from bnlightning.experiments.run import Run
 from bnlightning.experiments.signals import Signals
@@ -81,6 +82,8 @@ class Command:
             self.ranks = Ranks.started_by_others()
         except ValueError as error:
             sys.exit(str(error))
+        # conf/train.yaml's --help names them.
+        OmegaConf.register_new_resolver("bnlightning.experiments", list_for_help, replace=True)
         application = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="train")(self.do)
         token = Command.running.set(self)
         with self.signals.answered(sigterm=self.ranks is None):
