@@ -108,13 +108,17 @@ class RunLogger(TensorBoardLogger):
 
     def _first_metadata(self, tag: str) -> Any:
         """The description, which TensorBoard reads in the first event of a tag only."""
-        from tensorboard.plugins.scalar.metadata import create_summary_metadata
+        from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_SCALAR, SummaryMetadata
 
         if tag in self._tags:
             return None
         self._tags.add(tag)
-        description = next((text for pattern, text in DESCRIPTIONS.items() if fnmatchcase(tag, pattern)), "")
-        return create_summary_metadata(display_name="", description=description) if description else None
+        description = next((text for pattern, text in DESCRIPTIONS.items() if fnmatchcase(tag, pattern)), None)
+        if description is None:
+            return None
+        plugin = SummaryMetadata.PluginData(plugin_name="scalars")
+        # TensorBoard's fast reader drops the description of what does not say its class.
+        return SummaryMetadata(summary_description=description, plugin_data=plugin, data_class=DATA_CLASS_SCALAR)
 
 
 def _number(tag: str, value: Any) -> float:
@@ -122,6 +126,13 @@ def _number(tag: str, value: Any) -> float:
         return float(value)
     except (TypeError, ValueError) as error:
         raise ValueError(faults.cannot_be_logged(tag, value)) from error
+
+
+def _plain(value: Any) -> int | float | str:
+    if isinstance(value, int | float | str):
+        return value
+    # As it is typed on the command line.
+    return "null" if value is None else str(value)
 
 
 class Progress(lightning.Callback):
