@@ -380,7 +380,7 @@ def test_a_full_disk_is_told_and_what_was_written_is_readable(trainer, tmp_path)
     assert not list(tmp_path.rglob("*.part"))
 
 
-@pytest.mark.parametrize("method", ["add_scalar", "flush"])
+@pytest.mark.parametrize("method", ["add_summary", "flush"])
 def test_a_full_disk_is_told_wherever_it_is_met(method, tmp_path):
     # The writer raises what its thread has met, at whichever call comes next.
     (tmp_path / "full.py").write_text(
@@ -393,7 +393,7 @@ class Full(RunLogger):
     @property
     def experiment(self):
         writer = super().experiment
-        writer.{method} = self.refuse
+        writer._get_file_writer().{method} = self.refuse
         return writer
 
     def refuse(self, *arguments, **options):
