@@ -89,9 +89,7 @@ class RunLogger(TensorBoardLogger):
         """
         from torch.utils.tensorboard.summary import hparams
 
-        values = {
-            key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in given.items()
-        }
+        values = {key: _plain(value) for key, value in given.items()}
         # The tab takes the last value of each of these tags: they are not written again.
         results = dict.fromkeys(sorted(tag for tag in self._tags if tag.startswith(("val/", "test/"))))
         for summary in hparams(values, results):  # type: ignore[no-untyped-call, unused-ignore]
@@ -128,11 +126,11 @@ def _number(tag: str, value: Any) -> float:
         raise ValueError(faults.cannot_be_logged(tag, value)) from error
 
 
-def _plain(value: Any) -> int | float | str:
-    if isinstance(value, int | float | str):
+def _plain(value: Any) -> float | str:
+    """A number, or a text as it is typed on the command line."""
+    if isinstance(value, int | float | str) and not isinstance(value, bool):
         return value
-    # As it is typed on the command line.
-    return "null" if value is None else str(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 class Progress(lightning.Callback):

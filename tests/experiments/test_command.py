@@ -1,7 +1,9 @@
 import csv
+import pickle
 import re
 import subprocess
 import sys
+import threading
 
 import matplotlib.image
 import numpy as np
@@ -12,6 +14,8 @@ from omegaconf import OmegaConf
 
 from bnlightning.compare.figures import draw_parameter
 from bnlightning.compare.runs import read_run
+from bnlightning.experiments import CompareRuns
+from bnlightning.experiments.command import Command
 from bnlightning.experiments.listing import find_experiments
 
 from .commands import SHORT, run_directory
@@ -19,6 +23,35 @@ from .commands import SHORT, run_directory
 EXPERIMENTS = [experiment.name for experiment in find_experiments() if not experiment.needs_mnist]
 # By what an experiment sweeps; the others' are these two.
 VARIANTS = {"moving_average": {"custom_convention-keras", "custom_convention-pytorch"}}
+
+
+def test_where_a_launcher_takes_it_a_command_knows_what_is_swept_and_no_more():
+    command = Command(("seed", "model.norm"))
+    # What no other process could have.
+    command.workers, command.first_job = threading.Lock(), 3
+    elsewhere = pickle.loads(pickle.dumps(command.do)).__self__
+    assert elsewhere.swept == ("seed", "model.norm")
+    assert (elsewhere.workers, elsewhere.ranks, elsewhere.directory, elsewhere.first_job) == (None, None, None, 0)
+    assert elsewhere.leads and not elsewhere.signals.interrupted
+
+
+def test_hydras_callback_acts_for_the_command_that_runs(monkeypatch):
+    begun = []
+    monkeypatch.setattr(Command, "begin", lambda self, config: begun.append((self, config)))
+    command = Command()
+    token = Command.running.set(command)
+    CompareRuns().on_multirun_start("config")
+    Command.running.reset(token)
+    # In somebody else's application there is none.
+    CompareRuns().on_multirun_start("theirs")
+    assert begun[0] == (command, "config")
+    assert begun[1][0] is not command and begun[1][1] == "theirs"
+
+
+def test_runs_that_cannot_be_compared_are_finished_all_the_same(tmp_path, capsys):
+    Command().end(OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}}), "val/loss", None)
+    told = capsys.readouterr().err
+    assert told.startswith(f"The runs in {tmp_path} are finished, but not compared: ")
 
 
 @pytest.mark.slow

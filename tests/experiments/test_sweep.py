@@ -1,6 +1,40 @@
 import csv
 
 import pytest
+from omegaconf import OmegaConf
+
+from bnlightning.experiments.sweep import override_for_runs, own_overrides, runs, swept_keys
+
+
+def command(declared, *task):
+    """The part of Hydra's configuration that says which runs a command asks for."""
+    return OmegaConf.create({"hydra": {"sweeper": {"params": declared}, "overrides": {"task": [*task], "hydra": []}}})
+
+
+def test_runs_are_every_combination_and_the_command_line_comes_first():
+    config = command(
+        {"model.norm": "custom,none", "model.depth": "2,3"}, "+experiment=tanh", "model.depth=7", "seed=1,2"
+    )
+    assert [" ".join(run) for run in runs(config)] == [
+        "model.norm=custom model.depth=7 +experiment=tanh seed=1",
+        "model.norm=custom model.depth=7 +experiment=tanh seed=2",
+        "model.norm=none model.depth=7 +experiment=tanh seed=1",
+        "model.norm=none model.depth=7 +experiment=tanh seed=2",
+    ]
+    assert len(runs(config, with_seeds=False)) == 2
+    assert swept_keys(config) == ("model.norm", "seed")
+
+
+def test_a_sweep_of_one_sweeps_nothing():
+    config = command(None, "trainer.max_steps=5")
+    assert len(runs(config)) == 1 and swept_keys(config) == ()
+
+
+def test_what_the_command_line_gives_is_not_overridden():
+    config = command(None)
+    override_for_runs(config, "hydra.sweep.subdir", "'a'")
+    override_for_runs(config, "hydra.sweep.subdir", "'b'")
+    assert own_overrides(config) == ["hydra.sweep.subdir='a'"]
 
 
 @pytest.mark.slow
