@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers import read_events, scalar
 
-from .commands import SHORT, run_directory
+from .commands import SHORT, read_hparams, run_directory
 
 
 @pytest.mark.slow
@@ -128,3 +128,22 @@ def test_the_number_of_threads_is_each_runs_own(run_module, tmp_path):
         "Training none_num_threads-2 on 2 threads",
         "Training none_num_threads-None on 1 thread",
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_jobs", [1, 2])
+def test_tensorboard_lists_what_a_sweep_gave_its_runs_and_how_they_ended(n_jobs, run_module, tmp_path):
+    # Without normalisation relu diverges.
+    options = ("+experiment=relu", "model.learning_rate=0.001,0.002", "trainer.max_steps=8", "callbacks=bare")
+    result = run_module("bnlightning.train", *options, f"n_jobs={n_jobs}", "output_dir=out")
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    listed = read_hparams(tmp_path / "out")
+    assert len(listed) == 4
+    for name, (values, results) in listed.items():
+        norm, _, rate = name.partition("_learning_rate-")
+        assert values == {"model.norm": norm, "model.learning_rate": float(rate), "model.activation": "relu"}
+        (last,) = [
+            value for step, value in scalar(read_events(tmp_path / "out" / name), "val/loss").items() if step == 8
+        ]
+        assert results == {"val/loss": pytest.approx(last, nan_ok=True)}
+        assert np.isfinite(last) == (norm == "custom")
