@@ -39,8 +39,8 @@ class Failure:
     """Why a job has not been done.
 
     Args:
-        rank: Who failed, or was the first to.
-        reason: What it said.
+        rank: The rank that failed, or the first of several.
+        reason: What it failed in, in words.
         refused: Whether the job was refused, for what the user gave.
     """
 
@@ -56,12 +56,12 @@ class Ranks:
     """This process among those of the command.
 
     Args:
-        host: Where the store is.
-        port: Likewise; 0 for a free one, on the rank that serves it.
-        rank: This process's, global.
-        world_size: How many there are.
+        host: The machine on which the store is.
+        port: The store's port. 0 takes a free one, on the rank that serves the store.
+        rank: This process's global rank.
+        world_size: The number of ranks.
         serves: Whether the store is in this process.
-        prefix: Of the keys, where the store is also somebody else's.
+        prefix: What the keys begin with: the store may be somebody else's, too.
     """
 
     def __init__(
