@@ -19,7 +19,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from bnlightning._conf import CONF_DIR
-from bnlightning.compare.__main__ import Draw, compare_sweep
+from bnlightning.compare.__main__ import compare_sweep
+from bnlightning.compare.comparison import Draw
 from bnlightning.experiments import faults
 from bnlightning.experiments.checks import check_runs
 from bnlightning.experiments.directory import OUTPUT_DIR, SweepDirectory, is_finished, make_directory, mark_finished
