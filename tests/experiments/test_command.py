@@ -1,4 +1,5 @@
 import csv
+import os
 import pickle
 import re
 import subprocess
@@ -168,7 +169,7 @@ def test_a_users_own_classes_by_yaml(run_module, tmp_path):
     (tmp_path / "conf" / "model" / "adam.yaml").write_text("defaults: [regressor]\n_target_: mine.AdamRegressor\n")
     result = run_module(
         "bnlightning.train", "--config-dir", "conf", "model=adam", "trainer.max_steps=5", "output_dir=out",
-        PYTHONPATH=str(tmp_path),
+        PYTHONPATH=os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]),
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     checkpoint = torch.load(tmp_path / "out" / "custom" / "checkpoints" / "last.ckpt", weights_only=True)

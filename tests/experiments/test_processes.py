@@ -74,7 +74,8 @@ def failing(place, rank, error="RuntimeError", **more):
 
 def start(tmp_path, *arguments, **options):
     """Python with these arguments in the background, in a session of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)} | options.pop("environment", {})
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path} | options.pop("environment", {})
     return subprocess.Popen(
         [sys.executable, *arguments], cwd=tmp_path, env=environment, start_new_session=True, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,
