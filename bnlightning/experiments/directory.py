@@ -11,8 +11,11 @@ from typing import Any
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from bnlightning.experiments import faults
 from bnlightning.experiments.sweep import override_for_runs, own_overrides, runs
 
+OUTPUT_DIR = "BNLIGHTNING_OUTPUT_DIR"
+"""The environment variable that gives the directory to the configuration of each run."""
 # An empty file, the last that a run writes: it is there or it is not, whenever the run was killed.
 _FINISHED = "finished"
 _EVENTS = "events.out.tfevents.*"
@@ -89,9 +92,7 @@ def _unfinished(config: DictConfig, directory: Path) -> list[Path]:
             _check_unchanged(path, run)
         elif _is_run(path) and directory in path.resolve().parents:
             if run.ckpt_path is not None and path.resolve() in Path(run.ckpt_path).resolve().parents:
-                raise ValueError(
-                    f"ckpt_path={run.ckpt_path!r} is of a run that resume=true begins again: copy it first."
-                )
+                raise ValueError(faults.checkpoint_is_of_the_sweep(run.ckpt_path))
             found.append(path)
     return found
 
@@ -111,11 +112,7 @@ def _check_unchanged(path: Path, config: DictConfig) -> None:
         if before.get(key, "absent") != now.get(key, "absent")
     ]
     if changes:
-        more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
-        raise ValueError(
-            f"resume=true is not possible: {str(path)!r} finished with {'; '.join(changes[:3])}{more}. "
-            "Give what it was trained with, or another output_dir."
-        )
+        raise ValueError(faults.resumes_another_configuration(path, changes))
 
 
 def _settings(config: Any) -> dict[str, Any]:
@@ -149,15 +146,12 @@ def make_directory(config: DictConfig) -> SweepDirectory:
         for override in [*config.hydra.overrides.task, *own_overrides(config)]
     )
     if config.resume and not given:
-        raise ValueError("resume=true needs to know which sweep: give its directory, output_dir=PATH.")
+        raise ValueError(faults.RESUME_WITHOUT_DIRECTORY)
     if given and not config.resume and _holds_runs(directory):
-        raise ValueError(
-            f"output_dir={str(directory)!r} holds runs already: give another, remove them, "
-            "or give resume=true, which trains only what has not finished."
-        )
+        raise ValueError(faults.holds_runs(directory))
     unfinished = _unfinished(config, directory) if config.resume else []
     if config.resume and not _holds_runs(directory):
-        print(f"Nothing to resume in {directory}: all runs are trained.", flush=True)
+        print(faults.nothing_to_resume(directory), flush=True)
     directory, made = _made(directory, given)
     # From the start: what a run wrote after its last checkpoint would otherwise be there twice.
     for path in unfinished:
@@ -182,8 +176,7 @@ def _made(directory: Path, given: bool) -> tuple[Path, list[Path]]:
         with tempfile.TemporaryFile(dir=directory):
             pass
     except OSError as error:
-        reason = f"output_dir={str(directory)!r} cannot be written ({error.strerror}): give another, output_dir=PATH."
-        raise ValueError(reason) from error
+        raise ValueError(faults.directory_cannot_be_written(directory, error)) from error
     return directory, parents
 
 

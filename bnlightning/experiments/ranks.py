@@ -12,13 +12,20 @@ import socket
 import sys
 import threading
 import time
+import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+import lightning
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.pytorch.strategies import ParallelStrategy
 from torch import distributed
-from torch.distributed import PrefixStore, Store, TCPStore
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined, unused-ignore]
+
+from bnlightning.experiments import faults
 
 # Where the processes that Lightning's launcher starts find the store.
 _VARIABLE = "BNLIGHTNING_STORE"
@@ -32,8 +39,8 @@ class Failure:
     """Why a job has not been done.
 
     Args:
-        rank: Who failed, or was the first to.
-        reason: What it said.
+        rank: The rank that failed, or the first of several.
+        reason: What it failed in, in words.
         refused: Whether the job was refused, for what the user gave.
     """
 
@@ -42,19 +49,19 @@ class Failure:
     refused: bool = False
 
     def __str__(self) -> str:
-        return f"rank {self.rank} has failed ({self.reason})"
+        return faults.rank_has_failed(self.rank, self.reason)
 
 
 class Ranks:
     """This process among those of the command.
 
     Args:
-        host: Where the store is.
-        port: Likewise; 0 for a free one, on the rank that serves it.
-        rank: This process's, global.
-        world_size: How many there are.
+        host: The machine on which the store is.
+        port: The store's port. 0 takes a free one, on the rank that serves the store.
+        rank: This process's global rank.
+        world_size: The number of ranks.
         serves: Whether the store is in this process.
-        prefix: Of the keys, where the store is also somebody else's.
+        prefix: What the keys begin with: the store may be somebody else's, too.
     """
 
     def __init__(
@@ -89,10 +96,7 @@ class Ranks:
             if world_size == 1:
                 return None
             if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-                raise ValueError(
-                    "torchrun without a store of its agent's is not possible: give it --rdzv-backend=static or c10d, "
-                    "and do not set TORCH_DISABLE_SHARE_RDZV_TCP_STORE."
-                )
+                raise ValueError(faults.STORE_NEEDED)
             # The agent's store, which outlives its processes; what an earlier start of them left there is not theirs.
             prefix = f"bnlightning/{environment['TORCHELASTIC_RUN_ID']}/{environment['TORCHELASTIC_RESTART_COUNT']}"
             return cls(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), rank, world_size, prefix=prefix)
@@ -136,7 +140,7 @@ class Ranks:
             self._store.compare_set(key, "", json.dumps(dataclasses.asdict(failure)))
             first = Failure(**json.loads(self._store.get(key)))
         except RuntimeError:
-            self._exit(f"{failure}, and the process of rank 0 has gone")
+            self._exit(f"{failure}, and {faults.RANK_0_HAS_GONE}")
         _leave_group()
         return first
 
@@ -165,7 +169,7 @@ class Ranks:
                 continue
             since = since or time.monotonic()
             if time.monotonic() - since > _SECONDS_TO_END:
-                raise TimeoutError(f"{first}, and others do not end")
+                raise TimeoutError(faults.others_do_not_end(first))
         self._job = None
         first = self._failure(self._store, job)
         if first is not None:
@@ -210,7 +214,7 @@ class Ranks:
                 failure = self._failure(self._watched, job)
             except Exception:
                 # The store was in a process that has gone.
-                self._give_up("the process of rank 0 has gone", 10)
+                self._give_up(faults.RANK_0_HAS_GONE, 10)
                 continue
             if failure is None:
                 continue
@@ -223,7 +227,7 @@ class Ranks:
             self._exit(reason)
 
     def _exit(self, reason: str) -> NoReturn:
-        print(f"Rank {self.rank} ends: {reason}.", file=sys.stderr, flush=True)
+        print(faults.rank_ends(self.rank, reason), file=sys.stderr, flush=True)
         # No other way leads out of a collective that never returns.
         os._exit(1)
 
@@ -234,3 +238,82 @@ def _leave_group() -> None:
             distributed.destroy_process_group()
     # What is left of the failed job holds its connections.
     gc.collect()
+
+
+def ranks_to_start(trainer: lightning.Trainer, ranks: Ranks | None, in_parallel: bool) -> Ranks | None:
+    """Rank 0 of the processes that the Trainer is about to start; ``None`` if it starts none.
+
+    Args:
+        trainer: That of a run, before its fit.
+        ranks: The processes that there are.
+        in_parallel: Whether other runs are trained at the same time.
+
+    Raises:
+        ValueError: If the Trainer is to have other processes than there are, or some that cannot be started here.
+    """
+    number, strategy = trainer.world_size, trainer.strategy
+    if ranks is not None:
+        if number != ranks.world_size:
+            raise ValueError(faults.devices_are_not_processes(trainer.num_devices, trainer.num_nodes, ranks.world_size))
+        return None
+    environment = strategy.cluster_environment if isinstance(strategy, ParallelStrategy) else None
+    if number == 1 or environment is None:
+        return None
+    if environment.creates_processes_externally:
+        local_rank, name = os.environ.get("LOCAL_RANK"), type(environment).__name__
+        raise ValueError(faults.started_by_something_else(number, local_rank, name))
+    if in_parallel:
+        # Lightning starts the other ranks by repeating this process's command, which is not the user's.
+        raise ValueError(faults.devices_in_parallel_runs(number))
+    if trainer.num_nodes > 1:
+        raise ValueError(faults.several_nodes(trainer.num_nodes))
+    return Ranks.to_be_started(number)
+
+
+def agree(
+    ranks: Ranks, settings: Any, error: Exception | None, say_what_remains: Callable[[], None]
+) -> Exception | None:
+    """This rank's error or, on rank 0, another one's: what one rank fails in, all leave, for the next run.
+
+    Args:
+        ranks: Those of the command.
+        settings: Hydra's, of the run.
+        error: What this rank failed in; ``None`` if in nothing.
+        say_what_remains: The last words of a command that may end here.
+    """
+    run = settings.sweep.subdir
+    try:
+        if error is not None:
+            refused = isinstance(error, faults.REFUSALS)
+            own = Failure(ranks.rank, faults.message(error) if refused else faults.reason(error), refused)
+            told = "".join(traceback.format_exception(error))
+            _forget_frames(error)
+            # At once, since what ends the other processes may end this one; what was refused, rank 0 says in the end.
+            if ranks.fail(own) == own and not own.refused:
+                print(faults.of_run(run, own), file=sys.stderr, flush=True)
+                if own.reason == faults.LOST:
+                    say_what_remains()
+                else:
+                    print(told, file=sys.stderr, flush=True)
+        first = ranks.end(settings.job.num)
+    except TimeoutError as missing:
+        print(faults.of_run(run, missing), file=sys.stderr, flush=True)
+        say_what_remains()
+        os._exit(1)
+    if first is None:
+        return None
+    if ranks.rank > 0:
+        # Rank 0 has the exit status of all: Lightning kills it if another's is not 0.
+        if first.refused:
+            sys.exit(0)
+        return None
+    if first.rank == 0:
+        return error
+    return ValueError(first.reason) if first.refused else RuntimeError(str(first))
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Let go of what a failed run holds: its process group, for which others wait, is not left before."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__

@@ -2,18 +2,15 @@
 
 import multiprocessing
 import os
-import signal
-import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
-from types import FrameType
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from bnlightning.experiments.signals import answer_in_worker, call_in_worker, ignored_interrupts
 
 # How long a process that was told to stop may take to write what it has in memory.
 _SECONDS_TO_STOP = 10.0
@@ -39,8 +36,8 @@ class Workers:
 
     def submit(self, function: Callable[..., None], *arguments: Any) -> None:
         """Call ``function(*arguments)``, which can be pickled, as soon as a process is free."""
-        with _ignored_interrupts():
-            self._calls.append(self._executor.submit(_call, function, *arguments))
+        with ignored_interrupts():
+            self._calls.append(self._executor.submit(call_in_worker, function, *arguments))
 
     def wait(self) -> None:
         """Return when every call has ended.
@@ -70,36 +67,8 @@ def _kill(processes: Iterable[BaseProcess]) -> None:
         process.kill()
 
 
-@contextmanager
-def _ignored_interrupts() -> Iterator[None]:
-    # A terminal sends Ctrl-C to the children, too. They inherit that it is ignored, from before their first import.
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-_stopping = False
-
-
-def _call(function: Callable[..., None], *arguments: Any) -> None:
-    global _stopping
-    # A process has been handed its next call while it was still busy with one.
-    if _stopping:
-        return
-    try:
-        function(*arguments)
-    except SIGTERMException:
-        # Lightning's, where a callback has answered the signal in the place of the handler below.
-        _stopping = True
-        raise
-
-
 def _initialize() -> None:
-    # On Windows nothing is inherited.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _exit_once)
+    answer_in_worker()
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -110,10 +79,3 @@ def _end_with_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
-
-
-def _exit_once(signum: int, frame: FrameType | None) -> None:
-    global _stopping
-    if not _stopping:
-        _stopping = True
-        sys.exit(1)

@@ -13,7 +13,7 @@ from bnlightning.compare.figures import draw_parameter
 
 def sweep_configuration(parameter, target="bnlightning.compare.figures.draw_parameter"):
     draw = {"_target_": target, "_partial_": True, "parameter": parameter}
-    compare = {"_target_": "bnlightning.train.CompareRuns", "metric": "train/loss", "draw": draw}
+    compare = {"_target_": "bnlightning.experiments.CompareRuns", "metric": "train/loss", "draw": draw}
     return yaml.safe_dump({"hydra": {"callbacks": {"other": None, "mine": compare}}})
 
 

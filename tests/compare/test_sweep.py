@@ -7,13 +7,15 @@ from bnlightning.compare.figures import draw_parameter
 from bnlightning.compare.sweep import compare_sweep, declared_by_sweep
 
 
-def write_configuration(directory, draw, target="bnlightning.train.CompareRuns"):
+def write_configuration(directory, draw, target="bnlightning.experiments.CompareRuns"):
     compare = {"_target_": target, "metric": "train/loss", "draw": draw}
     configuration = {"hydra": {"callbacks": {"other": None, "mine": compare}}}
     (directory / "multirun.yaml").write_text(yaml.safe_dump(configuration))
 
 
-@pytest.mark.parametrize("target", ["bnlightning.train.CompareRuns", "bnlightning.experiments.command.CompareRuns"])
+@pytest.mark.parametrize(
+    "target", ["bnlightning.experiments.CompareRuns", "bnlightning.experiments.command.CompareRuns"]
+)
 def test_a_sweep_declares_its_metric_and_its_figure(target, tmp_path):
     declared = {"_target_": "bnlightning.compare.figures.draw_parameter", "_partial_": True, "parameter": "rate"}
     write_configuration(tmp_path, declared, target)

@@ -1,10 +1,18 @@
+import fcntl
 import os
+import pty
+import re
+import struct
+import termios
 import time
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from bnlightning.experiments.workers import Workers, available_cores
+
+from .commands import SHORT, assert_same_results, start
 
 
 def write_threads(path):
@@ -49,3 +57,48 @@ def test_what_a_call_raises_is_raised_and_what_has_not_begun_is_left_out(tmp_pat
         workers.wait()
     # Python hands out a few calls more than can be made at once.
     assert {path.name for path in tmp_path.iterdir()} <= {"1", "2", "3"}
+
+
+@pytest.mark.slow
+def test_parallel_runs_give_what_they_give_one_after_the_other(run_module, tmp_path):
+    sweep = ("model.norm=none,custom", "seed=1,2", *SHORT)
+    one = run_module("bnlightning.train", *sweep, "output_dir=one")
+    two = run_module("bnlightning.train", *sweep, "output_dir=two", "n_jobs=2")
+    assert one.returncode == two.returncode == 0, two.stderr
+    assert one.stderr == two.stderr == ""
+    names = [f"{norm}_seed-{seed}" for norm in ("none", "custom") for seed in (1, 2)]
+    assert one.stdout.splitlines()[:4] == [f"Training {name} on 1 thread" for name in names]
+    assert sorted(two.stdout.splitlines()[:4]) == sorted(one.stdout.splitlines()[:4])
+    files = []
+    for directory in (tmp_path / "one", tmp_path / "two"):
+        paths = (str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
+        files.append(sorted(re.sub(r"tfevents.*?(\.comparison)?$", r"tfevents\1", path) for path in paths))
+    assert files[0] == files[1]
+    for name in names:
+        assert_same_results(tmp_path / "one" / name, tmp_path / "two" / name)
+        recorded = OmegaConf.load(tmp_path / "two" / name / ".hydra" / "hydra.yaml").hydra.runtime.output_dir
+        assert recorded == str(tmp_path / "two" / name)
+    # Where each run was: two processes, and neither the one that waits.
+    processes = {path.name.split(".")[-2] for path in (tmp_path / "two").glob("*/events.out.tfevents.*")}
+    (comparison,) = (tmp_path / "two").glob("*.comparison")
+    assert len(processes) == 2 and comparison.name.split(".")[-3] not in processes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_jobs", [1, 2])
+def test_only_a_single_run_shows_a_progress_bar(n_jobs, tmp_path):
+    master, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 50, 120, 0, 0))
+    process = start(
+        tmp_path, "seed=1,2", "trainer.max_steps=100", f"n_jobs={n_jobs}", stdout=terminal, stderr=terminal, text=False
+    )
+    os.close(terminal)
+    output = b""
+    # On Linux the end of a terminal's output is an error.
+    with pytest.raises(OSError):
+        while True:
+            output += os.read(master, 4096)
+    os.close(master)
+    assert process.wait() == 0
+    assert output.count(b"Training custom_seed-") == 2
+    assert (b"it/s" in output) == (n_jobs == 1)
