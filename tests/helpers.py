@@ -10,7 +10,6 @@ import numpy as np
 import torch
 import torch.multiprocessing as mp
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from scipy.stats import mannwhitneyu
 from tensorboard.backend.event_processing import event_accumulator
 
 
@@ -61,6 +60,9 @@ class MemoryLogger(Logger):
 
 def p_value(one: Sequence[float], two: Sequence[float]) -> float:
     """Of a two-sided Mann-Whitney U test. What is not finite ranks as infinity; the fifth decimal is the last one."""
+    # Takes a second, which ranks that are started from a test's file do not have to spend.
+    from scipy.stats import mannwhitneyu
+
     a, b = (np.round(np.where(np.isfinite(values), values, np.inf), 5) for values in (one, two))
     if len(np.unique(np.concatenate([a, b]))) == 1:
         return 1.0

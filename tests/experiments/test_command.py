@@ -68,7 +68,6 @@ def run_directory(tmp_path, experiment):
     return only_directory(tmp_path / "outputs" / experiment)
 
 
-@pytest.mark.slow
 # Those on MNIST are run in test_mnist_experiments.py.
 @pytest.mark.parametrize("experiment", [experiment for experiment in EXPERIMENTS if experiment not in ON_MNIST])
 def test_every_experiment_runs_and_leaves_one_tidy_directory(experiment, run_module, tmp_path):
