@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,9 +15,14 @@ def pytest_xdist_auto_num_workers() -> int:
     return min(os.cpu_count() or 1, 4)
 
 
+def pytest_configure() -> None:
+    # Of the processes that tests start. With more, a busy machine slows networks this small a hundredfold.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("MPLBACKEND", "Agg")
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
-    # With more, a busy machine with few cores slows networks this small a hundredfold.
     torch.set_num_threads(1)
 
 
@@ -59,3 +65,17 @@ def run_module(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Path:
+    """The browser, for tests that look at a page as a user would; where there is none, they are skipped.
+
+    In continuous integration, where the variable ``CI`` is ``true``, they fail instead. Who runs as root has to start
+    it with ``--no-sandbox``.
+    """
+    found = [path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))]
+    if not found:
+        reason = "no chromium on this machine: install it, for example with apt-get install chromium"
+        pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
+    return Path(found[0])

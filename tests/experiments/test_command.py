@@ -55,7 +55,6 @@ def test_runs_that_cannot_be_compared_are_finished_all_the_same(tmp_path, capsys
     assert told.startswith(f"The runs in {tmp_path} are finished, but not compared: ")
 
 
-@pytest.mark.slow
 # Those on MNIST are run in test_mnist_experiments.py.
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_runs_and_leaves_one_tidy_directory(experiment, run_module, tmp_path):
