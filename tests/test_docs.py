@@ -129,7 +129,6 @@ def tags(tmp_path_factory):
     return {tag for kind in read_events(directory).Tags().values() if isinstance(kind, list) for tag in kind}
 
 
-@pytest.mark.xfail(strict=True, reason="the page has the names that the monitors are about to give")
 def test_the_page_of_the_monitors_has_every_tag(tags):
     def name(tag):
         # What a tag is called on the page: of an evaluation as in training, of a layer or parameter without its path.
