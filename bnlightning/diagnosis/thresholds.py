@@ -33,7 +33,7 @@ def make_thresholds(limits: Mapping[str, float | None], statistics: Iterable[Sta
     """The thresholds for the limits that are set.
 
     Args:
-        limits: The limit by name of the statistic; ``None``: there is none.
+        limits: The limit by name of the statistic. ``None``: there is none.
         statistics: The declarations, which say what a warning says.
     """
     return [

@@ -176,7 +176,7 @@ class History:
         Args:
             step: Where it stands on the x-axis. Samples from there on are forgotten: the run has gone back.
             bins: By layer, in forward order: what ``count_values`` gave, added up, of shape ``(NUM_BINS,)``.
-            statistics: By name of the statistic and by layer; ``None`` is no value.
+            statistics: By name of the statistic and by layer. ``None`` is no value.
         """
         self._go_back_to(step)
         new = [layer for layers in (bins, *statistics.values()) for layer in self._enrol(layers)]

@@ -26,7 +26,7 @@ _NEAR_ZERO = 1e-3
 
 @dataclass(frozen=True)
 class NormCounts:
-    """The statistics of one layer; ``None`` for what it does not have, or of what no finite value is left.
+    """The statistics of one layer. ``None`` for what it does not have, or of what no finite value is left.
 
     Args:
         channels: Number of channels (of positions, where the statistics are per activation).

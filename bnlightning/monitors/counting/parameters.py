@@ -34,7 +34,7 @@ class ParameterCounts:
         norm: 2-norm of the gradient; not finite if one of its values is not.
         weight_norm: 2-norm of the parameter before the step.
         update_norm: 2-norm of what the step added to the parameter.
-        histogram: Histogram of the finite values of the gradient; ``None`` if there are none, or nobody asked for it.
+        histogram: Histogram of the finite values of the gradient. ``None`` if there are none, or nobody asked for it.
     """
 
     dims: int
