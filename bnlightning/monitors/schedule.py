@@ -8,7 +8,7 @@ class Schedule:
     """The first step, and every step at which the number of optimizer steps has passed another multiple of ``every``.
 
     A monitor that watches several optimizers asks with a key for each of them. With a single key, an optimizer that
-    steps in every second batch might never be due: the multiples of ``every`` could fall into the other batches.
+    steps in every second batch might never be due. The multiples of ``every`` could fall into the other batches.
 
     Args:
         every: Distance of two sampled steps in optimizer steps.

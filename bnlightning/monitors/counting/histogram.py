@@ -143,9 +143,10 @@ class TypicalRanges:
     The inner range of a step holds the inner 99.8 % of its values. Two kinds of values are outliers, and are counted in
     the outermost bin that is left:
 
-    - values further outside of the inner range than it is wide,
-    - values further from zero than ten times what is typical of the tag, the median over its last 64 steps of the
-      larger end of the inner range.
+    - values further outside of the inner range than it is wide, and
+    - values further from zero than ten times what is typical of the tag.
+
+    Typical is the median over the tag's last 64 steps of how far from zero the inner range reaches.
 
     Example:
         >>> ranges = TypicalRanges()

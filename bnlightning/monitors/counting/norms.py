@@ -206,8 +206,8 @@ def _channel_statistics(reduced: Array, running: Array, eps: Array, unbiased: ND
         unbiased: Whether the running variance averages unbiased variances, shape ``(C,)``.
 
     Returns:
-        Six rows, of shape ``(6, C)``: drift of the mean, drift of the variance, spread over ranks, minus the running
-        variance, number of values, and 1 where a value is not finite, 0 elsewhere.
+        Shape ``(6, C)``. The rows are: drift of the mean, drift of the variance, spread over ranks, minus the running
+        variance, number of values, whether a value is not finite. The last row holds 1 or 0.
     """
     n, sums, squared_sums, squares, ranks, rank_means, squared_rank_means = reduced
     running_mean, running_var = running
