@@ -43,7 +43,7 @@ class Activations:
     and calls. An evaluation may be opened while training is open, for each phase has accumulators of its own.
 
     Args:
-        modules: What to watch, as in :class:`~bnlightning.ActivationMonitor`.
+        modules: The modules to watch, as in :class:`~bnlightning.ActivationMonitor`.
         window_samples: Least number of samples, of all ranks together, that the numbers of units are over.
         max_layers: Largest number of watched layers.
         statistics: The numbers of each layer. ``None``: those of

@@ -36,7 +36,7 @@ class Gradients:
     """Watch the gradients and the updates of a network's parameters.
 
     Args:
-        parameters: Which parameters get numbers of their own, as in :class:`~bnlightning.GradientMonitor`.
+        parameters: The parameters that get numbers of their own, as in :class:`~bnlightning.GradientMonitor`.
         max_parameters: Largest number of parameters with numbers of their own. The first ones are taken.
     """
 

@@ -34,7 +34,7 @@ class Norms:
     """Watch the batch norm layers of a network.
 
     Args:
-        modules: Which batch norm layers to watch, as in :class:`~bnlightning.BatchNormMonitor`.
+        modules: The batch norm layers to watch, as in :class:`~bnlightning.BatchNormMonitor`.
         max_layers: Largest number of watched layers. The first ones in the order of ``named_modules`` are taken.
     """
 
@@ -138,7 +138,7 @@ class Norms:
 
 
 class _Catcher:
-    """What the hooks of one network share."""
+    """The state that the hooks of one network share."""
 
     def __init__(self, accumulators: NormAccumulators) -> None:
         self.accumulators = accumulators

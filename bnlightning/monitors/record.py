@@ -12,14 +12,14 @@ from bnlightning.monitors.counting.histogram import Histogram
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known of one layer, one batch norm layer or one parameter at one sampled step.
+    """The numbers of one layer, one batch norm layer or one parameter at one sampled step.
 
     Args:
         numbers: The numbers, by name of the statistic.
         histograms: The histograms, by name, as loggers show them. Far outliers are counted in the outermost bin.
         bins: Counts by :func:`~bnlightning.monitors.counting.histogram.count_values`, int64 of shape ``(NUM_BINS,)``.
             ``None`` where they are not kept.
-        units: How many units a layer has. 0 where units are not looked at.
+        units: Number of units of a layer. 0 where units are not looked at.
         samples: Number of samples that the numbers of the units are over. 0 where units are not looked at.
         is_activation: Whether the layer counts as an activation, and so under ``health/``.
     """

@@ -1,4 +1,4 @@
-"""Which optimizer steps a monitor samples."""
+"""The schedule of a monitor: the optimizer steps that it samples."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -20,7 +20,7 @@ _SHARE = {0.0: "0", 0.5: "0.5", 1.0: "1"}
 
 @dataclass(frozen=True)
 class Look:
-    """How the picture of all layers by step shows a statistic.
+    """The look of a statistic in the picture of all layers by step.
 
     Args:
         title: Heading of its heat map.
@@ -49,11 +49,11 @@ class Look:
 
 @dataclass(frozen=True)
 class Alarm:
-    """What a warning says when a statistic exceeds its limit.
+    """The words of the warning when a statistic exceeds its limit.
 
     Args:
-        meaning: What follows the share in the sentence, such as ``"of the units are dead: zero for every one of"``.
-            ``the last 1000 samples`` follows.
+        meaning: The words between the share and ``the last 1000 samples``, such as ``"of the units are dead: zero for
+            every one of"``.
         cures: The usual cures, as a list within a sentence.
     """
 
@@ -72,7 +72,7 @@ class Statistic(Generic[Counts]):
         healthy: The healthy values, and what to do about others. Sentences in Markdown, which follow ``Healthy:``.
         sum: A further accumulator that it needs. ``None``: what is counted for every layer is enough.
         look: How the picture of all layers shows it. ``None``: the picture leaves it out.
-        alarm: What a warning says. ``None``: there is no warning.
+        alarm: The words of a warning. ``None``: there is no warning.
 
     Example:
         >>> spread = Statistic(

@@ -46,7 +46,7 @@ class Place:
         is_activation: Whether it counts as an activation, and so under ``health/``.
         has_units: Whether its units are looked at.
         limits: The outputs beyond which it is saturated. ``None`` for an unbounded activation.
-        features: What :func:`~bnlightning.monitors.catching.selection.features` tells of it.
+        features: The result of :func:`~bnlightning.monitors.catching.selection.features` for it.
         features_before: The same of the last layer before it that tells, in the order of ``named_modules``.
     """
 
@@ -140,7 +140,7 @@ class Observer:
         self.detach()
         self._is_compiled = is_compiled(module)
         if self._is_compiled:
-            # What was compiled before the hooks came would never call them.
+            # Graphs that were compiled before the hooks came would never call them.
             torch.compiler.reset()
         self._number = add_receiver(self._receive, self._receive_tap)
         before = None

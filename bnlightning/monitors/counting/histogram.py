@@ -23,7 +23,7 @@ _RESOLUTION = 2.0**-5
 
 
 def count_values(x: Tensor) -> Tensor:
-    """How many values fall into each bin.
+    """Count the values that fall into each bin.
 
     Args:
         x: float32 of any shape. It may hold non-finite values.
