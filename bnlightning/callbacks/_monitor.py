@@ -1,4 +1,4 @@
-"""What the callbacks of the monitors have in common: when they sample, and where records go."""
+"""The base class of the monitors' callbacks: it holds the schedule, gives records to loggers, and warns."""
 
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -17,10 +17,10 @@ from bnlightning.writing.writers import write
 
 
 class MonitorCallback(Callback):
-    """A callback that samples steps and tells the loggers what a monitor found out.
+    """A callback that samples steps and gives a monitor's records to the loggers.
 
     Args:
-        every_n_steps: Distance of two sampled steps in optimizer steps.
+        every_n_steps: Distance between two sampled steps, in optimizer steps.
         catalogues: The declarations of the numbers that it writes.
 
     Raises:
@@ -35,7 +35,7 @@ class MonitorCallback(Callback):
         self._axis = StepAxis()
 
     def _write(self, trainer: lightning.Trainer, record: Record | None) -> None:
-        """Give a record to all loggers; on any rank but the first nothing happens."""
+        """Give a record to all loggers. Only the first rank does so."""
         if record is not None and trainer.is_global_zero:
             write(trainer.loggers, summarize(record, self._catalogues))
 

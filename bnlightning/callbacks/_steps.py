@@ -1,32 +1,32 @@
-"""Which steps and evaluations a callback looks at."""
+"""The place of values on the x-axis, and which evaluations a callback looks at."""
 
 import lightning
 
 
 def logged_step(trainer: lightning.Trainer) -> int:
-    """Where Lightning's own loggers put what ``training_step`` logs now: the number of batches that stepped before.
+    """The step at which Lightning logs what ``training_step`` logs now: the number of batches that stepped before.
 
-    It counts batches and not steps of optimizers, of which there may be several, and it goes on after a resume.
+    It counts batches and not optimizer steps, since there may be several optimizers. It goes on after a resume.
     """
-    # Private, and what self.log uses; there is no public way to ask for it.
+    # Private, but it is what self.log uses, and there is no public way to ask for it.
     return getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step)
 
 
 class StepAxis:
-    """Where values stand on the x-axis: as Lightning's loggers have it, and evaluations at what was trained so far."""
+    """The x-axis: training values stand where Lightning logs them, evaluations at the number of steps taken so far."""
 
     def __init__(self) -> None:
         self.batch = 0
         self._global_step: int | None = None
 
     def start_batch(self, trainer: lightning.Trainer) -> None:
-        """A training batch begins: ``batch`` is where what it logs stands."""
+        """Begin a training batch. ``batch`` is then the step of what it logs."""
         self.batch, self._global_step = logged_step(trainer), trainer.global_step
 
     def evaluation(self, trainer: lightning.Trainer) -> int:
-        """Where an evaluation stands that begins now: the number of batches that stepped.
+        """The step of an evaluation that begins now: the number of batches that stepped.
 
-        Within a fit Lightning has not counted the last one yet, and puts its own one before.
+        Within a fit, Lightning has not yet counted the last batch, and logs its own values one step earlier.
         """
         if self._global_step is None or trainer.state.fn != "fit":
             return logged_step(trainer)
@@ -35,9 +35,12 @@ class StepAxis:
 
 
 class EvaluationCadence:
-    """Evaluations at least ``every`` optimizer steps after the last one that was due, and those of the final weights.
+    """Says which evaluations are due: one at least ``every`` optimizer steps after the last due one, and the final one.
 
-    One of its own (``trainer.validate``) is always due, unless the last one was of the same step.
+    An evaluation outside of a fit, by ``trainer.validate``, is always due.
+
+    Args:
+        every: Least distance between two due evaluations within a fit, in optimizer steps.
     """
 
     def __init__(self, every: int) -> None:
@@ -50,16 +53,16 @@ class EvaluationCadence:
         return self._last
 
     def resume(self, last: int | None) -> None:
-        """Go on after a checkpoint, in which the last that was due is ``last``."""
+        """Go on from a checkpoint, whose last due evaluation was at step ``last``."""
         self._last = last
 
     def start(self, step: int) -> None:
-        """A fit starts at ``step``; an evaluation before it, of these weights, is the only one that counts."""
+        """Start a fit at ``step``. Earlier evaluations count only if they were at this very step."""
         if self._last != step:
             self._last = None
 
     def is_due(self, trainer: lightning.Trainer) -> bool:
-        """Whether the evaluation that begins is due; a sanity check never is."""
+        """Whether the evaluation that begins is due. A ``True`` is remembered. A sanity check is never due."""
         step, last = trainer.global_step, self._last
         if trainer.sanity_checking:
             return False

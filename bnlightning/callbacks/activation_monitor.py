@@ -1,4 +1,4 @@
-"""Histograms and health of the activations, in the loggers."""
+"""The callback that logs histograms and health of the activations."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -30,13 +30,13 @@ from bnlightning.writing.writers import write
 class ActivationMonitor(MonitorCallback):
     """Show what the modules of any LightningModule put out: histograms, dead units, saturation, NaN.
 
-    Training is bit for bit the same with and without it. What it samples is exact over all samples, micro-batches and
-    ranks of it. A sample takes five collectives, however many modules there are.
+    Training is bit for bit the same with and without it. Its numbers are exact over all samples, micro-batches and
+    ranks of a sampled step. A sampled step takes five collectives, however many modules there are.
 
     | phase | what is sampled | where it stands |
     |---|---|---|
     | training | all forward passes of one optimizer step out of ``every_n_steps`` | where ``self.log`` puts that step |
-    | validation within a fit | evaluations ``every_n_steps`` after the last sampled one, and of the final weights | the
+    | validation within a fit | evaluations ``every_n_steps`` after the last sampled one, and the final one | the
       number of steps taken |
     | ``trainer.validate``, ``trainer.test`` | each one | the number of steps taken |
 
@@ -45,7 +45,8 @@ class ActivationMonitor(MonitorCallback):
 
     - ``layer_hist/<layer>``: histogram of the finite outputs (TensorBoard and Weights & Biases). Outliers that would
       flatten the picture are counted in the outermost bin.
-    - ``layer_mean``, ``layer_std``, ``layer_min``, ``layer_max``, ``layer_zero``: of the finite outputs.
+    - ``layer_mean``, ``layer_std``, ``layer_min``, ``layer_max``, ``layer_zero``: mean, population standard deviation,
+      smallest value, largest value and share of zeros. All are over the finite outputs.
     - ``layer_nonfinite``: share of NaN and infinities among all outputs.
     - ``layer_saturated``, ``layer_saturated_low``, ``layer_saturated_high``: share of the outputs beyond
       :func:`saturation_limits`, for bounded activations.
@@ -53,28 +54,29 @@ class ActivationMonitor(MonitorCallback):
       not dead but broken, and counts under ``layer_nonfinite``.
     - ``layer_dormant``: share of the units whose mean magnitude is at most ``tau`` times the mean over the layer's
       units (Sokar et al., ICML 2023).
-    - ``layer_rarely_active``: share of the units that are not zero for less than 1 % of the samples (Dohare et al.,
+    - ``layer_rarely_active``: share of the units that are non-zero for less than 1 % of the samples (Dohare et al.,
       Nature 2024, who call these dormant).
     - ``layer_saturated_units``: share of the units that are saturated for 95 % of the samples or more.
     - ``health/dead``, ``health/dormant``: share of all units of all activations. ``health/dead_max``: the worst layer.
       ``health/saturated``, ``health/nonfinite``: mean over the activations.
     - ``health/first_nonfinite_layer``, a text: the first module in the order of execution that made a NaN or an
       infinity. ``input``: it came with the batch. ``before <module>`` or ``after <module>``: an operation that is no
-      module made it.
-    - ``health/watched``, a text: what is watched and what cannot be.
+      module made it. ``loss``: the loss was the first.
+    - ``health/watched``, a text: the layers that are watched, and the modules that cannot be.
     - ``health/values_by_step``, ``health/layers_by_step``, pictures: the outputs and the numbers of every layer at
       every sampled training step. Drawn at the end of the epochs 1, 2, 4, 8, ... and of the training.
 
     **Units.** A unit is a feature of the layer before the activation: dimension 1 behind a convolution, the last
-    dimension behind a linear layer. Samples are then also its positions. Where the layer before does not tell, a unit
-    is a channel of 4-D and 5-D outputs, otherwise an entry of the last dimension. Normalisations, linear and
-    convolutional layers have no units. Padding counts like anything else.
+    dimension behind a linear layer. All positions of a sample count for its units. If the layer before does not tell, a
+    unit is a channel of 4-D and 5-D outputs, otherwise an entry of the last dimension. Normalisations, linear and
+    convolutional layers have no units. Padding counts like any other value.
 
-    **The window.** In training the numbers of units are over the last ``window_samples`` to twice as many samples of
-    the sampled steps. A unit that died within the window still counts as alive: with batches of 50 and a sample every
-    10 steps the default window reaches back 200 to 400 steps. An evaluation is a window of its own without that delay.
+    **The window.** In training the numbers of units are over the last ``window_samples`` samples of the sampled steps,
+    or up to twice as many. A unit that died within the window still counts as alive. With batches of 50 and a sampled
+    step every 10 steps, the default window reaches back 200 to 400 steps. An evaluation is a window of its own, without
+    that delay.
 
-    **Calls.** A second call of a module within a batch is ``<path>#1``, further ones ``#2`` to ``#15``, which stands
+    **Calls.** A second call of a module within a batch is ``<path>#1``, further ones ``#2`` to ``#15``. The last stands
     for all that follow. A tensor in a tuple, mapping or dataclass is ``<path>:0`` or ``<path>:logits``. Activations
     that are called as functions have no module: show them by :func:`bnlightning.tap`. A forward pass that activation
     checkpointing repeats does not count.
@@ -83,38 +85,40 @@ class ActivationMonitor(MonitorCallback):
     order of the modules' paths. A sampled step has a graph of its own. What was compiled before the fit is compiled
     again (:func:`torch.compiler.reset`), since it would not call the hooks.
 
-    **Memory.** A layer takes 33 kB of the device's memory in each phase and 32 bytes a unit, and at most 3 kB of the
-    event file a sample. The pictures keep at most 128 samples, and the distributions of 16 layers.
+    **Memory.** A layer takes 33 kB of the device's memory in each phase, and 32 bytes for each unit. It takes at most 3
+    kB of the event file at each sampled step. The pictures keep at most 128 sampled steps, and distributions of 16
+    layers.
 
     Args:
-        every_n_steps: Distance of two sampled steps in optimizer steps.
-        modules: What to watch: a type of modules, a pattern of module paths such as ``"net.act*"``, a function of a
-            path and a module, or several of these. Patterns find modules without submodules only, an exact path finds
-            any. By default all activations and normalisations that are modules of their own.
-        check_finite_every_n_steps: Distance of two training steps that are checked for NaN and infinities, until one is
-            found. ``None``: no step is. Only 1, the default, finds the very first one. All modules without submodules
-            that could make one are checked, watched or not, also a mask that puts out infinities on purpose.
-        window_samples: Least number of samples that the numbers of units are over, over all ranks.
-        tau: A unit is dormant below this share of the layer's mean magnitude.
-        output_gradients: Whether to log ``layer_grad_hist``, ``layer_grad_mean``, ``_std``, ``_min``, ``_max``,
-            ``_zero`` and ``_nonfinite``: the gradients of the outputs in sampled training steps. They are of the mean
-            loss over the samples of all ranks, without the scale of a GradScaler.
-        effective_rank: Whether to log ``layer_effective_rank``: the exponential of the entropy of the singular values
-            of the matrix of samples and positions by units, not centred (Roy & Vetterli, 2007). It needs many more
-            samples than units, and 8 bytes times the number of units squared, for up to 1024 units.
-        statistics: Further numbers of every layer: declarations as
-            :class:`~bnlightning.monitors.statistic.Statistic` describes them.
-        max_layers: Largest number of watched layers. What is left out is told.
-        warn_dead_above: Warn once when ``layer_dead`` of an activation exceeds this share, over ``window_samples`` or
-            more.
-        warn_dormant_above: Warn once when ``layer_dormant`` exceeds this share.
-        warn_saturated_above: Warn once when ``layer_saturated`` exceeds this share.
-        stop_on_nonfinite: Whether the first NaN or infinity stops the training: on a CPU in the same step, on a GPU or
-            several ranks at the next sampled step. There is a warning in any case.
+        every_n_steps: Distance between two sampled steps, in optimizer steps.
+        modules: The modules to watch: a type, a pattern of paths such as ``"net.act*"``, a function of path and module,
+            or a list of these. Patterns find only modules without submodules. An exact path finds any. By default all
+            activations and normalisations that are modules of their own.
+        check_finite_every_n_steps: Distance between two training steps that are checked for NaN and infinities, until
+            one is found. ``None``: no step is checked. Only 1, the default, finds the very first one. The check covers
+            all modules without submodules that could make one, watched or not. A mask of infinities is among them.
+        window_samples: Least number of samples, of all ranks together, that the numbers of units are over.
+        tau: A unit is dormant up to this share of the layer's mean magnitude.
+        output_gradients: Whether to log the gradients of the outputs in sampled training steps: ``layer_grad_hist``,
+            ``layer_grad_mean``, ``_std``, ``_min``, ``_max``, ``_zero`` and ``_nonfinite``. They are gradients of the
+            mean loss over the samples of all ranks, without the scale of a GradScaler.
+        effective_rank: Whether to log ``layer_effective_rank``: the exponential of the entropy of a matrix's singular
+            values (Roy & Vetterli, 2007). The matrix has samples and positions by units, and is not centred. The number
+            needs many more samples than units. It takes 8 bytes times the number of units squared. Layers with more
+            than 1024 units have none.
+        statistics: Further numbers of every layer, declared as
+            :class:`~bnlightning.monitors.statistic.Statistic` describes. By default none.
+        max_layers: Largest number of watched layers. A warning says which are left out.
+        warn_dead_above: Share of dead units in an activation above which to warn, once. It must be over at least
+            ``window_samples`` samples. ``None``: never.
+        warn_dormant_above: The same for the share of dormant units.
+        warn_saturated_above: The same for the share of saturated outputs.
+        stop_on_nonfinite: Whether the first NaN or infinity stops the training. A CPU alone stops in the same step. A
+            GPU or several ranks stop at the next sampled step. There is a warning in any case.
 
     Raises:
-        ValueError: If a number of steps is below 1, a share is none, nothing would be checked, or ``modules`` is
-            something else.
+        ValueError: If a number of steps, samples or layers is below 1, or a share is not from 0 to below 1. Also if
+            ``modules`` holds something else, and for ``stop_on_nonfinite`` with nothing checked.
 
     Example:
         >>> import lightning
@@ -180,7 +184,7 @@ class ActivationMonitor(MonitorCallback):
         self._attach(pl_module)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        # Not before: when the fit starts, Lightning has not yet restored at which step it goes on.
+        # Not earlier: at the start of the fit, Lightning has not yet restored the step at which it goes on.
         self._checking = Schedule(self.check_finite_every_n_steps or 1)
         if not self._schedule.start(trainer.global_step):
             self._evaluation.start(trainer.global_step)
@@ -223,7 +227,7 @@ class ActivationMonitor(MonitorCallback):
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         number = trainer.current_epoch + 1
-        # A power of two: what a picture shows has doubled, and drawing costs a vanishing part of a long training.
+        # At powers of two a picture shows twice as much as before. Drawing is then a vanishing part of a long training.
         if number & (number - 1) == 0:
             self._draw(trainer)
 
@@ -238,7 +242,7 @@ class ActivationMonitor(MonitorCallback):
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        # On several ranks another one may not have failed, and would never join the reduction.
+        # With several ranks, a rank that has not failed would never join the reduction.
         if world_size() == 1:
             self._report_nonfinite(trainer)
         self._monitor.detach()
@@ -299,7 +303,7 @@ class ActivationMonitor(MonitorCallback):
         self._warned = set(state_dict["warned"])
 
     def _forget(self) -> None:
-        """A training begins anew."""
+        """Forget all earlier samples: a training begins anew."""
         self._monitor.forget()
         self._history = History()
         self._is_checking = self.check_finite_every_n_steps is not None
@@ -317,7 +321,7 @@ class ActivationMonitor(MonitorCallback):
         self._monitor.open(self._axis.evaluation(trainer), phase)
 
     def _publish(self, trainer: lightning.Trainer, phase: str) -> None:
-        """Close a sample, reduce it over the ranks and write what it says."""
+        """Close a sample, reduce it over the ranks, and write its record."""
         record = self._monitor.close(phase)
         if record is None:
             return
@@ -329,9 +333,9 @@ class ActivationMonitor(MonitorCallback):
         self._report_nonfinite(trainer)
 
     def _draw(self, trainer: lightning.Trainer) -> None:
-        """Pictures of all samples so far, if there are new ones."""
+        """Draw pictures of all samples so far, if there are new ones."""
         steps = self._history.steps
-        # One step is no picture.
+        # A single step makes no picture.
         if not trainer.is_global_zero or len(steps) < 2 or steps[-1] == self._drawn_at:
             return
         self._drawn_at = int(steps[-1])
@@ -371,8 +375,8 @@ class ActivationMonitor(MonitorCallback):
             self._warn_of_left_out("max_layers", self.max_layers, left_out, "layers", "others by `modules`.")
 
     def _with_what_is_watched(self, trainer: lightning.Trainer, record: Record) -> Record:
-        """The record, the first time with a text on what is watched."""
-        # Rank 0, which tells, may be one on which nothing ran.
+        """The record, with a text on what is watched if it is the first one."""
+        # On rank 0, which writes, nothing may have run. So the record's layers count as seen, too.
         seen = list(dict.fromkeys([*self._monitor.observer.seen, *record.layers]))
         if "watched" in self._told:
             return record
@@ -392,12 +396,15 @@ class ActivationMonitor(MonitorCallback):
 
 
 _PICTURES = {
-    health_tag("values_by_step"): "How each layer's outputs are distributed at every sampled step of the training.",
-    health_tag("layers_by_step"): "The numbers of every layer at every sampled step of the training. Pale is healthy.",
+    health_tag("values_by_step"): "The distribution of each layer's outputs at every sampled training step, over all "
+    "samples and ranks of the step. At most 16 layers and 128 steps. Healthy: bands that neither shrink nor widen.",
+    health_tag("layers_by_step"): "The numbers of every layer at every sampled training step, over all ranks. Dead and "
+    "dormant units are over the window. At most 128 steps. Healthy: pale. Zeros are no illness: a ReLU has about one "
+    "half.",
 }
 
 
 def _grad_scale(trainer: lightning.Trainer) -> float:
-    """From a rank's gradient of its own, scaled loss to that of the mean loss over all ranks."""
+    """The factor from the gradient of a rank's own scaled loss to the gradient of the mean loss over all ranks."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return 1.0 / (world_size() * (scaler.get_scale() if scaler is not None else 1.0))

@@ -1,4 +1,4 @@
-"""How far batch norm layers are from what evaluation takes them for, in the loggers."""
+"""The callback that logs how far the running statistics of batch norm layers are from those of the batch."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,27 +14,27 @@ from bnlightning.monitors.norms import Norms
 
 
 class BatchNormMonitor(MonitorCallback):
-    r"""Show how far batch norm layers are from what evaluation takes them for.
+    r"""Show how far the running statistics of batch norm layers are from the statistics of the batch.
 
     Evaluation normalises by the running statistics, training by those of the batch. Where they are apart, a network
-    that trains well evaluates badly. It watches torch's layers, :class:`torch.nn.SyncBatchNorm`, lazy layers once they
-    have parameters, and ours with any convention, also frozen ones and those in evaluation mode. Instance norms are not
-    batch norms.
+    that trains well evaluates badly. The monitor watches torch's layers, :class:`torch.nn.SyncBatchNorm`, lazy layers
+    once they have parameters, and ours with any convention. Frozen layers and those in evaluation mode are watched,
+    too. Instance norms are not batch norms.
 
     Training is bit for bit the same with and without it. It samples one optimizer step out of ``every_n_steps``. The
     batch statistics are exactly those of all inputs of that step put together: every call of the layer in training,
     all micro-batches, all ranks. A repeated forward pass of activation checkpointing counts once. The running
-    statistics are those before the step, on rank 0, which DDP gives to all ranks.
+    statistics are those of rank 0 before the step. DDP copies them to all ranks.
 
     **Logged metrics**, where ``self.log`` puts the values of that step, for every layer by its path in the
     LightningModule. :math:`\epsilon` is the layer's ``eps``.
 
     - ``norm_mean_drift``: :math:`\max_c |\mu_{run} - \mu_{batch}| / \sqrt{\sigma^2_{run} + \epsilon}`, the largest
-      over the channels. How far evaluation would shift its normalised values.
+      over the channels. Evaluation would shift the normalised values by so much.
     - ``norm_var_drift``: :math:`\max_c |\log((\sigma^2_{run} + \epsilon) / (\sigma^2_{batch} + \epsilon))|`. A
       value of 0.7 is a factor of two. The variance of the batch is unbiased where the running variance is.
-    - ``norm_rank_spread``: standard deviation of the ranks' own batch means over
-      :math:`\sqrt{\sigma^2_{batch} + \epsilon}` (biased, over all ranks), the largest over the channels. Only with
+    - ``norm_rank_spread``: standard deviation of the ranks' own batch means, divided by
+      :math:`\sqrt{\sigma^2_{batch} + \epsilon}` (biased, over all ranks). The largest over the channels. Only with
       several ranks.
     - ``norm_scale_near_zero``: share of the entries of ``weight`` below 1e-3 in magnitude, before the step.
     - ``norm_min_running_var``: smallest running variance before the step.
@@ -44,20 +44,21 @@ class BatchNormMonitor(MonitorCallback):
       ``health/norm_min_running_var``: the smallest. ``health/norm_scale_near_zero``, ``health/norm_nonfinite``: over
       the scales and the channels of all layers.
 
-    A number that a layer does not have is not written: no drift and no smallest variance without running statistics, no
-    share without a scale, no drift before the first batch has replaced the initial values. Drifts are never zero: the
-    mean of n independent values is off by about :math:`1 / \sqrt n` by chance, the largest of many channels by more.
+    A number that a layer does not have is not written. Without running statistics there is neither a drift nor a
+    smallest variance. Without a scale there is no share of it. Before the first batch has replaced the initial values
+    there is no drift. Drifts are never zero: the mean of n independent values is off by about :math:`1 / \sqrt n` by
+    chance, and the largest of many channels by more.
 
-    A channel takes about 100 bytes, and a sampled step a copy of a call's input while the call lasts. Hooks are
+    A channel takes about 100 bytes. At a sampled step, each call takes a copy of its input while it lasts. Hooks are
     attached when the fit starts. What was compiled before is compiled again (:func:`torch.compiler.reset`).
 
     Args:
-        every_n_steps: Distance of two sampled steps in optimizer steps.
-        modules: Which batch norm layers to watch: a pattern of module paths such as ``"layer1.*"``, a type, a function
-            of the path and the module, or several of these, of which one must say so. By default all. (A lambda does
-            not pickle.)
-        max_layers: Largest number of watched layers, the first ones in the order of ``named_modules``. Each has up to
-            six tags.
+        every_n_steps: Distance between two sampled steps, in optimizer steps.
+        modules: The batch norm layers to watch: a type, a pattern of paths such as ``"layer1.*"``, a function of path
+            and module, or a list of these. A layer is watched if any of them fits. By default all are. A lambda does
+            not pickle.
+        max_layers: Largest number of watched layers. The first ones in the order of ``named_modules`` are taken. Each
+            has up to six tags.
 
     Raises:
         ValueError: If ``every_n_steps`` or ``max_layers`` is below 1, or ``modules`` holds something else.
@@ -79,7 +80,7 @@ class BatchNormMonitor(MonitorCallback):
         self.max_layers = max_layers
         self._monitor = Norms(self.modules, max_layers=max_layers)
         super().__init__(every_n_steps, self._monitor.catalogues)
-        # The number of optimizer steps before the sample.
+        # Number of optimizer steps before the sample.
         self._opened_at = 0
         self._is_first = True
 
@@ -96,7 +97,7 @@ class BatchNormMonitor(MonitorCallback):
             self._warn_of_left_out("max_layers", len(watched), left_out, "batch norm layers", cure)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        # When the fit starts, Lightning has not yet restored at which step it goes on.
+        # Not earlier: at the start of the fit, Lightning has not yet restored the step at which it goes on.
         self._schedule.start(trainer.global_step)
 
     def on_train_batch_start(
@@ -135,7 +136,7 @@ class BatchNormMonitor(MonitorCallback):
     def _publish(self, trainer: lightning.Trainer) -> None:
         record = self._monitor.close()
         self._write(trainer, record)
-        # In the first sample only: later, a step may well do without them.
+        # Only at the first sample: a later step may well run without these layers.
         if record is not None and self._is_first:
             self._is_first = False
             self._warn_if_nothing_ran()

@@ -1,4 +1,4 @@
-"""How large gradients and updates are, parameter by parameter, in the loggers."""
+"""The callback that logs how large gradients and updates are, parameter by parameter."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from bnlightning.callbacks._monitor import MonitorCallback
 from bnlightning.callbacks._steps import logged_step
 from bnlightning.monitors.gradients import Gradients, ParameterChoice
 
-# Names of classes, since importing them may need a package that is not installed.
+# Names of classes: importing the classes may need a package that is not installed.
 _REFUSED = {
     "DeepSpeedStrategy": "DeepSpeed keeps the gradients in partitions of its own, and the parameters have none",
     "FSDPStrategy": "FSDP flattens the parameters and cuts them anywhere, so that their gradients are no layer's. "
@@ -26,44 +26,45 @@ class GradientMonitor(MonitorCallback):
 
     Training is bit for bit the same with and without it. It samples one step out of ``every_n_steps`` of each
     optimizer. Optimizers that are due within the same training batch make one sample. It sees the gradient that the
-    step is for: accumulated over micro-batches, reduced over ranks, unscaled, and **before gradient clipping** by
+    step is for: accumulated over micro-batches, reduced over ranks and unscaled. It is **before gradient clipping** by
     Lightning, which comes after ``on_before_optimizer_step``.
 
     **Logged metrics**, where ``self.log`` puts the values of that training batch. ``<param>`` is the path of a
-    parameter in the LightningModule, without what ``torch.compile`` or another wrapper adds. Let ``g`` be the gradient
-    of a parameter with ``n`` values, ``w0`` its weights just before the step and ``w1`` those at the end of the batch.
+    parameter in the LightningModule, without what ``torch.compile`` or another wrapper adds. A parameter has ``n``
+    values and the gradient ``g``. Its weights are ``w0`` just before the step, and ``w1`` at the end of the batch.
 
     - ``param_grad_norm/<param>``: ``||g||``, the 2-norm.
     - ``param_grad_rms/<param>``: ``||g|| / sqrt(n)``, comparable between parameters of different sizes.
     - ``param_grad_hist/<param>``: histogram of the finite values (TensorBoard and Weights & Biases). Far outliers are
       counted in the outermost bin.
     - ``param_grad_nonfinite/<param>``: share of NaN and infinities, only where there are any.
-    - ``param_update_ratio/<param>``: ``||w1 - w0|| / ||w0||``, with momentum, weight decay and clipping. About 1e-3 is
-      healthy. Not written where ``||w0||`` is zero.
+    - ``param_update_ratio/<param>``: ``||w1 - w0|| / ||w0||``. Momentum, weight decay and clipping are in it. About
+      1e-3 is healthy. Not written where ``||w0||`` is zero.
     - ``health/grad_norm``: the norm of all values together.
-    - ``health/grad_norm_ratio``: largest over smallest norm among the layers' weights, the parameters of two dimensions
-      and more. Norms of zero are left out.
+    - ``health/grad_norm_ratio``: largest over smallest norm among the layers' weights. These are the parameters of two
+      and more dimensions. Norms of zero are left out.
     - ``health/grad_zero``: share of these weights whose gradient is zero everywhere.
     - ``health/grad_nonfinite``: share of the parameters whose gradient holds a NaN or an infinity.
     - ``health/update_ratio``: the ratio of the norms over all parameters together.
 
     The numbers under ``health/`` are over all parameters that have a gradient at the step, chosen or not. A number that
-    is not finite is not written: in a run that diverges the norms end, and the shares of non-finite values rise.
+    is not finite is not written. In a run that diverges, the norms end and the shares of non-finite values rise.
 
-    Gradients are taken as float32, a complex number as two values. A sparse gradient has those values that are stored,
+    Gradients are taken as float32, and a complex number as two values. A sparse gradient has the values that it stores,
     duplicates summed. A shared parameter stands under its first path. If a step evaluates its closure repeatedly
     (LBFGS), the first evaluation counts. If a parameter is stepped several times within a batch, the last step counts.
 
-    A sampled step takes the memory of one more copy of the stepped weights until the end of the batch, and 32 KiB for
-    each histogram. With several ranks the first one computes, without communication, since all of them step with the
-    same gradients. DTensors (``ModelParallelStrategy``, FSDP2) are added up over the ranks in three collectives.
+    A sampled step holds one more copy of the stepped weights until the end of the batch, and 32 KiB for each histogram.
+    With several ranks the first one computes, without communication, since all of them step with the same gradients.
+    DTensors (``ModelParallelStrategy``, FSDP2) are added up over the ranks in three collectives.
 
     Args:
-        every_n_steps: Distance of two sampled steps in optimizer steps.
-        parameters: Which parameters get tags of their own: a pattern of paths such as ``"net.*.weight"``, several of
-            them, or a function of the path and the parameter that says whether. By default all that require a gradient.
-        max_parameters: Largest number of parameters with tags of their own, the first ones. A warning says how many are
-            left out.
+        every_n_steps: Distance between two sampled steps, in optimizer steps.
+        parameters: The parameters that get tags of their own: a pattern of paths such as ``"net.*.weight"``, a list of
+            patterns, or a function. The function takes path and parameter, and returns a bool. By default all that
+            require a gradient.
+        max_parameters: Largest number of parameters with tags of their own. The first ones are taken, and a warning
+            says how many are left out.
 
     Raises:
         ValueError: If a number is below 1, or ``parameters`` is something else.
@@ -88,7 +89,8 @@ class GradientMonitor(MonitorCallback):
         self._monitor = Gradients(parameters, max_parameters=max_parameters)
         super().__init__(every_n_steps, self._monitor.catalogues)
         self._warned = False
-        # The number of steps before the batch, while there is one, and before the last step that was sampled in it.
+        # Number of steps before the current batch. ``None`` between batches. Then, by optimizer, the number of steps
+        # before the last step that was sampled in the batch.
         self._began_at: int | None = None
         self._sampled: dict[int, int] = {}
 
@@ -124,7 +126,7 @@ class GradientMonitor(MonitorCallback):
     def on_before_optimizer_step(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, optimizer: Optimizer
     ) -> None:
-        # Without a gradient a step does nothing.
+        # A step without any gradient does nothing.
         if any(parameter.grad is not None for parameter in _parameters(optimizer)) and self._is_due(trainer, optimizer):
             self._monitor.take(_parameters(optimizer), _scale(trainer, optimizer))
             self._tell_what_is_left_out()
@@ -151,8 +153,8 @@ class GradientMonitor(MonitorCallback):
         self._monitor.load_state_dict(state_dict["monitor"])
 
     def _is_due(self, trainer: lightning.Trainer, optimizer: Optimizer) -> bool:
-        """Whether this step is sampled: the first closure of every step of a due batch, however many there are."""
-        # Without a batch some other hook takes the step.
+        """Whether this step is sampled. In a due batch every step is, at the first call of its closure."""
+        # Outside of a batch, some other hook takes the step.
         if self._began_at is None or self._sampled.get(id(optimizer)) == trainer.global_step:
             return False
         index = next((index for index, known in enumerate(trainer.optimizers) if known is optimizer), -1)
@@ -187,9 +189,9 @@ def _parameters(optimizer: Optimizer) -> Iterator[nn.Parameter]:
 
 
 def _scale(trainer: lightning.Trainer, optimizer: Optimizer) -> float:
-    """What the gradients are still multiplied by: fused optimizers divide by the scale of fp16 themselves."""
+    """The scale that gradients still have. Fused optimizers divide by the scale of fp16 themselves."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    # Private, and what Lightning and torch ask, too.
+    # Private, but Lightning and torch ask it, too.
     if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
         return 1.0
     return float(scaler.get_scale())

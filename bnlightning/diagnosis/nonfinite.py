@@ -1,4 +1,4 @@
-"""What is said of the first NaN or infinity of a training."""
+"""The sentences on the first NaN or infinity of a training: where it came from, and what helps."""
 
 
 def where_nonfinite(place: str, step: int) -> str:
@@ -7,7 +7,7 @@ def where_nonfinite(place: str, step: int) -> str:
     Args:
         place: What the check found: a module's path, ``"before <path>"``, ``"after <path>"``, ``"input"`` or
             ``"loss"``.
-        step: The number of steps taken before.
+        step: Number of steps taken before.
     """
     if place == "input":
         return f"the batch of step {step} holds a NaN or an infinity"
@@ -23,7 +23,11 @@ def where_nonfinite(place: str, step: int) -> str:
 
 
 def cures_nonfinite(place: str) -> str:
-    """One sentence on what people do about it."""
+    """One sentence on what people do about it.
+
+    Args:
+        place: What the check found, as in :func:`where_nonfinite`.
+    """
     if place == "input":
         return "Usual cures: clean the data, or skip such batches."
     return (

@@ -1,4 +1,4 @@
-"""Limits that a user sets, and the sentence that is said when a layer exceeds one."""
+"""Limits that a user sets, and the sentence of the warning when a layer exceeds one."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ _MAX_LISTED = 5
 
 @dataclass(frozen=True)
 class Threshold:
-    """One number of the layers and what it may be at most.
+    """One number of the layers, and its limit.
 
     Args:
         statistic: Name of the statistic.
         argument: Name of the argument that set the limit.
-        limit: The number above which there is a warning.
-        alarm: What the warning says.
+        limit: Share above which there is a warning, from 0 to below 1.
+        alarm: The words of the warning.
     """
 
     statistic: str
@@ -33,8 +33,8 @@ def make_thresholds(limits: Mapping[str, float | None], statistics: Iterable[Sta
     """The thresholds for the limits that are set.
 
     Args:
-        limits: The limit by name of the statistic; ``None``: there is none.
-        statistics: The declarations, which say what a warning says.
+        limits: The limit by name of the statistic. ``None``: there is none.
+        statistics: The declarations, which hold the words of the warnings.
     """
     return [
         Threshold(statistic.name, f"warn_{statistic.name}_above", limit, statistic.alarm)
@@ -44,12 +44,12 @@ def make_thresholds(limits: Mapping[str, float | None], statistics: Iterable[Sta
 
 
 def exceeds(threshold: Threshold, record: Record, needed: int) -> str | None:
-    """The sentence on the worst activation, if one is above the threshold.
+    """The sentence on the worst activation. ``None`` if no activation is above the threshold.
 
     Args:
         threshold: The number and its limit.
-        record: What a monitor found out.
-        needed: Samples below which a number is not believed.
+        record: The record of a sampled step or of an evaluation.
+        needed: Least number of samples that a number must be over to be believed.
     """
     ill = {path: layer for path, layer in record.layers.items() if _is_ill(layer, threshold, needed)}
     if not ill:

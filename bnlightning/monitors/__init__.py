@@ -1,1 +1,1 @@
-"""What is measured: plain torch, without a Trainer and without a logger."""
+"""The monitors: plain torch, without a Trainer and without a logger. Each makes Records of what it measures."""

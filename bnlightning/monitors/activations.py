@@ -1,4 +1,4 @@
-"""What the modules of a network put out: plain torch, from any loop.
+"""The monitor of what the modules of a network put out: plain torch, for any training loop.
 
 >>> from torch import nn
 >>> network = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
@@ -40,13 +40,13 @@ class Activations:
     """Watch the outputs of a network's modules, and make a :class:`~bnlightning.monitors.record.Record` of each sample.
 
     Between :meth:`open` and :meth:`close` the outputs of every watched call are counted, whatever the number of batches
-    and calls. An evaluation may be opened while training is open; each phase has accumulators of its own.
+    and calls. An evaluation may be opened while training is open, for each phase has accumulators of its own.
 
     Args:
-        modules: What to watch, as in :class:`~bnlightning.ActivationMonitor`.
-        window_samples: Over how many samples of all ranks the numbers of units are, at least.
-        max_layers: Largest number of layers that are watched.
-        statistics: The numbers of each layer; ``None``: those of
+        modules: The modules to watch, as in :class:`~bnlightning.ActivationMonitor`.
+        window_samples: Least number of samples, of all ranks together, that the numbers of units are over.
+        max_layers: Largest number of watched layers.
+        statistics: The numbers of each layer. ``None``: those of
             :func:`~bnlightning.monitors.counting.layer_statistics.layer_statistics`.
     """
 
@@ -86,7 +86,7 @@ class Activations:
 
         Args:
             module: The network.
-            device: Where its values are; ``None``: where its first parameter is.
+            device: The device of its values. ``None``: that of its first parameter.
             checks: Whether :meth:`begin_check` will be used, which needs hooks on further modules.
         """
         self.detach()
@@ -95,24 +95,24 @@ class Activations:
         self._check = make_check(self._device)
 
     def detach(self) -> None:
-        """Take all hooks away; what is known of the units stays, for the network may be attached again."""
+        """Take all hooks away. The window and the ranges stay, for the network may be attached again."""
         self._observer.detach()
         self._check = None
         self._steps.clear()
         self._accumulators.clear()
 
     def forget(self) -> None:
-        """A training begins anew: forget the window of samples and the typical ranges."""
+        """Forget the window of samples and the typical ranges: a training begins anew."""
         self._recent.clear()
         self._ranges = TypicalRanges()
 
     def open(self, step: int, phase: str = TRAIN, *, grad_scale: float | None = None) -> None:
-        """What is observed in ``phase`` from now on makes a record.
+        """Open a sample: what is observed in ``phase`` from now on makes a record.
 
         Args:
-            step: Where the record stands on the x-axis.
+            step: Step of the record, its place on the x-axis.
             phase: ``"train"``, ``"val"`` or ``"test"``.
-            grad_scale: What the gradients of outputs are multiplied by; ``None``: gradients are not watched.
+            grad_scale: Factor for the gradients of outputs. ``None``: gradients are not watched.
         """
         accumulators = self._accumulators.setdefault(phase, LayerAccumulators(self._sums))
         accumulators.reset()
@@ -125,22 +125,22 @@ class Activations:
         return phase in self._steps
 
     def observe(self, phase: str = TRAIN) -> None:
-        """A batch of ``phase`` begins; the next call of each module is its first."""
+        """Begin a batch of ``phase``. The next call of each module is its first."""
         self._observer.start(self._accumulators[phase] if phase in self._steps else None)
 
     def start_pass(self) -> None:
-        """The same batch goes through the network once more; the next call of each module is its first."""
+        """Send the same batch through the network once more. The next call of each module is its first."""
         self._observer.start_pass()
 
     def pause(self) -> None:
-        """A batch has ended: nothing is observed until the next :meth:`observe`."""
+        """End a batch: nothing is observed until the next :meth:`observe`."""
         self._observer.stop()
 
     def close(self, phase: str = TRAIN) -> Record | None:
-        """Close the sample of ``phase`` and reduce it over the ranks, all of which must call this.
+        """Close the sample of ``phase`` and reduce it over the ranks. Every rank must call this.
 
         Returns:
-            The record, the same on all ranks; ``None`` if no sample was open.
+            The record, the same on all ranks. ``None`` if no sample was open.
         """
         if phase not in self._steps:
             return None
@@ -148,10 +148,10 @@ class Activations:
         return self.record(self._steps.pop(phase), phase, self._accumulators[phase].reduce(self._device))
 
     def record(self, step: int, phase: str, reduced: Mapping[LayerKey, LayerSums]) -> Record:
-        """The record of what was counted; in training the window of samples goes on by it.
+        """Make the record of what was counted. In training the window of samples goes on by it.
 
         Args:
-            step: Where it stands on the x-axis.
+            step: Step of the record, its place on the x-axis.
             phase: ``"train"``, ``"val"`` or ``"test"``.
             reduced: The sums over all ranks, by layer.
         """
@@ -164,19 +164,19 @@ class Activations:
         return Record(step, phase, layers=entries, health=health)
 
     def begin_check(self, step: int) -> None:
-        """A training step begins in which every module is checked for NaN and infinities."""
+        """Begin a training step in which modules are checked for NaN and infinities."""
         if self._check is not None:
             self._check.begin(step)
             self._observer.check = self._check
 
     def check_loss(self, loss: Tensor) -> None:
-        """Check the loss, behind all modules."""
+        """Check the loss, which comes behind all modules."""
         if self._observer.check is not None:
             self._observer.look_at_sums()
             self._observer.check.update_loss(loss.detach())
 
     def end_check(self) -> bool:
-        """The checked step is over.
+        """End the checked step.
 
         Returns:
             Whether :meth:`first_nonfinite` can tell at once, without waiting for the device.
@@ -190,7 +190,7 @@ class Activations:
         return check.is_immediate
 
     def first_nonfinite(self) -> Found | None:
-        """Where the first NaN or infinity came from, over all ranks, all of which must call this."""
+        """Where the first NaN or infinity of all ranks came from. Every rank must call this."""
         return first_of_ranks(self._check.found() if self._check is not None else None, self._device)
 
     def state_dict(self) -> dict[str, Any]:
@@ -215,7 +215,7 @@ class Activations:
         )
 
     def _units(self, key: LayerKey, sums: LayerSums, phase: str) -> UnitSums | None:
-        """The sums of the units: in training over the window, in an evaluation over all of it."""
+        """The sums of the units: over the window in training, over all samples in an evaluation."""
         if sums.units is None or phase != TRAIN:
             return sums.units
         return self._recent.add(key, sums.units)
@@ -229,7 +229,7 @@ class Activations:
 
 
 def _merged(one: Entry, other: Entry) -> Entry:
-    """The entry of a layer whose outputs and whose outputs' gradients were counted."""
+    """One entry for a layer that was counted twice: its outputs, and the gradients of its outputs."""
     output, gradient = (one, other) if one.bins is not None else (other, one)
     return Entry(
         numbers={**output.numbers, **gradient.numbers},

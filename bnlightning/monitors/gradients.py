@@ -1,4 +1,4 @@
-"""How large gradients and updates are: plain torch, from any loop.
+"""The monitor of gradients and updates of parameters: plain torch, for any training loop.
 
 >>> import torch
 >>> network = torch.nn.Linear(4, 1)
@@ -36,8 +36,8 @@ class Gradients:
     """Watch the gradients and the updates of a network's parameters.
 
     Args:
-        parameters: Which parameters get numbers of their own, as in :class:`~bnlightning.GradientMonitor`.
-        max_parameters: Largest number of them, the first ones.
+        parameters: The parameters that get numbers of their own, as in :class:`~bnlightning.GradientMonitor`.
+        max_parameters: Largest number of parameters with numbers of their own. The first ones are taken.
     """
 
     def __init__(self, parameters: ParameterChoice = None, *, max_parameters: int = 200) -> None:
@@ -60,7 +60,7 @@ class Gradients:
 
         Args:
             module: The network.
-            device: The device of collectives; ``None``: that of its first parameter.
+            device: The device of collectives. ``None``: that of its first parameter.
         """
         self.detach()
         self._module = module
@@ -69,32 +69,33 @@ class Gradients:
         self._choose(by_path(module))
 
     def detach(self) -> None:
-        """Forget the network; the typical ranges stay, for it may be attached again."""
+        """Forget the network. The typical ranges stay, for it may be attached again."""
         self._module = None
         self.abandon()
 
     def forget(self) -> None:
-        """A training begins anew: forget the typical ranges."""
+        """Forget the typical ranges: a training begins anew."""
         self._ranges = TypicalRanges()
 
     def open(self, step: int) -> None:
-        """What is taken from now on makes a record that stands at ``step``."""
+        """Open a sample: what is taken from now on makes the record of ``step``."""
         self.abandon()
         self._step = step
 
     def abandon(self) -> None:
-        """What was taken since :meth:`open` makes no record."""
+        """Drop what was taken since :meth:`open`. It makes no record."""
         self._step, self._accumulators = None, None
 
     @torch.no_grad()
     def take(self, parameters: Iterable[nn.Parameter], scale: float = 1.0) -> None:
-        """Take down gradients and weights just before a step; a parameter that is stepped again is taken down anew.
+        """Take down gradients and weights just before a step. A parameter that is stepped again is taken down anew.
 
-        Where parameters are not sharded only the first rank computes, since all ranks step with the same gradients.
+        Only the first rank computes, since all ranks step with the same gradients. Sharded parameters are the
+        exception.
 
         Args:
             parameters: The parameters that the step is for. Those without a gradient are passed over.
-            scale: What the gradients are to be divided by.
+            scale: Divisor of the gradients, such as the scale of fp16. 1 leaves them as they are.
         """
         assert self._module is not None
         if self._step is None:
@@ -109,10 +110,12 @@ class Gradients:
 
     @torch.no_grad()
     def close(self) -> Record | None:
-        """Take down what the steps made of the weights; with sharded parameters every rank must call this.
+        """Take down what the steps made of the weights, and close the sample.
+
+        With sharded parameters every rank must call this.
 
         Returns:
-            The record; ``None`` if nothing was taken down on this rank.
+            The record. ``None`` if nothing was taken down on this rank.
         """
         step, accumulators = self._step, self._accumulators
         self.abandon()
@@ -122,10 +125,10 @@ class Gradients:
         return self.record(step, accumulators.statistics())
 
     def record(self, step: int, found: Mapping[str, ParameterCounts]) -> Record:
-        """The record of what was counted.
+        """Make the record of what was counted.
 
         Args:
-            step: Where it stands on the x-axis.
+            step: Step of the record, its place on the x-axis.
             found: The counts by path, of all parameters with a gradient.
         """
         entries = {path: self._entry(path, counts) for path, counts in found.items() if path in self.chosen}
@@ -144,7 +147,7 @@ class Gradients:
         return Entry(self._catalogue.numbers(counts), drawn)
 
     def _choose(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Decide on parameters that require a gradient and did not before; what was decided stays."""
+        """Decide on parameters that require a gradient only now. Earlier decisions stay."""
         for path, parameter in parameters.items():
             if not parameter.requires_grad or path in self._decided:
                 continue
@@ -162,5 +165,5 @@ class Gradients:
 
 
 def by_path(module: nn.Module) -> dict[str, nn.Parameter]:
-    """All parameters of a module; one that is shared stands under its first path."""
+    """All parameters of a module. A shared parameter stands under its first path."""
     return {user_path(name): parameter for name, parameter in module.named_parameters()}

@@ -1,4 +1,4 @@
-"""How far batch norm layers are from what evaluation takes them for: plain torch, from any loop.
+"""The monitor of batch norm layers, in training and as evaluation uses them: plain torch, for any training loop.
 
 >>> import torch
 >>> network = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8))
@@ -34,8 +34,8 @@ class Norms:
     """Watch the batch norm layers of a network.
 
     Args:
-        modules: Which batch norm layers to watch, as in :class:`~bnlightning.BatchNormMonitor`.
-        max_layers: Largest number of layers, the first ones in the order of ``named_modules``.
+        modules: The batch norm layers to watch, as in :class:`~bnlightning.BatchNormMonitor`.
+        max_layers: Largest number of watched layers. The first ones in the order of ``named_modules`` are taken.
     """
 
     def __init__(self, modules: Sequence[Choice] | None = None, *, max_layers: int = 200) -> None:
@@ -56,7 +56,7 @@ class Norms:
 
         Args:
             module: The network.
-            device: Where the accumulators lie; ``None``: where its first parameter is.
+            device: Device of the accumulators. ``None``: that of its first parameter.
         """
         self.detach()
         layers = {
@@ -70,7 +70,7 @@ class Norms:
         if not self.watched:
             return
         if is_compiled(module):
-            # What ran before would not call the hooks.
+            # Graphs that were compiled before would not call the hooks.
             torch.compiler.reset()
         watched = [layers[path] for path in self.watched]
         self._catcher = _Catcher(NormAccumulators(watched, device_of(module) if device is None else device))
@@ -86,7 +86,7 @@ class Norms:
         self._handles, self._catcher, self._step = [], None, None
 
     def open(self, step: int) -> None:
-        """What is observed from now on makes a record that stands at ``step``."""
+        """Open a sample: what is observed from now on makes the record of ``step``."""
         if self._catcher is not None:
             self._catcher.accumulators.start()
             self._step = step
@@ -97,20 +97,20 @@ class Norms:
         return self._step is not None
 
     def observe(self) -> None:
-        """A training batch begins."""
+        """Begin a training batch."""
         if self._catcher is not None:
             self._catcher.is_observing = self.is_open
 
     def pause(self) -> None:
-        """A training batch has ended: an evaluation may come before the next one."""
+        """End a training batch. An evaluation that comes before the next one is not observed."""
         if self._catcher is not None:
             self._catcher.is_observing = False
 
     def close(self) -> Record | None:
-        """Close the sample and reduce it over the ranks, all of which must call this.
+        """Close the sample and reduce it over the ranks. Every rank must call this.
 
         Returns:
-            The record, the same on all ranks; ``None`` if no sample was open.
+            The record, the same on all ranks. ``None`` if no sample was open.
         """
         self.pause()
         step, self._step = self._step, None
@@ -123,29 +123,29 @@ class Norms:
         return self.record(step, layers)
 
     def record(self, step: int, layers: Mapping[str, NormCounts]) -> Record:
-        """The record of what was counted.
+        """Make the record of what was counted.
 
         Args:
-            step: Where it stands on the x-axis.
+            step: Step of the record, its place on the x-axis.
             layers: The counts by path.
         """
         entries = {path: Entry(self._catalogue.numbers(counts)) for path, counts in layers.items()}
         return Record(step, norms=entries, health=self._catalogue.health(list(layers.values())))
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy, which a copy of the network in the middle of a fit brings along, has no part in that fit.
+        # A network that is copied in the middle of a fit brings a copy of this along. It has no part in that fit.
         return vars(self) | {"_handles": [], "_catcher": None, "_step": None, "watched": [], "left_out": []}
 
 
 class _Catcher:
-    """What the hooks of one network share."""
+    """The state that the hooks of one network share."""
 
     def __init__(self, accumulators: NormAccumulators) -> None:
         self.accumulators = accumulators
         self.is_observing = False
 
     def catch(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Layer ``index`` is called."""
+        """Take the input of a call of layer ``index``."""
         if not self.is_observing or is_recomputation():
             return
         input = args[0] if args else kwargs.get("input")

@@ -1,4 +1,4 @@
-"""The one datum that goes through the house: what a monitor found out at one sampled step."""
+"""The one datum of the package, the Record: what a monitor found out at one sampled step."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,16 +12,16 @@ from bnlightning.monitors.counting.histogram import Histogram
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known of one layer, one batch norm layer or one parameter at one sampled step.
+    """The numbers of one layer, one batch norm layer or one parameter at one sampled step.
 
     Args:
-        numbers: By name of the statistic.
-        histograms: By name, as loggers show them: far outliers are counted in the outermost bin.
-        bins: Counts by :func:`~bnlightning.monitors.counting.histogram.count_values`, int64 of shape ``(NUM_BINS,)``;
+        numbers: The numbers, by name of the statistic.
+        histograms: The histograms, by name, as loggers show them. Far outliers are counted in the outermost bin.
+        bins: Counts by :func:`~bnlightning.monitors.counting.histogram.count_values`, int64 of shape ``(NUM_BINS,)``.
             ``None`` where they are not kept.
-        units: How many units a layer has; 0 where units are not looked at.
-        samples: Over how many samples the numbers of the units are.
-        is_activation: Whether the layer is an activation.
+        units: Number of units of a layer. 0 where units are not looked at.
+        samples: Number of samples that the numbers of the units are over. 0 where units are not looked at.
+        is_activation: Whether the layer counts as an activation, and so under ``health/``.
     """
 
     numbers: Mapping[str, float]
@@ -39,13 +39,18 @@ class Record:
     Tags, pictures, findings and tables are pure functions of records.
 
     Args:
-        step: Where it stands on the x-axis: the number of steps taken before.
+        step: Number of steps taken before, its place on the x-axis.
         phase: ``"train"``, ``"val"`` or ``"test"``.
         layers: The watched layers, by path with the number of the call, in the order of execution.
         norms: The batch norm layers, by path.
         parameters: The parameters, by path.
         health: The numbers of the whole network, by name.
-        texts: What is said of the whole network, by name.
+        texts: Texts on the whole network, by name.
+
+    Example:
+        >>> record = Record(step=100, layers={"net.act1": Entry({"dead": 0.25})}, health={"dead": 0.25})
+        >>> record.entries("layer")["net.act1"].numbers["dead"]
+        0.25
     """
 
     step: int

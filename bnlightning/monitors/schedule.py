@@ -1,4 +1,4 @@
-"""Which optimizer steps a monitor samples."""
+"""The schedule of a monitor: the optimizer steps that it samples."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,8 +7,8 @@ from typing import Any
 class Schedule:
     """The first step, and every step at which the number of optimizer steps has passed another multiple of ``every``.
 
-    A monitor that watches several optimizers asks under a key for each. One that steps in every second batch would
-    otherwise never be due if the multiples fall into the batches between.
+    A monitor that watches several optimizers asks with a key for each of them. With a single key, an optimizer that
+    steps in every second batch might never be due. The multiples of ``every`` could fall into the other batches.
 
     Args:
         every: Distance of two sampled steps in optimizer steps.
@@ -24,18 +24,23 @@ class Schedule:
         self._last: dict[int, int] = {}
 
     def start(self, step: int) -> bool:
-        """A fit starts at ``step``.
+        """Start a fit at ``step``.
 
         Returns:
-            Whether it goes on from where this schedule is: after a checkpoint, or from the fit before.
+            Whether the fit goes on from this schedule's last sampled step: after a checkpoint, or after another fit.
         """
         self._last = {key: last for key, last in self._last.items() if last < step}
         return bool(self._last)
 
     def is_due(self, step: int, key: int = 0) -> bool:
-        """Whether ``step`` is to be sampled. Asked again at the same step, it is not."""
+        """Whether ``step`` is to be sampled. A ``True`` is remembered: asked again at the same step, it is not due.
+
+        Args:
+            step: Number of optimizer steps taken before.
+            key: Number of the optimizer.
+        """
         last = self._last.get(key)
-        # Not step % every: with several optimizers the number of steps leaps over multiples.
+        # Not step % every: with several optimizers the number of steps jumps over multiples.
         if last is not None and step // self.every <= last // self.every:
             return False
         self._last[key] = step

@@ -1,8 +1,8 @@
 """How a number is declared: everything the package knows of it stands in one place.
 
-A :class:`Statistic` says how a number is computed, what it is called, what it means, what is healthy, how a picture
-shows it and what a warning says. Tags, descriptions, pictures and warnings follow from it. A new number is one more
-declaration in a catalogue.
+A :class:`Statistic` says how a number is computed, what it is called and what it means. It says what is healthy, how a
+picture shows it and what a warning says. Tags, descriptions, pictures and warnings follow from it. A new number is one
+more declaration in a catalogue.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,18 +20,21 @@ _SHARE = {0.0: "0", 0.5: "0.5", 1.0: "1"}
 
 @dataclass(frozen=True)
 class Look:
-    """How the picture of all layers by step shows a statistic.
+    """The look of a statistic in the picture of all layers by step.
 
     Args:
         title: Heading of its heat map.
-        palette: ``"alarm"`` where a high value is ill, ``"neutral"`` where it is not, ``"two_sided"`` where both ends
-            are ill.
+        palette: ``"alarm"`` where high values are ill, ``"two_sided"`` where both ends are, ``"neutral"`` where neither
+            end is.
         low: Lowest value that the colours tell apart.
         high: Highest value that the colours tell apart.
-        ticks: What stands at the colour scale, by value. Without any there is no scale.
-        log: Whether the colours follow the logarithm.
-        word: What the caption of a layer calls it, such as ``"dead units"``; ``None``: captions leave it out.
-        word_above: The share above which the caption mentions it.
+        ticks: Labels of the colour scale, by value. Without any there is no scale.
+        log: Whether the colours follow the logarithm of the value.
+        word: Name of it in a layer's caption, such as ``"dead units"``. ``None``: captions leave it out.
+        word_above: Share above which the caption mentions it.
+
+    Example:
+        >>> look = Look("kurtosis", high=100.0, ticks={0.0: "0", 100.0: "100"})
     """
 
     title: str
@@ -46,11 +49,12 @@ class Look:
 
 @dataclass(frozen=True)
 class Alarm:
-    """What a warning says when a statistic exceeds its limit.
+    """The words of the warning when a statistic exceeds its limit.
 
     Args:
-        meaning: What the share is of, such as ``"of the units are dead"``.
-        cures: What people do about it.
+        meaning: The words between the share and ``the last 1000 samples``, such as ``"of the units are dead: zero for
+            every one of"``.
+        cures: The usual cures, as a list within a sentence.
     """
 
     meaning: str
@@ -63,12 +67,12 @@ class Statistic(Generic[Counts]):
 
     Args:
         name: Its name in tags, such as ``"dead"`` in ``layer_dead/<path>``.
-        of: Computes it from what was counted; ``None`` where the number does not exist.
-        description: What it is, and over which samples, steps and ranks.
-        healthy: Which values are healthy, and what to do about others.
-        sum: What it adds up beyond what is counted for every layer; ``None``: nothing.
-        look: How the picture of all layers shows it; ``None``: the picture leaves it out.
-        alarm: What a warning says; ``None``: there is no limit for it.
+        of: Computes it from what was counted. ``None`` where the number does not exist.
+        description: What it is, and over which samples, steps and ranks. Whole sentences in Markdown.
+        healthy: The healthy values, and what to do about others. Sentences in Markdown, which follow ``Healthy:``.
+        sum: A further accumulator that it needs. ``None``: what is counted for every layer is enough.
+        look: How the picture of all layers shows it. ``None``: the picture leaves it out.
+        alarm: The words of a warning. ``None``: there is no warning.
 
     Example:
         >>> spread = Statistic(
@@ -94,9 +98,17 @@ class Summary(Generic[Part]):
 
     Args:
         name: Its name in the tag, such as ``"dead_max"``.
-        of: Computes it from the parts of the network; ``None`` where the number does not exist.
-        description: What it is, and over what.
-        healthy: Which values are healthy, and what to do about others.
+        of: Computes it from the layers or parameters of the network. ``None`` where the number does not exist.
+        description: What it is, and over which layers, samples, steps and ranks.
+        healthy: The healthy values, and what to do about others.
+
+    Example:
+        >>> worst = Summary(
+        ...     name="range_max",
+        ...     of=lambda layers: max((layer.numbers["range"] for layer in layers), default=None),
+        ...     description="Largest range of all layers at the sampled step, over all ranks.",
+        ...     healthy="Steady over the steps.",
+        ... )
     """
 
     name: str
@@ -107,13 +119,21 @@ class Summary(Generic[Part]):
 
 @dataclass(frozen=True)
 class Catalogue(Generic[Counts, Part]):
-    """All numbers of one kind.
+    """All numbers of one kind: of layers, of parameters or of batch norm layers.
 
     Args:
         kind: ``"layer"``, ``"param"`` or ``"norm"``, the beginning of the tags.
         statistics: The numbers of each layer or parameter.
         summaries: The numbers of the whole network.
-        histograms: What each histogram shows, by its name in tags.
+        histograms: Description of each histogram, by its name in tags.
+
+    Example:
+        >>> half = Statistic("half", lambda x: x / 2, "Half of it.", "Small.")
+        >>> catalogue = Catalogue("layer", [half])
+        >>> catalogue.numbers(3)
+        {'half': 1.5}
+        >>> catalogue.description("half")
+        'Half of it. Healthy: Small.'
     """
 
     kind: str
@@ -130,17 +150,17 @@ class Catalogue(Generic[Counts, Part]):
         return _existing((summary.name, summary.of(parts)) for summary in self.summaries)
 
     def description(self, name: str) -> str | None:
-        """What a number or a histogram of this kind is, in words; ``None`` if it is none of this catalogue."""
+        """The description of a number or a histogram. ``None`` if this catalogue does not have it."""
         if name in self.histograms:
             return self.histograms[name]
         return next((_in_words(one) for one in self.statistics if one.name == name), None)
 
     def health_description(self, name: str) -> str | None:
-        """What a number of the whole network is, in words; ``None`` if it is none of this catalogue."""
+        """The description of a number of the whole network. ``None`` if this catalogue does not have it."""
         return next((_in_words(one) for one in self.summaries if one.name == name), None)
 
     def looks(self) -> dict[str, Look]:
-        """How the picture shows those statistics that are in it, by name."""
+        """The looks of the statistics that the picture shows, by name."""
         return {statistic.name: statistic.look for statistic in self.statistics if statistic.look is not None}
 
 

@@ -1,4 +1,4 @@
-"""What is kept of a run's samples, in bounded memory, for pictures of the whole run."""
+"""The history of a run's samples, in bounded memory, for pictures of the whole run."""
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -14,9 +14,10 @@ from bnlightning.monitors.record import Record
 
 _BINS_AN_OCTAVE = 8
 _FINITE = len(MAGNITUDES) - 1
-# Where the bins of either sign begin, in the fine bins of `_histogram`, from the octave in which a sample's magnitudes
-# end but for 1 %. A picture has a linear axis: eight bins in each of the octaves that fill it; below them about as wide
-# as the finest of those; above them, where only outliers are, whole octaves.
+# Where the bins of either sign begin, counted in the fine bins of `count_values`. They are counted from the octave
+# below whose end 99 % of a sample's magnitudes are. A picture has a linear axis. The octaves that fill it have eight
+# bins each. Below them, bins are about as wide as the finest of those. Above them are only outliers, and bins are whole
+# octaves.
 _STARTS = np.array([-_FINITE, -40, -32, -28, *range(-24, -16, 2), *range(-16, 16), *range(16, 64, 8), 64])
 _OUTLIERS = 0.01
 _MAX_PENDING = 4
@@ -26,12 +27,12 @@ _SHARES = 2 * _PER_SIGN + 2
 
 @dataclass(frozen=True)
 class Distribution:
-    """How a layer's values were distributed at one step, as shares of all of them; a nonempty bin is never zero.
+    """The distribution of a layer's values at one step, as shares of all values. A bin with a value is never zero.
 
     Args:
         anchor: Index in ``MAGNITUDES`` of the octave that the bins are laid around.
-        shares: float16 of shape ``(96,)``: negative values by ascending magnitude, positive ones likewise, zeros
-            (with the smallest denormals), NaN and infinities.
+        shares: float16 of shape ``(96,)``: negative values by ascending magnitude, positive values likewise, zeros with
+            the smallest denormals, and last NaN with infinities.
     """
 
     anchor: int
@@ -49,16 +50,21 @@ class Distribution:
 
 
 def nonzero_shares(distributions: Sequence[Distribution]) -> NDArray[np.float64]:
-    """The shares of the bins of all values but zeros, NaN and infinities, by ascending value.
+    """The shares of the bins of all values except zeros, NaN and infinities, by ascending value.
 
-    Of shape ``(distributions, bins)``.
+    Returns:
+        float64 of shape ``(distributions, bins)``.
     """
     shares = np.array([each.shares for each in distributions], dtype=np.float64).reshape(-1, _SHARES)
     return np.concatenate([shares[:, _PER_SIGN - 1 :: -1], shares[:, _PER_SIGN:-2]], axis=1)
 
 
 def nonzero_edges(distributions: Sequence[Distribution]) -> NDArray[np.float64]:
-    """The edges of the bins of :func:`nonzero_shares`, one more. The two bins in the middle meet at zero."""
+    """The edges of the bins of :func:`nonzero_shares`. The two bins in the middle meet at zero.
+
+    Returns:
+        float64 of shape ``(distributions, bins + 1)``.
+    """
     starts = _starts(np.array([each.anchor for each in distributions], dtype=np.int64).reshape(-1, 1))
     magnitudes = np.pad(MAGNITUDES[starts[:, 1:]], ((0, 0), (1, 1)))
     magnitudes[:, -1] = MAGNITUDES[-1]
@@ -66,16 +72,16 @@ def nonzero_edges(distributions: Sequence[Distribution]) -> NDArray[np.float64]:
 
 
 def coarsen(bins: NDArray[np.int64]) -> list[Distribution]:
-    """Distributions of what :func:`~bnlightning.monitors.counting.histogram.count_values` gave, added up.
+    """Make distributions of sums of what :func:`~bnlightning.monitors.counting.histogram.count_values` returned.
 
     Args:
-        bins: Counts of shape ``(layers, NUM_BINS)``; no row without a value.
+        bins: Counts, int64 of shape ``(layers, NUM_BINS)``. Every row has a value.
     """
     signed = bins.reshape(len(bins), 2, NUM_BINS // 2)
     cumulative = np.zeros((len(bins), 2, NUM_BINS // 2 + 1), dtype=np.int64)
     np.cumsum(signed, axis=2, out=cumulative[:, :, 1:])
     magnitudes = cumulative[:, 0, 1 : _FINITE + 1] + cumulative[:, 1, 1 : _FINITE + 1]
-    # Without the zeros, which have a share of their own.
+    # Zeros are left out, since they have a share of their own.
     inner = _OUTLIERS * magnitudes[:, :1] + (1 - _OUTLIERS) * magnitudes[:, -1:]
     anchors = (magnitudes < inner).sum(axis=1) // _BINS_AN_OCTAVE * _BINS_AN_OCTAVE
     ends = np.full((len(bins), 1), _FINITE)
@@ -84,7 +90,7 @@ def coarsen(bins: NDArray[np.int64]) -> list[Distribution]:
     apart = np.stack([signed[:, :, 0].sum(axis=1), signed[:, :, _FINITE:].sum(axis=(1, 2))], axis=1)
     counts = np.concatenate([finite.reshape(len(bins), -1), apart], axis=1)
     shares = counts / counts.sum(axis=1, keepdims=True)
-    # A single NaN among a billion values is still to be seen.
+    # A single NaN among a billion values must still be seen.
     shares = np.maximum(shares, np.finfo(np.float16).smallest_subnormal, where=counts > 0, out=shares)
     return [Distribution(int(anchor), row) for anchor, row in zip(anchors, shares.astype(np.float16), strict=True)]
 
@@ -96,7 +102,7 @@ def _starts(anchor: Any) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class _Sample:
-    """What is known of one step: distributions by layer, and of each statistic the values by number of the layer."""
+    """One step: distributions by layer, and values by statistic and number of the layer."""
 
     index: int
     step: int
@@ -105,14 +111,25 @@ class _Sample:
 
 
 class History:
-    """Samples of a run, evenly spaced: once there are too many, every second one is dropped.
+    """Samples of a run, evenly spaced. Once there are too many, every second one is dropped.
 
-    The newest is always there. A layer may appear late or be missing at some steps. At the defaults it takes up to 3 MB
-    for distributions, and 0.6 kB for each layer and statistic; in a checkpoint 0.4 MB and 0.5 kB.
+    The newest sample is always there. A layer may appear late, or be missing at some steps. Sizes at the defaults:
+
+    | part | in memory | in a checkpoint |
+    |---|---|---|
+    | all distributions | up to 3 MB | up to 0.4 MB |
+    | a layer's values of one statistic | 0.6 kB | 0.5 kB |
 
     Args:
-        max_steps: How many samples are kept.
-        max_layers: Number of layers whose distributions are kept, evenly chosen among all in forward order.
+        max_steps: Largest number of samples.
+        max_layers: Largest number of layers whose distributions are kept, evenly chosen among all in forward order.
+
+    Example:
+        >>> history = History(max_steps=4)
+        >>> for step in range(0, 60, 10):
+        ...     history.add(step, {}, {"dead": {"net.act1": 0.25}})
+        >>> history.steps.tolist()
+        [0, 20, 40, 50]
     """
 
     def __init__(self, max_steps: int = 128, max_layers: int = 16) -> None:
@@ -124,17 +141,17 @@ class History:
 
     def _clear(self) -> None:
         self._samples: list[_Sample] = []
-        # Of the last samples, what is not coarsened yet: the sample, its layers, their bins.
+        # What is not coarsened yet of the last samples: the sample, its layers, their bins.
         self._pending: list[tuple[_Sample, list[str], NDArray[np.int64]]] = []
         self._stride = 1
-        # In forward order; and numbered as they appeared, so that the arrays of old samples stay as they are.
+        # In forward order. Their numbers follow the order of appearance, so the arrays of old samples need no change.
         self._layers: list[str] = []
         self._numbers: dict[str, int] = {}
         self._chosen: list[str] = []
 
     @property
     def layers(self) -> list[str]:
-        """All layers seen, in forward order: of those that appeared late behind the one they followed."""
+        """All layers seen, in forward order. A layer that appeared late stands behind the one it followed."""
         return list(self._layers)
 
     @property
@@ -149,17 +166,17 @@ class History:
 
     @property
     def statistics(self) -> list[str]:
-        """The statistics of which some sample has a value."""
+        """The statistics that any sample has a value of."""
         names = dict.fromkeys(name for sample in self._samples for name in sample.statistics)
         return [name for name in names if not np.isnan(self.values(name)).all()]
 
     def distributions(self, layer: str) -> list[Distribution | None]:
-        """Of each sample, ``None`` where it has none of this layer."""
+        """The distribution of a layer in each sample. ``None`` for a sample without one."""
         self._coarsen_pending()
         return [sample.distributions.get(layer) for sample in self._samples]
 
     def values(self, statistic: str) -> NDArray[np.float32]:
-        """Of shape ``(layers, samples)``, the layers in forward order; NaN where there is no value."""
+        """The values of a statistic, shape ``(layers, samples)``, layers in forward order. NaN if there is no value."""
         table = np.full((len(self._layers), len(self._samples)), np.nan, dtype=np.float32)
         for column, sample in enumerate(self._samples):
             values = sample.statistics.get(statistic, np.empty(0, dtype=np.float32))
@@ -175,9 +192,10 @@ class History:
         """Add a sample.
 
         Args:
-            step: Where it stands on the x-axis. Samples from there on are forgotten: the run has gone back.
-            bins: By layer, in forward order: what ``count_values`` gave, added up, of shape ``(NUM_BINS,)``.
-            statistics: By name of the statistic and by layer; ``None`` is no value.
+            step: Step of the sample, its place on the x-axis. Samples at this step and later are forgotten, since the
+                run has gone back.
+            bins: Sums of what ``count_values`` returned, int64 of shape ``(NUM_BINS,)``, by layer in forward order.
+            statistics: Values by name of the statistic and by layer. ``None`` is no value.
         """
         self._go_back_to(step)
         new = [layer for layers in (bins, *statistics.values()) for layer in self._enrol(layers)]
@@ -187,31 +205,31 @@ class History:
         rows = {name: self._row(values) for name, values in statistics.items()}
         index = self._samples[-1].index + 1 if self._samples else 0
         if self._samples and self._samples[-1].index % self._stride:
-            # It was there only for being the newest.
+            # It was kept only because it was the newest.
             self._samples.pop()
         self._samples.append(_Sample(index, step, {}, rows))
         if seen:
             self._pending.append((self._samples[-1], seen, np.stack([bins[layer] for layer in seen])))
-        # Several at once take hardly longer than one.
+        # Coarsening several at once takes hardly longer than one.
         if len(self._pending) >= _MAX_PENDING:
             self._coarsen_pending()
         self._thin()
 
     def add_record(self, record: Record, statistics: Sequence[str]) -> None:
-        """Add a training record: the distributions of all layers, the statistics of the activations.
+        """Add a training record: the distributions of all layers, and the statistics of the activations.
 
         Args:
-            record: What a monitor found out.
+            record: The record of a sampled training step.
             statistics: Names of the statistics to keep.
         """
         bins = {path: layer.bins for path, layer in record.layers.items() if layer.bins is not None}
-        # Half of the picture would be empty for layers without units.
+        # With layers that have no units, half of the picture would be empty.
         shown = [path for path in bins if record.layers[path].is_activation] or list(bins)
         numbers = {name: {path: record.layers[path].numbers.get(name) for path in shown} for name in statistics}
         self.add(record.step, bins, numbers)
 
     def state_dict(self) -> dict[str, Any]:
-        """The history in lists, numbers and tensors on the CPU: what ``torch.load`` takes for safe."""
+        """The history as lists, numbers and CPU tensors, which ``torch.load`` accepts as safe."""
         self._coarsen_pending()
         found = [[sample.distributions.get(layer) for sample in self._samples] for layer in self._chosen]
         anchors = np.full((len(self._chosen), len(self._samples)), -1, dtype=np.int16)
@@ -232,7 +250,7 @@ class History:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave, thinned if this history keeps less."""
+        """Go on from what :meth:`state_dict` returned, thinned if this history keeps fewer samples."""
         self._stride = state["stride"]
         self._layers = list(state["layers"])
         self._numbers = {layer: number for number, layer in enumerate(self._layers)}
@@ -267,7 +285,7 @@ class History:
             self._clear()
 
     def _enrol(self, layers: Mapping[str, Any]) -> list[str]:
-        """Number the new layers and put each behind the one it followed; returns them."""
+        """Number the new layers, put each behind the one it followed, and return them."""
         behind: dict[str | None, list[str]] = {}
         known = None
         for layer in layers:
@@ -278,13 +296,17 @@ class History:
         new = [layer for group in behind.values() for layer in group]
         self._numbers |= {layer: len(self._numbers) + index for index, layer in enumerate(new)}
         if new:
-            # In one pass: to look for the place of each would take one for every layer.
+            # One pass for all. Searching the place of each would take a pass for every layer.
             followed = [[layer, *behind.get(layer, ())] for layer in self._layers]
             self._layers = [*behind.get(None, ()), *(layer for group in followed for layer in group)]
         return new
 
     def _choose(self, candidates: Set[str]) -> None:
-        """Choose among those chosen before and new ones: only they have all their distributions."""
+        """Choose the layers whose distributions are kept.
+
+        Args:
+            candidates: The layers chosen before, and new ones. Only these have all their distributions.
+        """
         before = self._chosen
         self._chosen = evenly([layer for layer in self._layers if layer in candidates], self.max_layers)
         for layer in set(before) - set(self._chosen):
@@ -306,6 +328,6 @@ class History:
 
 
 def evenly(items: Sequence[str], number: int) -> list[str]:
-    """At most ``number`` items, evenly spaced, the first and the last among them."""
+    """At most ``number`` items, evenly spaced, with the first and the last among them."""
     chosen = np.linspace(0, len(items) - 1, min(len(items), number)).round().astype(int)
     return [items[index] for index in chosen]

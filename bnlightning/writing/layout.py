@@ -9,11 +9,16 @@ _CATEGORIES = {"layer": "Layers", "norm": "Batch norm layers", "param": "Paramet
 _PHASES = {TRAIN: "", VAL: " (validation)", TEST: " (test)"}
 
 Chart = tuple[str, str, str]
-"""What tells charts apart: kind, phase and statistic."""
+"""A chart, told apart by kind, phase and statistic."""
 
 
 def charts_of(tags: Iterable[str]) -> set[Chart]:
-    """The charts on which tags belong; those of the whole network are on none."""
+    """The charts that tags belong on. Tags of the whole network belong on none.
+
+    Example:
+        >>> charts_of(["layer_dead/net.act1", "layer_dead/net.act2", "health/dead"])
+        {('layer', 'train', 'dead')}
+    """
     found = map(parse_tag, tags)
     return {(tag.kind, tag.phase, tag.statistic) for tag in found if tag is not None}
 
@@ -22,7 +27,7 @@ def layout(charts: Iterable[Chart]) -> Any:
     """The layout of the tab as a ``Summary`` of TensorBoard's.
 
     Args:
-        charts: All charts; an event file's last layout is the one that counts.
+        charts: All charts so far, since only the last layout of an event file counts.
     """
     from torch.utils.tensorboard.summary import custom_scalars
 

@@ -1,6 +1,6 @@
-"""Pictures of a whole run, from its history: how the values of each layer move, and which layers are sick when.
+"""Pictures of a whole run, drawn from its history: how each layer's values move, and which layers are ill when.
 
-A figure has few axes, with several images in each: sixteen axes would take half a second to draw.
+A figure has few axes, with several images in each. Sixteen axes would take half a second to draw.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,13 +16,13 @@ from bnlightning.writing.history import Distribution, History, evenly, nonzero_e
 
 Looks = Mapping[str, Look | None]
 
-# matplotlib is imported where it draws: whoever imports the package does not wait for it.
+# matplotlib is imported where it draws, so that importing the package does not wait for it.
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
-# Left, top, width and height in pixels. All lengths are, from the top left corner.
+# Left, top, width and height. All lengths are pixels from the top left corner.
 Box = tuple[float, float, float, float]
 
 _DPI = 100
@@ -34,19 +34,19 @@ _SHORT_HEAD = 56
 _SCALES = 48
 _FOOT = 46
 _CAPTION = 21
-# Odd, so that zero is the middle of a row where the range is symmetric.
+# Odd, so that zero is in the middle of a row if the range is symmetric.
 _ROWS = 33
 _MAX_PANELS = 16
 _PANELS_A_COLUMN = 8
 _MAX_LABELS = 60
-# Several screens high; and older versions of matplotlib draw no more than 65535 pixels.
+# This is several screens high. Older versions of matplotlib draw no more than 65535 pixels.
 _MAX_ROWS = 4096
 _MAX_NAME = 34
-# The colours of a distribution are log(1 + count) of a layer with so many values.
+# A distribution's colours are log(1 + count), with counts as in a layer of so many values.
 _VALUES = 1000
-# How many times as large as usual in the run the values of a sample may be, to be counted in a panel's range.
+# A panel's range covers samples whose values are at most this many times as large as is usual in the run.
 _UNUSUAL = 4.0
-# In an image, above all colours, which are in [0, 1].
+# This value of an image lies above all colours, which are in [0, 1].
 NONFINITE = 2.0
 
 _NEUTRAL_COLORS = ("#ffffff", "#d6e6f4", "#8bc0dd", "#3787c0", "#08488e", "#041c40")
@@ -60,7 +60,7 @@ _FRAME = "#a0a0a0"
 
 
 def _color(look: Look, values: NDArray[Any]) -> NDArray[np.float64]:
-    """Where values are on the scale, from 0 at ``look.low`` to 1 at ``look.high``; NaN stays."""
+    """The places of values on the scale, from 0 at ``look.low`` to 1 at ``look.high``. NaN stays NaN."""
     ends = np.array([look.low, look.high])
     clipped = np.clip(values.astype(np.float64), *ends)
     if look.log:
@@ -69,7 +69,7 @@ def _color(look: Look, values: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def _worst(look: Look, colors: NDArray[np.float64], group: int) -> NDArray[np.float64]:
-    """The colour furthest from the pale one of every ``group`` neighbouring rows; NaN without any."""
+    """For every ``group`` neighbouring rows the colour furthest from the pale one. NaN if they have none."""
     rows = np.pad(colors, ((0, -len(colors) % group), (0, 0)), constant_values=np.nan)
     rows = rows.reshape(-1, group, colors.shape[1])
     distances = np.nan_to_num(np.abs(rows - (0.5 if look.palette == "two_sided" else 0.0)), nan=-1.0)
@@ -78,12 +78,12 @@ def _worst(look: Look, colors: NDArray[np.float64], group: int) -> NDArray[np.fl
 
 @dataclass(frozen=True)
 class Panel:
-    """How a layer's values are distributed in each sample.
+    """The distribution of a layer's values in each sample.
 
     Args:
-        low: Lower edge of the first row. What is below is in that row, too.
-        high: Upper edge of the last row. Likewise.
-        shares: Share of all values in each row, shape ``(rows, samples)``; NaN where there is no sample.
+        low: Lower edge of the first row. Values below it are in that row, too.
+        high: Upper edge of the last row. Values above it are in that row, too.
+        shares: Share of all values in each row, shape ``(rows, samples)``. NaN where there is no sample.
         nonfinite: Share of NaN and infinities, shape ``(samples,)``.
     """
 
@@ -93,13 +93,20 @@ class Panel:
     nonfinite: NDArray[np.float64]
 
     def image(self) -> NDArray[np.float64]:
-        """Colours in [0, 1]; from the top as much ``NONFINITE`` as there is, but enough to be seen."""
+        """Colours in [0, 1], shape ``(rows, samples)``.
+
+        The share of NaN and infinities fills as much from the top with ``NONFINITE``, but enough to be seen.
+        """
         marked = np.where(self.nonfinite > 0, np.ceil(_ROWS * np.maximum(self.nonfinite, 0.3)), 0)
         return np.where(np.arange(_ROWS)[:, None] >= _ROWS - marked, NONFINITE, _log_color(self.shares))
 
 
 def value_panel(distributions: Sequence[Distribution | None]) -> Panel:
-    """The samples of one layer, over the range in which nearly all values of the usual ones are."""
+    """The panel of one layer. Its range holds nearly all values of the usual samples.
+
+    Args:
+        distributions: One for each sample. ``None`` for a sample without one.
+    """
     columns = [column for column, distribution in enumerate(distributions) if distribution is not None]
     sampled = [distribution for distribution in distributions if distribution is not None]
     low, high = _value_range([distribution for distribution in sampled if distribution.nonfinite < 1])
@@ -125,20 +132,21 @@ def _value_range(distributions: Sequence[Distribution]) -> tuple[float, float]:
     magnitudes = np.maximum(np.abs(lows), np.abs(highs))
     if not magnitudes.any():
         return 0.0, 1.0
-    # The lower one of two in the middle: a run that explodes does so in its larger half.
+    # The lower one of two medians, since the larger half is where a run explodes.
     bound = _UNUSUAL * float(np.quantile(magnitudes[magnitudes > 0], 0.5, method="lower"))
     usual = magnitudes <= bound
     return _rounded(lows[usual].min(), highs[usual].max())
 
 
 def _limits(distributions: Sequence[Distribution]) -> NDArray[np.float64]:
-    """Of shape ``(4, distributions)``: the edges of bins between which 99 % of the finite values are, then the edges of
-    the outermost bins with a value.
+    """The limits of each distribution, shape ``(4, distributions)``.
 
-    Of the latter the edges nearer to zero: a tanh's 1.0 is in a bin that begins there.
+    The first two rows are edges of bins, and 99 % of the finite values lie between them. The last two rows are edges of
+    the outermost bins with a value. They are the edges nearer to zero, since a tanh's 1.0 is in a bin that begins
+    there.
     """
     edges, shares = nonzero_edges(distributions), nonzero_shares(distributions)
-    # The outermost bins have no end but float32's.
+    # The outermost bins end only where float32 does.
     edges[:, 0], edges[:, -1] = edges[:, 1], edges[:, -2]
     middle = shares.shape[1] // 2
     shares = np.insert(shares, middle, [distribution.zeros for distribution in distributions], axis=1)
@@ -152,7 +160,11 @@ def _limits(distributions: Sequence[Distribution]) -> NDArray[np.float64]:
 
 
 def _rounded(low: float, high: float) -> tuple[float, float]:
-    """Ending in zero where most of it is on one side, around zero where it is on both, and not empty."""
+    """A range that is not empty and easy to read.
+
+    It ends in zero if it lies on one side and reaches close to zero. It is symmetric if it is about as wide on both
+    sides.
+    """
     if 0 <= low < 0.5 * high:
         low = 0.0
     elif 0 >= high > 0.5 * low:
@@ -163,15 +175,16 @@ def _rounded(low: float, high: float) -> tuple[float, float]:
 
 
 def _log_color(shares: NDArray[np.float64]) -> NDArray[np.float64]:
-    # The sum of rounded shares may be above 1, and the colour would be another one.
+    # The sum of rounded shares may exceed 1, and would then have the colour of NONFINITE.
     colors: NDArray[np.float64] = np.minimum(np.log1p(_VALUES * shares) / np.log1p(_VALUES), 1.0)
     return colors
 
 
 def surface_image(history: History, statistic: str, looks: Looks) -> NDArray[np.float64]:
-    """Of shape ``(layers, samples)``: colours in [0, 1], NaN where there is no value.
+    """The colours of a statistic, in [0, 1], shape ``(layers, samples)``. NaN where there is no value.
 
-    ``NONFINITE`` where the value is infinite, or all of the layer's values were NaN or infinite: it says nothing then.
+    ``NONFINITE`` where the value is infinite, or where all of the layer's values were NaN or infinite. A statistic says
+    nothing then.
     """
     values, nonfinite = history.values(statistic), history.values("nonfinite")
     image = _color(_look(history, statistic, looks), values)
@@ -181,7 +194,7 @@ def surface_image(history: History, statistic: str, looks: Looks) -> NDArray[np.
 
 
 def _is_known(values: NDArray[Any]) -> NDArray[np.bool_]:
-    """Of which layers there is any value of a statistic."""
+    """Whether a layer has any value of a statistic, bool of shape ``(layers,)``."""
     return np.asarray(~np.isnan(values).all(axis=1))
 
 
@@ -199,10 +212,10 @@ def _look(history: History, statistic: str, looks: Looks) -> Look:
 
 
 def draw_distributions(history: History, looks: Looks) -> "Figure":
-    """A heat map for each of up to 16 layers: training steps to the right, values upwards, colours for log counts.
+    """Draw a heat map for each of up to 16 layers: training steps to the right, values upwards, colours for log counts.
 
     Args:
-        history: What was sampled.
+        history: The samples of the run.
         looks: The statistics that a caption may mention, worst first.
     """
     layers = evenly(history.chosen_layers, _MAX_PANELS)
@@ -277,7 +290,7 @@ def _write_caption(axes: "Axes", panel: Panel, layer: str, words: str, top: floa
 
 
 def _last_words(history: History, looks: Looks) -> dict[str, str]:
-    """The worst that stands out in a layer's last sample."""
+    """For each layer the worst thing that stands out in its last sample, in words."""
     words: dict[str, str] = {}
     for statistic, look in looks.items():
         if look is None or look.word is None:
@@ -289,14 +302,14 @@ def _last_words(history: History, looks: Looks) -> dict[str, str]:
 
 
 def draw_surfaces(history: History, looks: Looks) -> "Figure":
-    """A heat map for each statistic: training steps to the right, layers downwards in forward order.
+    """Draw a heat map for each statistic: training steps to the right, layers downwards in forward order.
 
-    Statistics without any value are left out, and so are layers without a value of one of them. Of thousands of layers
+    Statistics without any value are left out. So are layers that have none of the statistics. With thousands of layers,
     neighbours share a row, which shows the worst of them.
 
     Args:
-        history: What was sampled.
-        looks: How each statistic is shown, in the order of the heat maps. ``None``: by a logarithmic scale of its own
+        history: The samples of the run.
+        looks: The look of each statistic, in the order of the heat maps. ``None``: a logarithmic scale over its own
             range, for positive values.
     """
     shown = [statistic for statistic in looks if _is_known(history.values(statistic)).any()]
@@ -310,7 +323,7 @@ def draw_surfaces(history: History, looks: Looks) -> "Figure":
         shown_of += f", the worst of every {group} a row,"
         layers = layers[::group]
     row_height = np.clip(400 / max(len(layers), 1), 12, 24) if len(layers) <= _MAX_LABELS else 1
-    # Beyond the labels a row may be a single pixel, but not less.
+    # With more layers than labels, a row may be a single pixel, but not less.
     height = max(round(len(layers) * row_height), 36 if len(layers) <= _MAX_LABELS else 720)
     figure, page = _page(_SHORT_HEAD + _SCALES + height + _FOOT)
     _write_head(
@@ -356,14 +369,17 @@ def _name_rows(axes: "Axes", names: Sequence[str]) -> None:
 
 
 def step_edges(history: History) -> NDArray[np.float64]:
-    """Of the columns, one more than samples: a sample stands until the next one, the last one as long as most."""
+    """The edges of the columns, shape ``(samples + 1,)``.
+
+    A sample stands until the next one. The last one is as wide as the median.
+    """
     steps = history.steps.astype(np.float64)
     usual = float(np.median(np.diff(steps))) if len(steps) > 1 else 1.0
     return np.append(steps, steps[-1] + usual)
 
 
 def _page(height: float) -> tuple["Figure", "Axes"]:
-    """An empty figure, and axes all over it whose unit is a pixel."""
+    """An empty figure, and axes that cover it and whose unit is a pixel."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(_WIDTH / _DPI, height / _DPI), dpi=_DPI, facecolor="white")
@@ -402,7 +418,7 @@ def _number(layers: Sequence[str], history: History) -> str:
 
 
 def _shortened(name: str, length: int) -> str:
-    """Without the beginning, if need be: the end of a path says more."""
+    """A name without its beginning, if it is too long. The end of a path says more."""
     return name if len(name) <= length else "…" + name[len(name) - length + 1 :].lstrip(".")
 
 
@@ -414,7 +430,7 @@ def _draw_steps(axes: "Axes", history: History, width: float) -> None:
     ticks = [tick for tick in locator.tick_values(edges[0], edges[-1]) if edges[0] <= tick <= edges[-1]]
     axes.set_xlim(edges[0], edges[-1])
     axes.set_xticks(ticks, labels=[f"{tick:.0f}" for tick in ticks])
-    # Not beyond the axes, where the next ones begin.
+    # Labels stay within the axes, since the next axes begin right behind.
     for label, tick in zip(axes.get_xticklabels(), ticks, strict=True):
         place = (tick - edges[0]) / (edges[-1] - edges[0])
         label.set_horizontalalignment("left" if place < 0.05 else "right" if place > 0.95 else "center")

@@ -1,4 +1,4 @@
-"""From a Record to what loggers are told: a pure function."""
+"""The summaries that loggers are told, made from a Record by a pure function."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _TEXTS = {
-    "watched": "Which layers are watched, and which cannot be.",
-    "first_nonfinite_layer": "The module that made the first NaN or infinity, at the step at which it did.",
+    "watched": "The layers that are watched, and the modules that cannot be watched.",
+    "first_nonfinite_layer": "The module that made the first NaN or infinity of the training, at the step at which it "
+    "did. `input`: it came with the batch. `before` or `after` a module: an operation that is no module made it. "
+    "Healthy: This text does not exist. Try a lower learning rate, a warm-up, or gradient clipping.",
 }
 
 
@@ -23,12 +25,15 @@ class Summaries:
     """Everything that loggers are told at one step.
 
     Args:
-        step: Where it stands on the x-axis.
+        step: Number of steps taken before, its place on the x-axis.
         scalars: Numbers by tag.
         histograms: Histograms by tag, for loggers that have histograms.
         texts: Texts by tag, for loggers that have texts.
-        pictures: Functions that draw, by tag, for loggers that have images. They are called only if there is one.
-        descriptions: What each tag means, by tag, for loggers that show it.
+        pictures: Functions that draw, by tag. They are called only for loggers that have images.
+        descriptions: Descriptions in Markdown, by tag, for loggers that show them.
+
+    Example:
+        >>> summaries = Summaries(step=100, scalars={"health/dead": 0.25})
     """
 
     step: int
@@ -40,11 +45,17 @@ class Summaries:
 
 
 def summarize(record: Record, catalogues: Sequence[Catalogue[Any, Any]]) -> Summaries:
-    """What loggers are told of a record.
+    """Make what loggers are told from a record.
 
     Args:
-        record: What a monitor found out.
-        catalogues: The declarations of its numbers, for the descriptions.
+        record: The record of a monitor.
+        catalogues: The declarations of its numbers, which hold the descriptions.
+
+    Example:
+        >>> from bnlightning.monitors.record import Entry
+        >>> record = Record(step=100, phase="val", layers={"net.act1": Entry({"dead": 0.25})})
+        >>> summarize(record, []).scalars
+        {'layer_val_dead/net.act1': 0.25}
     """
     summaries = Summaries(record.step, descriptions=_Descriptions(catalogues))
     for kind in KINDS:
@@ -59,7 +70,7 @@ def summarize(record: Record, catalogues: Sequence[Catalogue[Any, Any]]) -> Summ
 
 
 class _Descriptions(Mapping[str, str]):
-    """Looked up when a logger asks, which it does once a tag."""
+    """The descriptions by tag, looked up only when a logger asks. It asks once for each tag."""
 
     def __init__(self, catalogues: Sequence[Catalogue[Any, Any]]) -> None:
         self._catalogues = catalogues

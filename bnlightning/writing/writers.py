@@ -1,6 +1,6 @@
-"""How each logger is told: a registry of writers, one function a logger.
+"""The registry of writers: one function for each kind of logger tells it the summaries of a step.
 
-A logger of your own is one function, registered from outside:
+A logger of your own takes one function, which you register:
 
     >>> from bnlightning.writing.writers import register_writer
     >>> class Printer:
@@ -23,38 +23,38 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Write = Callable[[Any, Summaries], None]
-"""Tells a logger, the first argument, what the second one holds."""
+"""A writer: it tells a logger, its first argument, the summaries, its second one."""
 
 
 def write(loggers: Iterable[Any], summaries: Summaries) -> None:
     """Tell all loggers. With several ranks only the first one calls this.
 
     Args:
-        loggers: Loggers of Lightning, a ``SummaryWriter``, or whatever :func:`register_writer` knows.
-        summaries: What they are told.
+        loggers: Loggers of Lightning, a ``SummaryWriter``, or loggers that :func:`register_writer` knows.
+        summaries: The numbers, histograms, texts and pictures of one step.
 
     Raises:
-        ValueError: If nothing is registered for a logger, and it has no ``log_metrics``.
+        ValueError: If no writer is registered for a logger, and it has no ``log_metrics``.
     """
     for logger in loggers:
         writer_of(logger)(logger, summaries)
 
 
 def register_writer(logger: type | str, writer: Write) -> None:
-    """Have ``writer`` tell loggers of a class, or of one derived from it.
+    """Have ``writer`` tell the loggers of a class and of its subclasses.
 
     Args:
-        logger: The class, or its name: a name needs no import of the logger's package.
+        logger: The class, or its name. A name needs no import of the logger's package.
         writer: Called with the logger and the :class:`~bnlightning.writing.summaries.Summaries` of a step.
     """
     _WRITERS[logger if isinstance(logger, str) else logger.__name__] = writer
 
 
 def writer_of(logger: Any) -> Write:
-    """The function that tells a logger: that of the nearest class that is registered, otherwise scalars alone.
+    """The writer of a logger: that of its nearest registered class. Without one, scalars alone are told.
 
     Raises:
-        ValueError: If nothing is registered for the logger, and it has no ``log_metrics``.
+        ValueError: If no writer is registered for the logger, and it has no ``log_metrics``.
     """
     for base in type(logger).__mro__:
         if base.__name__ in _WRITERS:
@@ -87,7 +87,7 @@ def write_to_summary_writer(writer: Any, summaries: Summaries) -> None:
     # One event instead of one for each value: a tenth of the time.
     from tensorboard.compat.proto.summary_pb2 import Summary
 
-    # Not the attribute: it is None after a fit, which closes the file, and this opens a new one.
+    # Not the attribute: a fit closes the file and leaves None there. This call opens a new file.
     file = writer._get_file_writer()
     told = _told(file)
     summary = Summary()
@@ -115,11 +115,11 @@ def write_to_summary_writer(writer: Any, summaries: Summaries) -> None:
 
 
 def describe(value: Any, description: str) -> None:
-    """Give a value its description; TensorBoard reads that of a tag's first value in an event file.
+    """Give a value its description. TensorBoard reads the one at a tag's first value in an event file.
 
     Args:
-        value: A ``Summary.Value`` of TensorBoard's: a simple value, a histogram, an image or a text.
-        description: What the tag means.
+        value: TensorBoard's ``Summary.Value``: a simple value, a histogram, an image or a text.
+        description: The meaning of the tag, in Markdown.
     """
     from tensorboard.compat.proto import summary_pb2
 
@@ -147,7 +147,7 @@ def write_to_wandb(logger: Any, summaries: Summaries) -> None:
     logger.log_metrics(summaries.scalars | media | summaries.texts, step=summaries.step)
 
 
-# The one registry of the package: it is there to be added to from outside.
+# The one registry of the package. Users add their own writers to it.
 _WRITERS: dict[str, Write] = {
     "SummaryWriter": write_to_summary_writer,
     "TensorBoardLogger": write_to_tensorboard_logger,
@@ -157,14 +157,14 @@ _WRITERS: dict[str, Write] = {
 
 @dataclass
 class _Told:
-    """What an event file holds already: tags with their descriptions, and charts."""
+    """The tags with a description, and the charts, that an event file has already."""
 
     tags: set[str] = field(default_factory=set)
     charts: set[Chart] = field(default_factory=set)
 
 
 def _told(file: Any) -> _Told:
-    # Kept with the file, which several monitors write into, and which begins anew with every fit.
+    # Kept with the file: several monitors write into it, and every fit begins a new one.
     told: _Told = vars(file).setdefault("_bnlightning_told", _Told())
     return told
 
@@ -195,7 +195,7 @@ def _text_value(tag: str, text: str) -> Any:
 
 
 def _png(figure: "Figure") -> tuple[bytes, int, int]:
-    """The encoded image, its width and its height. Without pyplot, which takes long to import and has a state."""
+    """The encoded image, its width and its height. Made without pyplot, which is slow to import and keeps state."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     width, height = figure.canvas.get_width_height()

@@ -1,8 +1,8 @@
-"""Seeing values inside the graphs that torch.compile makes, where the Python code of a hook is not run but traced.
+"""How values are seen inside the graphs of torch.compile, where the Python code of a hook is traced and not run.
 
-A hook there leaves a call of an operator in the graph that the compiler cannot look into, and whose body is run with
-the graph. A plain attribute tells whether it does so, on which the graph is guarded: there is a second one, without a
-trace of the hook, for the steps that nobody looks at.
+There, a hook leaves the call of an operator in the graph. The compiler cannot look into that operator, and its body
+runs with the graph. A plain attribute tells whether a hook leaves the call, and the graph is guarded on it. Steps that
+nobody looks at therefore have a second graph, without any trace of the hook.
 """
 
 import itertools
@@ -19,7 +19,7 @@ TapReceiver = Callable[[str, Tensor, Limits | None], None]
 
 _receivers: dict[int, tuple[Receiver, TapReceiver]] = {}
 _numbers = itertools.count()
-# A graph that CUDA replays would not run Python; so told, inductor leaves the operator out of it (from torch 2.9).
+# A graph that CUDA replays does not run Python. With this tag, inductor leaves the operator out of it (from torch 2.9).
 _unsafe: Any = getattr(torch.Tag, "cudagraph_unsafe", None)
 
 
@@ -30,14 +30,14 @@ _options: dict[str, Any] = {"mutates_args": ("receiver",)} | ({"tags": (_unsafe,
 def observe(x: Tensor, receiver: Tensor, index: Tensor, position: int) -> None:
     """Show ``x`` to a receiver when the graph runs.
 
-    That the receiver's number counts as changed keeps the calls, each once and in their order. It and the index are
+    The receiver's number is declared as changed. This keeps every call, once and in order. The number and the index are
     tensors, so that modules of the same kind that are compiled one by one share a graph.
 
     Args:
-        x: Any.
-        receiver: What :func:`add_receiver` gave.
-        index: Number of the module.
-        position: Place of ``x`` in what the module returned.
+        x: Tensor of any shape and floating dtype.
+        receiver: The number that :func:`add_receiver` returned, an int64 tensor without dimensions.
+        index: Number of the module, an int64 tensor without dimensions.
+        position: Place of ``x`` in what the module returned. -1 if that is ``x`` itself.
     """
     found = _receivers.get(int(receiver))
     if found is not None:
@@ -47,7 +47,7 @@ def observe(x: Tensor, receiver: Tensor, index: Tensor, position: int) -> None:
 
 @torch.library.custom_op("bnlightning::observe_tap", **_options)
 def observe_tap(x: Tensor, receiver: Tensor, name: str, low: float, high: float) -> None:
-    """Show ``x`` under a name to a receiver when the graph runs; infinite limits are none."""
+    """Show ``x`` under a name to a receiver when the graph runs. Infinite limits mean that there are none."""
     found = _receivers.get(int(receiver))
     if found is not None:
         with torch.no_grad():
@@ -65,11 +65,14 @@ def _(x: Tensor, receiver: Tensor, name: str, low: float, high: float) -> None:
 
 
 def add_receiver(receive: Receiver, receive_tap: TapReceiver) -> Tensor:
-    """Have them called by :func:`observe` and :func:`observe_tap` with the number that is returned.
+    """Register what :func:`observe` and :func:`observe_tap` call.
 
     Args:
         receive: Called with index, position and value.
         receive_tap: Called with name, value and limits.
+
+    Returns:
+        The number to call them by, an int64 tensor without dimensions.
     """
     number = next(_numbers)
     _receivers[number] = receive, receive_tap

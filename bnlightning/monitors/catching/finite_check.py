@@ -1,8 +1,8 @@
-"""Where the first non-finite value of a training came from.
+"""Checks that find where the first non-finite value of a training came from.
 
-A value is looked at where a module puts it out that may have made it, and, where that was not the output of the module
-looked at before, also where a module takes it in; and in the end the loss. In the order of execution the first that is
-not finite is the origin.
+The output of every module that may make a non-finite value is looked at. So is the input of such a module, unless it is
+the output that was looked at just before. The loss comes last. The first value in the order of execution that is not
+finite is the origin.
 """
 
 import math
@@ -18,35 +18,47 @@ from bnlightning.monitors.counting.precision import real_dtype
 _NEVER = torch.iinfo(torch.int64).max
 
 Found = tuple[int, int, str]
-"""The step, how many places came before, and the place: a module, ``before`` or ``after`` one, or ``input``."""
+"""The step, the number of places before, and the place: a module, ``before`` or ``after`` one, ``input``, ``loss``."""
 
 
 class FiniteCheck(Protocol):
-    """Looks at the forward passes of a training until it finds something.
+    """A check that looks at the forward passes of a training until it finds a non-finite value.
 
     Attributes:
-        is_immediate: Whether :meth:`found` tells at once, without waiting for the device.
+        is_immediate: Whether :meth:`found` answers without waiting for the device.
     """
 
     is_immediate: bool
 
     def begin(self, step: int) -> None:
-        """A training step begins; the forward passes that follow are looked at."""
+        """Begin a training step: the forward passes that follow are looked at."""
 
     def update(self, name: str, args: tuple[Any, ...], output: Tensor) -> None:
-        """Look at one call of a module."""
+        """Look at one call of a module.
+
+        Args:
+            name: Path of the module.
+            args: What the module took in.
+            output: One floating tensor that it put out.
+        """
 
     def update_sums(self, names: Sequence[str], inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-        """Look at the sums of what modules took in and put out, of those compiled, in the order of their paths."""
+        """Look at the sums of what compiled modules took in and put out.
+
+        Args:
+            names: Paths of the modules, in order.
+            inputs: The sum over the inputs of each, tensors without dimensions.
+            outputs: The sum over the outputs of each, likewise.
+        """
 
     def update_loss(self, loss: Tensor) -> None:
-        """Look at the loss, behind all modules."""
+        """Look at the loss, which comes behind all modules."""
 
     def end(self) -> None:
-        """The training step is over."""
+        """End the training step."""
 
     def found(self) -> Found | None:
-        """What this rank found."""
+        """What this rank found. ``None`` if every value was finite."""
 
 
 def make_check(device: torch.device) -> FiniteCheck:
@@ -55,7 +67,7 @@ def make_check(device: torch.device) -> FiniteCheck:
 
 
 class _ImmediateCheck:
-    """On a CPU, which can be asked at once."""
+    """The check on a CPU, where reading a value costs no waiting."""
 
     is_immediate = True
 
@@ -70,7 +82,8 @@ class _ImmediateCheck:
 
     def update(self, name: str, args: tuple[Any, ...], output: Tensor) -> None:
         order, self._order, self._last = self._order, self._order + 1, name
-        # The cheapest of all: not finite if a value is not. (Nor if it overflows: hence the second look.)
+        # A sum is the cheapest test. It is not finite if a value is not, but also if it overflows: hence the second
+        # look.
         if self._found is not None or math.isfinite(output.detach().sum().item()) or _is_finite(output):
             return
         came_in = any(not _is_finite(x) for x in _floating(args) if x is not output)
@@ -99,7 +112,7 @@ class _ImmediateCheck:
 
 
 class _DeferredCheck:
-    """On a GPU, which is asked only when a monitor publishes."""
+    """The check on a GPU, whose results are read only when a monitor publishes."""
 
     is_immediate = False
 
@@ -117,7 +130,7 @@ class _DeferredCheck:
         self._step, self._previous = step, None
 
     def update(self, name: str, args: tuple[Any, ...], output: Tensor) -> None:
-        # In a chain the input is the output before it, which has been looked at, unless somebody has changed it since.
+        # In a chain the input is the previous output. That has been looked at, unless it was changed since.
         if not (args and isinstance(args[0], Tensor) and self._is_previous(args[0])):
             place = f"before {name}" if self._previous is not None else "input"
             for x in _floating(args):
@@ -156,19 +169,19 @@ class _DeferredCheck:
 
     def _look(self, place: str, x: Tensor) -> None:
         index = self._places.setdefault(place, len(self._places))
-        # In float64 no sum of float32 overflows; Apple's GPUs have none, where the extrema take another pass.
+        # No sum of float32 values overflows in float64. Apple's GPUs have no float64: there the extrema are looked at.
         is_wide = real_dtype(x.device) is torch.float64
         total = x.detach().sum(dtype=torch.float64) if is_wide else torch.stack(torch.aminmax(x)).sum()
         before = self._sums.get(index)
         self._sums[index] = total if before is None else before + total
 
     def _collect(self) -> None:
-        """Keep the step of every place where it is the first; on the device, without waiting for it."""
+        """Keep for every place the first step at which it was not finite, on the device and without waiting for it."""
         if not self._sums:
             return
-        # Fit may go on after an evaluation under inference mode, whose tensors nobody may change later.
+        # Evaluations run in inference mode, whose tensors could not be changed when the fit goes on.
         with torch.no_grad(), torch.inference_mode(False):
-            # Not by indices: to bring them to a GPU, one would wait for it.
+            # Not by indices: bringing them to a GPU would wait for it.
             nothing = torch.zeros((), dtype=next(iter(self._sums.values())).dtype, device=self._device)
             sums = torch.stack([self._sums.get(index, nothing) for index in range(len(self._places))])
             now = torch.where(sums.isfinite(), _NEVER, self._step)
@@ -195,5 +208,5 @@ def _floating(args: tuple[Any, ...]) -> Iterator[Tensor]:
 
 
 def _version(x: Tensor) -> int:
-    # Tensors of inference mode count no versions; they cannot be changed behind autograd's back either.
+    # Tensors of inference mode have no version. They cannot be changed behind autograd's back either.
     return 0 if x.is_inference() else x._version

@@ -1,4 +1,4 @@
-"""What forward hooks have to know about the call that they are in, and what becomes of their copies."""
+"""What all hooks share: what a copied hook becomes, and how a hook tells a recomputation from a call."""
 
 from typing import Any
 
@@ -6,20 +6,20 @@ import torch
 
 
 class NoHook:
-    """What a hook is in a copy of its module, pickled or deep: it does nothing and brings nothing along."""
+    """What a hook becomes when its module is pickled or copied. It does nothing and holds nothing."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        """Be called as any hook is."""
+        """Do nothing."""
 
 
 def is_recomputation() -> bool:
-    """Whether activation checkpointing runs a forward pass again, in the middle of a backward pass.
+    """Whether activation checkpointing is running a forward pass again, within a backward pass.
 
-    ``False`` where a graph is traced for ``torch.compile``: what that computes again in its backward pass leaves alone
-    what the forward pass has changed.
+    ``False`` while a graph is traced for ``torch.compile``. A compiled backward pass may compute values again, but does
+    not repeat the side effects of the forward pass.
     """
     if torch.compiler.is_compiling():
         return False
-    # Private, and the only way to tell; torch's own FSDP asks it, too.
+    # Private, and the only way to tell. Torch's own FSDP asks it, too.
     current_graph_task_id = getattr(torch._C, "_current_graph_task_id", None)
     return current_graph_task_id is not None and current_graph_task_id() != -1

@@ -1,4 +1,4 @@
-"""Hooks on the modules of a network, and what they do while a monitor looks."""
+"""The observer: hooks on the modules of a network, and what they do while a monitor looks."""
 
 import dataclasses
 import math
@@ -29,15 +29,26 @@ from bnlightning.monitors.counting.precision import real_dtype
 from bnlightning.nn.tap import add_listener, remove_listener
 
 MAX_CALLS = 16
-"""Calls of one module beyond this many count as the last of them."""
-# A layer whose number of units changes all the time, such as attention over sequences, has none.
+"""Largest number of calls of one module that are told apart. Further ones count as the last of them."""
+# A layer whose number of units keeps changing, such as attention over sequences, has no units.
 _MAX_NUMBERS_OF_UNITS = 4
 _MAX_DEPTH_OF_OUTPUT = 4
 
 
 @dataclass(frozen=True)
 class Place:
-    """What is known of a module, or of a tap, before it runs."""
+    """What is known of a module, or of a tap, before it runs.
+
+    Args:
+        path: Path of the module, or name of the tap.
+        is_watched: Whether its outputs are counted.
+        is_checked: Whether its outputs are checked for NaN and infinities.
+        is_activation: Whether it counts as an activation, and so under ``health/``.
+        has_units: Whether its units are looked at.
+        limits: The outputs beyond which it is saturated. ``None`` for an unbounded activation.
+        features: The result of :func:`~bnlightning.monitors.catching.selection.features` for it.
+        features_before: The same of the last layer before it that tells, in the order of ``named_modules``.
+    """
 
     path: str
     is_watched: bool
@@ -52,11 +63,19 @@ class Place:
 class Observer:
     """Watches the modules of a network through one forward hook each, kept from :meth:`attach` to :meth:`detach`.
 
+    Args:
+        choices: The modules to watch. ``None``: activations and normalisations.
+        max_layers: Largest number of watched layers.
+
     Attributes:
-        window: Where values go now; ``None`` while nothing is sampled.
-        is_sampling: Whether there is one; compiled graphs are guarded on it.
-        check: What looks for non-finite values now; ``None`` while nothing does.
-        grad_scale: What gradients of outputs are multiplied by; ``None`` where they are not asked for.
+        window: The accumulators that values go into now. ``None`` while nothing is sampled.
+        is_sampling: Whether there are accumulators. Compiled graphs are guarded on it.
+        check: The check for non-finite values that is running. ``None`` while none is.
+        grad_scale: Factor for the gradients of outputs. ``None``: gradients are not counted.
+        places: The modules that have a hook.
+        refused: Paths of modules that take no hook.
+        without_tensor: Type of the output, by path, of modules that put out no floating tensor.
+        left_out: Layers beyond ``max_layers``.
     """
 
     def __init__(self, choices: Sequence[Choice] | None, max_layers: int) -> None:
@@ -85,11 +104,11 @@ class Observer:
 
     @property
     def seen(self) -> list[str]:
-        """What was seen so far: paths with the number of the call and the place in the output."""
+        """The layers seen so far: paths with the number of the call and the place in the output."""
         return list(self._labels)
 
     def report(self, seen: Sequence[str]) -> str:
-        """What is watched and what cannot be, in sentences.
+        """Sentences on what is watched and what cannot be.
 
         Args:
             seen: The layers that were seen on any rank.
@@ -115,13 +134,13 @@ class Observer:
 
         Args:
             module: The network.
-            checks: Whether there will be a check.
+            checks: Whether there will be a check, which needs hooks on further modules.
             device: The device of the network.
         """
         self.detach()
         self._is_compiled = is_compiled(module)
         if self._is_compiled:
-            # What was compiled before the hooks came would never call them.
+            # Graphs that were compiled before the hooks came would never call them.
             torch.compiler.reset()
         self._number = add_receiver(self._receive, self._receive_tap)
         before = None
@@ -147,17 +166,17 @@ class Observer:
             hooks.clear()
 
     def start(self, window: LayerAccumulators | None) -> None:
-        """From now on values go into ``window``, or nowhere; the next call of each module is its first."""
+        """Send values into ``window`` from now on, or nowhere. The next call of each module is its first."""
         self.window = window
         self.is_sampling = window is not None
         self.start_pass()
 
     def stop(self) -> None:
-        """From now on nothing is sampled."""
+        """Stop sampling."""
         self.window, self.is_sampling = None, False
 
     def look_at_sums(self) -> None:
-        """Have the check look at what compiled modules added up since this was called last."""
+        """Have the check look at what compiled modules have added up since the last call of this."""
         hooks = [hook for hook in self._hooks if hook.place.is_checked] if self._is_compiled else []
         if hooks and self.check is not None:
             inputs, outputs = zip(*(hook.sums for hook in hooks), strict=True)
@@ -167,12 +186,12 @@ class Observer:
             torch._foreach_zero_([*inputs, *outputs])
 
     def start_pass(self) -> None:
-        """A batch begins: the next call of each module is its first."""
+        """Begin a forward pass: the next call of each module is its first."""
         self._calls.clear()
         self._features = None
 
     def on_call(self, place: Place, output: Any) -> None:
-        """A module was called, while there is a window."""
+        """Take the output of a module that was called while sampling."""
         if is_recomputation():
             return
         if place.features is not None:
@@ -181,7 +200,7 @@ class Observer:
             self._record_output(place, output)
 
     def on_tap(self, name: str, x: Tensor, limits: Limits | None) -> None:
-        """A tensor was shown."""
+        """Take a tensor that :func:`bnlightning.tap` shows."""
         if torch.compiler.is_compiling():
             if self.is_sampling:
                 low, high = limits if limits is not None else (-math.inf, math.inf)
@@ -190,7 +209,7 @@ class Observer:
             self._receive_tap(name, x, limits)
 
     def _receive(self, index: int, position: int, x: Tensor) -> None:
-        """A value inside a compiled graph."""
+        """Take a value from inside a compiled graph."""
         place = self.places[index]
         if self.window is None or is_recomputation():
             return
@@ -250,7 +269,7 @@ class Observer:
 
 
 class _Hook:
-    """A module's forward hook. Where the module is copied or pickled, the copy has one that does nothing."""
+    """A module's forward hook. A copied or pickled module has one that does nothing instead."""
 
     def __init__(self, observer: Observer, place: Place, index: int, device: torch.device) -> None:
         self.observer = observer
@@ -260,7 +279,7 @@ class _Hook:
         with torch.inference_mode(False):
             self.number = observer._number
             self.index = torch.tensor(index)
-            # Of what the module takes in and puts out, added up inside of compiled graphs.
+            # Sums over what the module takes in and puts out, added up inside of compiled graphs.
             zeros = torch.zeros(2, dtype=real_dtype(device), device=device) if place.is_checked else torch.zeros(0)
             self.sums = [zero.clone() for zero in zeros]
 
@@ -270,7 +289,7 @@ class _Hook:
             return
         observer = self.observer
         if self.is_checked and observer.check is not None:
-            # A recomputation finds nothing that the computation has not found before.
+            # Recomputations need not be told apart: they find nothing that the first computation did not.
             for _, tensor in [("", output)] if type(output) is Tensor else tensors_in(output):
                 if tensor.is_floating_point():
                     observer.check.update(self.place.path, args, tensor)
@@ -281,7 +300,7 @@ class _Hook:
         return NoHook, ()
 
     def _trace(self, args: tuple[Any, ...], output: Any) -> None:
-        """What becomes a part of a compiled graph: no more than the graph can be guarded on."""
+        """The part of the hook that goes into a compiled graph: only what the graph can be guarded on."""
         found = [output] if isinstance(output, Tensor) else list(output) if isinstance(output, tuple | list) else []
         if self.is_checked:
             for total, values in zip(self.sums, (args, found), strict=True):
@@ -295,7 +314,7 @@ class _Hook:
 
 
 class _GradHook:
-    """Of a tensor: of the module it would break in-place operations behind it."""
+    """A tensor's gradient hook. A module's backward hook would break in-place operations behind the module."""
 
     def __init__(self, observer: Observer, window: LayerAccumulators, key: LayerKey) -> None:
         self.observer = observer
@@ -309,13 +328,14 @@ class _GradHook:
 
 
 def tensors_in(output: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """The dense floating tensors in what a module returned, and where: ``""`` for a tensor, ``":1.0"``, ``":logits"``.
+    """The dense floating tensors in what a module returned, each with its place.
 
-    Looks into tuples, lists, mappings and dataclasses, a few levels deep.
+    The place is ``""`` for a plain tensor, otherwise such as ``":1.0"`` or ``":logits"``. Tuples, lists, mappings and
+    dataclasses are looked into, four levels deep.
     """
     if isinstance(output, Tensor):
         if output.is_floating_point() and _is_dense(output):
-            # A rank's own part of a distributed tensor.
+            # For a distributed tensor, only the part of this rank.
             yield path, output.to_local() if hasattr(output, "to_local") else output
         return
     if depth == _MAX_DEPTH_OF_OUTPUT:

@@ -1,4 +1,4 @@
-"""Which modules a monitor watches, and what is known of them beforehand."""
+"""Which modules a monitor watches, and what is known of them before they run."""
 
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
@@ -24,9 +24,9 @@ NORM_TYPES: tuple[type[nn.Module], ...] = (
     _NormBase,
     *(getattr(torch_normalizations, name) for name in torch_normalizations.__all__),
 )
-# Their values are about to be activated: a unit that is negative there, say, is at rest behind a ReLU.
+# Their values are still to be activated. A unit that is negative there, for example, is at rest behind a ReLU.
 _PRE_ACTIVATION_TYPES = (*NORM_TYPES, _ConvNd, nn.Linear, nn.Bilinear)
-# Of finite values they make finite ones (but for the largest of all floats).
+# They turn finite values into finite values, except for the very largest floats.
 _FINITE_TYPES: tuple[type[nn.Module], ...] = (
     *(kind for kind in _TORCH_ACTIVATIONS if kind is not nn.PReLU),
     nn.Identity,
@@ -37,15 +37,19 @@ _FINITE_TYPES: tuple[type[nn.Module], ...] = (
     ),
 )  # fmt: skip
 _CHANNELS_FIRST = (_ConvNd, _NormBase, nn.GroupNorm)
-# Put around modules by torch and not by the user.
+# Wrappers that torch puts around modules, not the user.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def saturation_limits(module: nn.Module) -> tuple[float, float] | None:
     """The outputs beyond which an activation counts as saturated, or ``None`` for an unbounded one.
 
-    ``-0.99`` and ``0.99`` for tanh (its slope is below 0.02 there), ``0.01`` and ``0.99`` for sigmoid (slope below
-    0.01); for hardtanh, hardsigmoid and relu6 the bounds themselves count, at 0 not for relu6, where zero is rest.
+    | activation | limits | why |
+    |---|---|---|
+    | tanh | -0.99 and 0.99 | the slope is below 0.02 beyond them |
+    | sigmoid | 0.01 and 0.99 | the slope is below 0.01 beyond them |
+    | hardtanh, hardsigmoid | both bounds | the slope is zero there |
+    | relu6 | the upper bound | the slope is zero there, and an output of 0 is rest, not saturation |
     """
     if isinstance(module, nn.Tanh):
         return -0.99, 0.99
@@ -63,24 +67,27 @@ def saturation_limits(module: nn.Module) -> tuple[float, float] | None:
 
 
 def is_activation(module: nn.Module) -> bool:
-    """Whether dead and dormant units are a matter of health: torch's activations, and what is not torch's at all."""
+    """Whether dead and dormant units count under ``health/``: for torch's activations and for modules not of torch."""
     if isinstance(module, ACTIVATION_TYPES):
         return True
     return not isinstance(module, _PRE_ACTIVATION_TYPES) and not type(module).__module__.startswith("torch.nn.")
 
 
 def has_units(module: nn.Module) -> bool:
-    """Whether single units are looked at: not before the activation."""
+    """Whether single units are looked at. In front of the activation they are not."""
     return isinstance(module, ACTIVATION_TYPES) or not isinstance(module, _PRE_ACTIVATION_TYPES)
 
 
 def may_overflow(module: nn.Module) -> bool:
-    """Whether a module without submodules could make a non-finite value of finite ones."""
+    """Whether a module without submodules could turn finite values into a non-finite one."""
     return not isinstance(module, _FINITE_TYPES)
 
 
 def features(module: nn.Module) -> tuple[int, bool] | None:
-    """How many features a layer puts out, and whether in dimension 1, not the last; ``None``: it does not tell."""
+    """The number of features a layer puts out, and whether they are in dimension 1 instead of the last.
+
+    ``None`` if the layer does not tell.
+    """
     for name in ("out_channels", "out_features", "num_features", "num_channels", "embedding_dim"):
         number = getattr(module, name, None)
         if isinstance(number, int):
@@ -92,12 +99,12 @@ def features(module: nn.Module) -> tuple[int, bool] | None:
 def unit_dim(shape: Sequence[int], layer: tuple[int, bool] | None) -> int:
     """The dimension of the units: that of the features of the layer before.
 
-    Where the layer does not tell, or neither dimension 1 nor the last has its size: 1 (the channels) of an image or a
-    volume, otherwise the last.
+    The layer may not tell, or neither dimension 1 nor the last may have its size. The units are then dimension 1, the
+    channels, for an output of four or more dimensions. Otherwise they are the last dimension.
 
     Args:
         shape: Shape of the output.
-        layer: :func:`features` of the last layer that ran.
+        layer: :func:`features` of the last layer that ran. ``None``: it does not tell.
     """
     last = len(shape) - 1
     if last < 2:
@@ -114,7 +121,7 @@ def checked_choices(modules: Choice | Sequence[Choice] | None) -> list[Choice] |
     """The ``modules`` argument of a monitor as a list.
 
     Raises:
-        ValueError: If something is no type of modules, pattern or function.
+        ValueError: If an entry is neither a type of modules nor a pattern nor a function.
     """
     if modules is None:
         return None
@@ -131,7 +138,7 @@ def checked_choices(modules: Choice | Sequence[Choice] | None) -> list[Choice] |
 
 
 def is_chosen(choices: Sequence[Choice] | None, name: str, module: nn.Module) -> bool:
-    """Whether a module is watched: one with submodules only by its type, its exact path or a function."""
+    """Whether a module is watched. One with submodules is chosen only by its type, its exact path or a function."""
     is_leaf = next(module.children(), None) is None
     if choices is None:
         return is_leaf and isinstance(module, (*ACTIVATION_TYPES, *NORM_TYPES))
@@ -147,11 +154,11 @@ def _matches(choice: Choice, name: str, module: nn.Module, is_leaf: bool) -> boo
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """The device of a module's first parameter; the CPU without any."""
+    """The device of a module's first parameter. The CPU if it has none."""
     parameter = next(module.parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device
 
 
 def user_path(name: str) -> str:
-    """A module's path as its author wrote it, less what torch.compile, FSDP and activation checkpointing put around."""
+    """A module's path as its author wrote it, without the wrappers of torch.compile, FSDP and checkpointing."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)

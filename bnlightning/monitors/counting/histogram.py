@@ -1,7 +1,8 @@
 """Histograms that only ever add up: over calls, steps and ranks.
 
-The sign, the exponent and the first three bits of the mantissa of a float32 are the number of a logarithmic bin: eight
-bins an octave, zero and the smallest denormals in a bin of their own, infinities and NaN beyond the last finite one.
+Bins are logarithmic, eight an octave. The number of a value's bin is made of the sign, the exponent and the first three
+bits of the mantissa of its float32. Zero and the smallest denormals have a bin of their own. Infinities and NaN are
+beyond the last finite bin.
 """
 
 from dataclasses import dataclass
@@ -16,37 +17,44 @@ _SHIFT = 20
 NUM_BINS = 1 << (32 - _SHIFT)
 _HALF = NUM_BINS // 2
 _FINITE = 0x7F800000 >> _SHIFT
-# How far below the largest magnitude two values still fall into different bins of a published histogram, as a factor.
-# TensorBoard draws 30 bins over the range of all steps; what is finer would take most of the file.
+# Magnitudes below this share of the largest one are put together in a published histogram. TensorBoard draws 30 bins
+# over the range of all steps, and finer bins would take most of the file.
 _RESOLUTION = 2.0**-5
 
 
 def count_values(x: Tensor) -> Tensor:
-    """How many values fall into each bin.
+    """Count the values that fall into each bin.
 
     Args:
-        x: float32 of any shape, also non-finite values.
+        x: float32 of any shape. It may hold non-finite values.
 
     Returns:
-        int64 of shape ``(NUM_BINS,)``: negative values first, ascending in magnitude, then the others likewise.
+        int64 of shape ``(NUM_BINS,)``: negative values by ascending magnitude, then the others likewise.
     """
-    # The shift is arithmetic, so that negative values have negative numbers.
+    # The shift is arithmetic, so negative values have negative numbers.
     number = (x.contiguous().view(torch.int32).view(-1) >> _SHIFT).add_(_HALF)
     if x.device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
-        # There bincount waits for the device. Of integers this counts as exactly; told to be deterministic, older
-        # versions of torch refuse it nevertheless.
+        # On CUDA bincount waits for the device. histc counts integers just as exactly. Older versions of torch refuse
+        # it all the same when they are told to be deterministic.
         return torch.histc(number, bins=NUM_BINS, min=0, max=NUM_BINS - 1).to(torch.int64)
     return torch.bincount(number, minlength=NUM_BINS)
 
 
 def num_zero(bins: NDArray[np.int64]) -> int:
-    """How many are zero, or below 2^-129 in magnitude, which is next to the smallest float32."""
+    """The number of values that are zero or below 2^-129 in magnitude, which only denormals are."""
     return int(bins[0] + bins[_HALF])
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts between ascending edges (one more than counts), and the moments TensorBoard keeps beside them."""
+    """Counts between ascending edges, and the moments that TensorBoard keeps beside them.
+
+    Args:
+        edges: float64 of shape ``(bins + 1,)``, ascending.
+        counts: int64 of shape ``(bins,)``.
+        sum: Sum of the values.
+        sum_squares: Sum of the squares of the values.
+    """
 
     edges: NDArray[np.float64]
     counts: NDArray[np.int64]
@@ -57,17 +65,17 @@ class Histogram:
 def finite_histogram(
     bins: NDArray[np.int64], minimum: float, maximum: float, total: float, total_squares: float
 ) -> Histogram:
-    """The finite bins in ascending order of their values, those too near to zero to be told apart put together.
+    """The finite bins in ascending order of their values. Bins too near to zero to be told apart are put together.
 
     Args:
-        bins: What :func:`count_values` gave, added up; at least one finite value.
+        bins: Sums of what :func:`count_values` returned, int64 of shape ``(NUM_BINS,)``, with a finite value or more.
         minimum: Smallest finite value.
         maximum: Largest finite value.
-        total: Their sum.
-        total_squares: The sum of their squares.
+        total: Sum of the finite values.
+        total_squares: Sum of the squares of the finite values.
     """
     extent = max(abs(minimum), abs(maximum))
-    # The bins from the resolution up to the extent; those below the first are put together.
+    # The bins from the resolution up to the extent. The bins below the first of them are put together.
     first, stop = np.searchsorted(MAGNITUDES, [extent * _RESOLUTION, extent], side="right").tolist()
     first, stop = max(first - 1, 1), min(stop, _FINITE)
     magnitudes = MAGNITUDES[first : stop + 1]
@@ -86,17 +94,17 @@ def _magnitudes() -> NDArray[np.float64]:
     return edges
 
 
-# The edges of the finite bins of one sign: one more than bins, each with its lower edge.
+# The edges of the finite bins of one sign: the lower edge of each, and the upper edge of the last.
 MAGNITUDES = _magnitudes()
 
 
 def _fit(
     edges: NDArray[np.float64], counts: NDArray[np.int64], minimum: float, maximum: float
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Cut empty bins off both ends and end in the minimum and the maximum.
+    """Cut empty bins off both ends, and move the outermost edges to the minimum and the maximum.
 
-    A bin that begins at the maximum holds nothing but that value (a saturated 1.0, say) and would have no width: its
-    count goes to the bin before it. Likewise at the minimum.
+    A bin that begins at the maximum holds nothing but that value, such as a saturated 1.0. It would have no width, so
+    its count goes to the bin before it. The minimum is treated likewise.
     """
     used = np.flatnonzero(counts)
     edges, counts = edges[used[0] : used[-1] + 2].copy(), counts[used[0] : used[-1] + 1].copy()
@@ -116,9 +124,9 @@ def _fit(
 
 
 def clip(histogram: Histogram, low: float, high: float) -> Histogram:
-    """The same with every value outside ``[low, high]`` counted in the outermost bin inside."""
+    """The histogram with every value outside of ``[low, high]`` counted in the outermost bin inside."""
     edges = np.clip(histogram.edges, low, high)
-    # Bins outside have no width any more.
+    # Bins outside have no width after clipping.
     kept = np.flatnonzero(np.diff(edges) > 0)
     if not len(kept) or np.array_equal(edges, histogram.edges):
         return histogram
@@ -132,15 +140,26 @@ def clip(histogram: Histogram, low: float, high: float) -> Histogram:
 class TypicalRanges:
     """Keeps outliers from widening the axis: TensorBoard spreads 30 bins over the range of all steps of a tag.
 
-    What lies further outside of the inner 99.8 % of a step's values than these are wide, or further from zero than ten
-    times what is typical of the tag (the median of its last 64 steps), is counted in the outermost bin that is left.
+    The inner range of a step holds the inner 99.8 % of its values. Two kinds of values are outliers, and are counted in
+    the outermost bin that is left:
+
+    - values further outside of the inner range than it is wide, and
+    - values further from zero than ten times what is typical of the tag.
+
+    Typical is the median over the tag's last 64 steps of how far from zero the inner range reaches.
+
+    Example:
+        >>> ranges = TypicalRanges()
+        >>> histogram = Histogram(np.array([0.0, 1.0, 2.0, 1e6]), np.array([5000, 5000, 1]), 1e6, 1e12)
+        >>> ranges.fit("layer_hist/net", histogram).edges.tolist()
+        [0.0, 1.0, 2.0, 4.0]
     """
 
     def __init__(self) -> None:
         self._extents: dict[str, list[float]] = {}
 
     def fit(self, tag: str, histogram: Histogram) -> Histogram:
-        """The histogram as it is to be drawn; remembers its range under its tag."""
+        """Return the histogram without outliers, and remember its range under its tag."""
         cumulative = np.cumsum(histogram.counts)
         total = cumulative[-1]
         inner = np.flatnonzero((cumulative > _TAIL * total) & (cumulative - histogram.counts < (1 - _TAIL) * total))
@@ -156,11 +175,11 @@ class TypicalRanges:
         return clip(histogram, low, high)
 
     def state_dict(self) -> dict[str, list[float]]:
-        """For a checkpoint."""
+        """The remembered ranges by tag, for a checkpoint."""
         return {tag: list(extents) for tag, extents in self._extents.items()}
 
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
-        """Go on from what :meth:`state_dict` gave."""
+        """Go on from what :meth:`state_dict` returned."""
         self._extents = {tag: list(extents) for tag, extents in state.items()}
 
 

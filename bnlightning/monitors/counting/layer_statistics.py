@@ -1,6 +1,7 @@
 """The numbers of a layer, each one declaration. A new number is one more entry of :func:`layer_statistics`.
 
-Shares are in [0, 1]. A function returns ``None`` where its number does not exist: no finite value, no units.
+Shares are in [0, 1]. A function returns ``None`` where its number does not exist, for lack of finite values or units.
+Descriptions and what is healthy are Markdown, which TensorBoard shows behind the (i) of a chart.
 """
 
 import math
@@ -19,24 +20,27 @@ from bnlightning.monitors.record import Entry
 from bnlightning.monitors.statistic import Alarm, Catalogue, Look, Statistic, Summary
 
 RARELY = 0.01
-"""A unit that is not zero for less than this share of the samples is rarely active (Dohare et al., Nature 2024)."""
+"""A unit is rarely active if it is non-zero for less than this share of the samples (Dohare et al., Nature 2024)."""
 ALMOST_ALWAYS = 0.95
-"""A unit that is saturated for this share of the samples counts as saturated."""
+"""A unit counts as saturated if it is saturated for at least this share of the samples."""
 MAX_UNITS_OF_RANK = 1024
 """Layers with more units have no effective rank: their matrix of second moments would be too large."""
 
-_OF_STEP = "Over the finite outputs of the sampled step (of a whole evaluation), all micro-batches and ranks."
-_OF_WINDOW = "In training over the window, the last samples of the sampled steps; in an evaluation over all of it."
+_OF_STEP = "Over the finite outputs of all micro-batches and ranks, of the sampled step or of the whole evaluation."
+_OF_WINDOW = (
+    "In training over the window: the last `window_samples` (1000 by default) samples of the sampled steps, or up to "
+    "twice as many. In an evaluation over all of its samples. All ranks together."
+)
 
 
 @dataclass(frozen=True)
 class LayerCounts:
-    """What was counted of a layer.
+    """The sums that were counted for one layer, over all ranks.
 
     Args:
         key: The layer.
         values: Sums over the sampled step, or over the whole evaluation.
-        units: Sums of the units over the window of samples; ``None`` where units are not looked at.
+        units: Sums of the units over the window of samples. ``None`` where units are not looked at.
     """
 
     key: LayerKey
@@ -94,14 +98,14 @@ def saturated(layer: LayerSums) -> float | None:
 def effective_rank(layer: LayerSums) -> float | None:
     r"""Effective rank of the matrix of observations by units: ``exp(-sum_k p_k log p_k)``, ``p = sigma / sum(sigma)``.
 
-    ``sigma`` are its singular values (Roy & Vetterli, EUSIPCO 2007). The matrix is not centred. The rank is at least 1,
-    and at most the number of units and of observations.
+    ``sigma`` are the singular values of the matrix (Roy & Vetterli, EUSIPCO 2007). The matrix is not centred. The rank
+    is at least 1, and at most the number of units and of observations.
     """
     second_moments = layer.sums.get(SECOND_MOMENTS.name)
     if second_moments is None:
         return None
     singular = np.sqrt(np.clip(np.linalg.eigvalsh(second_moments), 0.0, None))
-    # What rounding makes of zeros would count as many small directions.
+    # Rounding turns zeros into tiny values, which would count as many small directions.
     shares = singular[singular > 1e-5 * singular.max(initial=0.0)]
     if not len(shares):
         return None
@@ -110,15 +114,26 @@ def effective_rank(layer: LayerSums) -> float | None:
 
 
 def dead(units: UnitSums) -> NDArray[np.bool_]:
-    """Which units were exactly zero for every sample and position. A unit with a non-finite value is not dead."""
+    """Which units were exactly zero for every sample and position. A unit with a non-finite value is not dead.
+
+    Returns:
+        bool of shape ``(units,)``.
+    """
     return np.equal(units.nonzero, 0)
 
 
 def dormant(units: UnitSums, tau: float) -> NDArray[np.bool_]:
     """Which units are tau-dormant: their mean magnitude is at most ``tau`` times the layer's (Sokar et al., ICML 2023).
 
-    A unit's magnitude is a mean over samples and positions, the layer's the mean over its units. All units of a layer
-    of zeros are dormant. A unit without a finite value is not.
+    A unit's magnitude is the mean of its absolute values over samples and positions. The layer's magnitude is the mean
+    over its units. All units of a layer of zeros are dormant. A unit without a finite value is not.
+
+    Args:
+        units: The sums of the units.
+        tau: Share of the layer's magnitude up to which a unit is dormant.
+
+    Returns:
+        bool of shape ``(units,)``.
     """
     broken = (units.magnitude == 0) & (units.nonzero > 0)
     is_small: NDArray[np.bool_] = units.magnitude <= tau * units.magnitude.mean()
@@ -127,16 +142,20 @@ def dormant(units: UnitSums, tau: float) -> NDArray[np.bool_]:
 
 
 def rarely_active(units: UnitSums) -> NDArray[np.bool_]:
-    """Which units were not zero for less than :data:`RARELY` of the samples and positions."""
+    """Which units were non-zero for less than :data:`RARELY` of the samples and positions, bool ``(units,)``."""
     return np.less(units.nonzero, RARELY * units.observations)
 
 
 def always_saturated(units: UnitSums) -> NDArray[np.bool_]:
-    """Which units were beyond the activation's limits for at least :data:`ALMOST_ALWAYS` of samples and positions."""
+    """Which units were beyond the limits for at least :data:`ALMOST_ALWAYS` of samples and positions.
+
+    Returns:
+        bool of shape ``(units,)``.
+    """
     return np.greater_equal(units.low + units.high, ALMOST_ALWAYS * units.observations)
 
 
-# Classes and no lambdas: a callback that holds declarations has to be pickled for processes that are spawned.
+# Classes instead of lambdas: callbacks hold declarations, and are pickled for processes that are spawned.
 
 
 @dataclass(frozen=True)
@@ -168,7 +187,7 @@ class _WhereBounded:
 
 @dataclass(frozen=True)
 class _OverUnits:
-    """The share of all units of the activations."""
+    """The share among the units of all activations: the layers' shares, weighted by their numbers of units."""
 
     name: str
 
@@ -180,7 +199,7 @@ class _OverUnits:
 
 @dataclass(frozen=True)
 class _OverLayers:
-    """The mean over the activations that have the number."""
+    """The mean over the activations that have the number, each with the same weight."""
 
     name: str
 
@@ -208,32 +227,38 @@ SECOND_MOMENTS = Sum("second_moments", _matrix_shape, _second_moments)
 EFFECTIVE_RANK = Statistic[LayerCounts](
     "effective_rank",
     _OfValues(effective_rank),
-    "Effective rank of the matrix of samples and positions by units (Roy & Vetterli, 2007), over one sampled step.",
+    "Effective rank of the matrix of samples and positions by units (Roy & Vetterli, 2007): how many directions the "
+    f"outputs use. {_OF_STEP} It says little unless there are many more samples than units.",
     "A large part of the number of units. A falling rank means that units become copies of each other.",
     sum=SECOND_MOMENTS,
 )
-"""Takes many more samples than units, and units squared times 8 bytes of memory."""
+"""Needs many more samples than units. Takes 8 bytes of memory times the number of units squared."""
 
 
 def layer_statistics(tau: float = 0.025) -> list[Statistic[LayerCounts]]:
     """The numbers of a layer's outputs, in the order in which the picture of all layers shows them.
 
     Args:
-        tau: Below this share of the layer's mean magnitude a unit is dormant.
+        tau: A unit is dormant up to this share of the layer's mean magnitude.
     """
     return [
         Statistic(
             "nonfinite",
             _OfValues(nonfinite),
-            "Share of NaN and infinities among all outputs of the sampled step (of a whole evaluation), all ranks.",
-            "0. health/first_nonfinite_layer names the module that made the first one.",
+            "Share of NaN and infinities among all outputs of the sampled step, or of the whole evaluation, on all "
+            "ranks.",
+            "0, except for infinities that a mask puts out on purpose. The text `health/first_nonfinite_layer` names "
+            "the module that made the first one in training. Try a lower learning rate, a warm-up, or gradient "
+            "clipping.",
             look=Look("NaN or inf", "neutral", ticks={}, word="NaN/inf", word_above=0.0),
         ),
         Statistic(
             "dead",
             _ShareOfUnits(dead),
-            f"Share of the units that put out exactly zero for every sample. {_OF_WINDOW}",
-            "0. Try a lower learning rate, a normalisation in front of the activation, or leaky_relu.",
+            "Share of the units that put out exactly zero for every sample and position. A unit is one channel or one "
+            f"feature. {_OF_WINDOW} A unit that has died within the window still counts as alive.",
+            "0. A dead unit learns nothing more. Try a lower learning rate, a normalisation in front of the "
+            "activation, or `leaky_relu`.",
             look=Look("dead units", word="dead units"),
             alarm=Alarm(
                 "of the units are dead: zero for every one of",
@@ -244,9 +269,10 @@ def layer_statistics(tau: float = 0.025) -> list[Statistic[LayerCounts]]:
         Statistic(
             "dormant",
             _ShareOfUnits(partial(dormant, tau=tau)),
-            f"Share of the units whose mean magnitude is at most {tau:g} times the layer's (Sokar et al., 2023). "
-            f"Dead units are dormant, too. {_OF_WINDOW}",
-            "Near 0.",
+            f"Share of the units whose mean magnitude is at most {tau:g} times the mean over the layer's units (Sokar "
+            f"et al., 2023). Dead units are dormant, too. {_OF_WINDOW}",
+            "Near 0. Dormant units hardly matter to the output. Try a lower learning rate or a normalisation in front "
+            "of the activation.",
             look=Look("dormant units"),
             alarm=Alarm(
                 "of the units are dormant, their mean magnitude at most tau times the layer's, over",
@@ -257,9 +283,10 @@ def layer_statistics(tau: float = 0.025) -> list[Statistic[LayerCounts]]:
         Statistic(
             "saturated",
             _WhereBounded(_OfValues(saturated)),
-            f"Share of the outputs where the activation is flat (tanh beyond 0.99, sigmoid outside [0.01, 0.99]). "
-            f"{_OF_STEP}",
-            "Below about 0.5. Try smaller initial weights or a normalisation in front of the activation.",
+            "Share of the outputs where the activation is flat: tanh beyond 0.99 in magnitude, sigmoid below 0.01 or "
+            f"above 0.99, others at their bounds. {_OF_STEP}",
+            "Below about 0.5. Hardly any gradient passes a saturated output. Try smaller initial weights or a "
+            "normalisation in front of the activation.",
             look=Look("saturated", word="saturated"),
             alarm=Alarm(
                 "of the values are saturated, where the activation is flat and passes hardly any gradient, over",
@@ -270,7 +297,8 @@ def layer_statistics(tau: float = 0.025) -> list[Statistic[LayerCounts]]:
         Statistic(
             "zero",
             _OfValues(zero),
-            f"Share of zeros. {_OF_STEP}",
+            f"Share of single outputs that are zero. {_OF_STEP} `layer_dead` counts units that are zero for every "
+            "sample.",
             "About one half for a ReLU, 0 for most others.",
             look=Look("zeros", "neutral", word="zeros"),
         ),
@@ -278,77 +306,120 @@ def layer_statistics(tau: float = 0.025) -> list[Statistic[LayerCounts]]:
             "std",
             _OfValues(std),
             f"Population standard deviation of the outputs. {_OF_STEP}",
-            "Near 1, and alike in all layers.",
+            "Near 1, and alike in all layers. Where it grows or shrinks from layer to layer, try another "
+            "initialisation or a normalisation.",
             look=Look("std", "two_sided", 1e-3, 1e3, {1e-3: "0.001", 1.0: "1", 1e3: "1000"}, log=True),
         ),
-        Statistic("mean", _OfValues(mean), f"Mean of the outputs. {_OF_STEP}", "Small beside layer_std."),
+        Statistic(
+            "mean",
+            _OfValues(mean),
+            f"Mean of the outputs. {_OF_STEP}",
+            "Small beside `layer_std`. Behind a ReLU, which has no negative values, it is of the same size.",
+        ),
         Statistic(
             "min",
             _OfValues(minimum),
             f"Smallest output. {_OF_STEP}",
-            "A few layer_std below the mean.",
+            "A few `layer_std` below `layer_mean`, 0 for a ReLU. A much lower one is an outlier.",
         ),
-        Statistic("max", _OfValues(maximum), f"Largest output. {_OF_STEP}", "A few layer_std above the mean."),
+        Statistic(
+            "max",
+            _OfValues(maximum),
+            f"Largest output. {_OF_STEP}",
+            "A few `layer_std` above `layer_mean`. A much higher one is an outlier.",
+        ),
         Statistic(
             "saturated_low",
             _WhereBounded(_OfValues(saturated_low)),
-            f"Share of the outputs at the lower end of a bounded activation. {_OF_STEP}",
-            "About as much as at the upper end.",
+            f"Share of the outputs that are saturated at the lower end of the activation. {_OF_STEP}",
+            "About as much as `layer_saturated_high`. A large difference means that the inputs are not centred.",
         ),
         Statistic(
             "saturated_high",
             _WhereBounded(_OfValues(saturated_high)),
-            f"Share of the outputs at the upper end of a bounded activation. {_OF_STEP}",
-            "About as much as at the lower end.",
+            f"Share of the outputs that are saturated at the upper end of the activation. {_OF_STEP}",
+            "About as much as `layer_saturated_low`. A large difference means that the inputs are not centred.",
         ),
         Statistic(
             "rarely_active",
             _ShareOfUnits(rarely_active),
-            f"Share of the units that are not zero for less than 1 % of the samples (Dohare et al., 2024). "
-            f"{_OF_WINDOW}",
-            "Near 0.",
+            "Share of the units that are non-zero for less than 1 % of the samples and positions (Dohare et al., "
+            f"2024). Dead units are among them. {_OF_WINDOW}",
+            "Near 0. The cures are those of `layer_dead`.",
         ),
         Statistic(
             "saturated_units",
             _WhereBounded(_ShareOfUnits(always_saturated)),
-            f"Share of the units that are saturated for at least 95 % of the samples. {_OF_WINDOW}",
-            "0. Such a unit passes hardly any gradient.",
+            f"Share of the units that are saturated for at least 95 % of the samples and positions. {_OF_WINDOW}",
+            "0. Such a unit passes hardly any gradient. Try smaller initial weights or a normalisation in front of the "
+            "activation.",
         ),
     ]
 
 
 def layer_catalogue(statistics: Sequence[Statistic[LayerCounts]] | None = None) -> Catalogue[LayerCounts, Entry]:
-    """The numbers of layers and of the whole network, as loggers are told them.
+    """The numbers of layers' outputs and of the whole network, with their descriptions.
 
     Args:
-        statistics: The numbers of a layer's outputs; ``None``: those of :func:`layer_statistics`.
+        statistics: The numbers of a layer's outputs. ``None``: those of :func:`layer_statistics`.
     """
     return Catalogue(
         "layer",
         layer_statistics() if statistics is None else statistics,
         _HEALTH,
-        {"hist": f"Histogram of the outputs; far outliers are counted in the outermost bin. {_OF_STEP}"},
+        {
+            "hist": "Histogram of the outputs. Far outliers are counted in the outermost bin. "
+            f"{_OF_STEP} Healthy: neither shrinking to one value nor widening from step to step. Peaks at the ends of "
+            "a bounded activation mean saturation."
+        },
     )
 
 
 def gradient_catalogue() -> Catalogue[LayerCounts, Entry]:
-    """The numbers of the gradients of layers' outputs: those of outputs that make sense for any values."""
-    names = ("mean", "std", "min", "max", "zero", "nonfinite")
+    """The numbers of the gradients of layers' outputs: those statistics of outputs that make sense for any values."""
     return Catalogue(
         "layer",
         [
             replace(
                 statistic,
                 name=f"grad_{statistic.name}",
-                description="For the gradient of the mean loss with respect to the outputs: " + statistic.description,
-                healthy="Alike in all layers, over at most a few orders of magnitude.",
+                description=f"{_GRADIENTS[statistic.name][0]} {_OF_GRADIENT}",
+                healthy=_GRADIENTS[statistic.name][1],
                 look=None,
             )
             for statistic in layer_statistics()
-            if statistic.name in names
+            if statistic.name in _GRADIENTS
         ],
-        histograms={"grad_hist": "Histogram of the gradient of the mean loss with respect to the layer's outputs."},
+        histograms={
+            "grad_hist": "Histogram of the gradient values. Far outliers are counted in the outermost bin. "
+            f"{_OF_GRADIENT} Healthy: {_ALIKE}"
+        },
     )
+
+
+_OF_GRADIENT = (
+    "The gradient is that of the mean loss with respect to the layer's outputs, at the sampled step, over all "
+    "micro-batches and ranks."
+)
+_ALIKE = (
+    "Within a few orders of magnitude in all layers. Far smaller in the first layers than in the last: gradients "
+    "vanish. Far larger: they explode. Try a normalisation or another initialisation."
+)
+# For each statistic of gradients what it is, and what is healthy.
+_GRADIENTS = {
+    "mean": ("Mean of the finite gradient values.", "Small beside `layer_grad_std`."),
+    "std": ("Population standard deviation of the finite gradient values.", _ALIKE),
+    "min": ("Smallest finite gradient value.", "A few `layer_grad_std` below `layer_grad_mean`."),
+    "max": ("Largest finite gradient value.", "A few `layer_grad_std` above `layer_grad_mean`."),
+    "zero": (
+        "Share of zeros among the finite gradient values.",
+        "Below 1. At 1 nothing reaches the layer: what follows it is dead, saturated or detached.",
+    ),
+    "nonfinite": (
+        "Share of NaN and infinities among all gradient values.",
+        "0. Try a lower learning rate or gradient clipping. With fp16, a few in the first steps are usual.",
+    ),
+}
 
 
 def _share_of_finite(layer: LayerSums, count: Callable[[UnitSums], NDArray[np.float64]]) -> float | None:
@@ -357,30 +428,36 @@ def _share_of_finite(layer: LayerSums, count: Callable[[UnitSums], NDArray[np.fl
 
 _HEALTH = (
     Summary[Entry](
-        "dead", _OverUnits("dead"), f"Share of the dead units among all units of all activations. {_OF_WINDOW}", "0."
+        "dead",
+        _OverUnits("dead"),
+        "Share of dead units among all units of all activations. A dead unit puts out exactly zero for every sample "
+        f"and position. {_OF_WINDOW}",
+        "0. `layer_dead` shows which layers it is, and what helps.",
     ),
     Summary[Entry](
         "dead_max",
         _worst_dead,
-        f"Share of the dead units in the worst activation. {_OF_WINDOW}",
-        "0.",
+        f"Share of dead units in the activation that has the largest share. {_OF_WINDOW}",
+        "0. `layer_dead` shows which layer it is, and what helps.",
     ),
     Summary[Entry](
         "dormant",
         _OverUnits("dormant"),
-        f"Share of the dormant units among all units of all activations. {_OF_WINDOW}",
-        "Near 0.",
+        "Share of dormant units among all units of all activations. A dormant unit's mean magnitude is at most `tau` "
+        f"times the mean over its layer. {_OF_WINDOW}",
+        "Near 0. `layer_dormant` shows which layers it is, and what helps.",
     ),
     Summary[Entry](
         "saturated",
         _OverLayers("saturated"),
-        f"Share of the saturated outputs, mean over the bounded activations. {_OF_STEP}",
-        "Below about 0.5.",
+        f"Share of saturated outputs in each bounded activation, averaged over these. {_OF_STEP}",
+        "Below about 0.5. `layer_saturated` shows which layers it is, and what helps.",
     ),
     Summary[Entry](
         "nonfinite",
         _OverLayers("nonfinite"),
-        "Share of NaN and infinities, mean over the activations, over all outputs of the sampled step and all ranks.",
-        "0.",
+        "Share of NaN and infinities in each activation, averaged over the activations. Over all outputs of the "
+        "sampled step, or of the whole evaluation, on all ranks.",
+        "0. `layer_nonfinite` shows which layers it is, and what helps.",
     ),
 )

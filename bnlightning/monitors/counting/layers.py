@@ -30,13 +30,13 @@ _NONZERO, _MAGNITUDE, _LOW, _HIGH = range(4)
 
 @dataclass(frozen=True)
 class LayerKey:
-    """What tells the accumulators of one layer from those of another, the same on every rank.
+    """Identifies the accumulators of one layer, on every rank alike.
 
     Args:
-        label: Path of the module, with the number of the call and the place in the output, as it stands in tags.
+        label: Path of the module with the number of the call and the place in the output, as in tags.
         is_activation: Whether the layer counts under ``health/``.
-        units: Number of units; 0 where units are not looked at.
-        limits: The values beyond which an output counts as saturated; ``None`` for an unbounded activation.
+        units: Number of units. 0 where units are not looked at.
+        limits: The values beyond which an output counts as saturated. ``None`` for an unbounded activation.
         is_gradient: Whether the values are gradients of the layer's output, not the output itself.
     """
 
@@ -53,9 +53,9 @@ class Sum:
 
     Args:
         name: Its name in :attr:`LayerSums.sums`.
-        shape: Its shape for a layer; ``None`` leaves the layer out.
-        of: What one call adds, of that shape, any floating dtype. Called without gradients.
-        is_maximum: Whether the maximum is kept, over calls and ranks, and not the sum.
+        shape: Returns its shape for a layer. ``None`` leaves the layer out.
+        of: Returns what one call adds, of that shape and any floating dtype. Called without gradients.
+        is_maximum: Whether the maximum over calls and ranks is kept instead of the sum.
 
     Example:
         >>> fourth_powers = Sum("fourth_powers", lambda key: (), lambda call: call.fill(0.0).pow(4).sum())
@@ -72,12 +72,12 @@ class UnitSums:
     """Sums over the samples and positions of a window, for each unit: float64 of shape ``(units,)``.
 
     Args:
-        observations: Samples times positions (the other dimensions); one number for all units.
-        samples: Sizes of the batches.
-        nonzero: Number of values that are not zero; non-finite ones are not.
+        observations: Number of samples times positions, the other dimensions. It is the same for all units.
+        samples: Number of samples: the sizes of the batches, added up.
+        nonzero: Number of values that are not zero. Non-finite values count as non-zero.
         magnitude: Sum of the absolute finite values.
-        low: Number of finite values below the activation's limits; zeros for an unbounded activation.
-        high: Number of finite values above them.
+        low: Number of finite values below the activation's limits. Zeros for an unbounded activation.
+        high: Number of finite values above the activation's limits, likewise.
     """
 
     observations: int
@@ -95,18 +95,18 @@ class UnitSums:
 
 @dataclass(frozen=True)
 class LayerSums:
-    """All that is known of a layer's values over a window and all ranks.
+    """The sums over a layer's values, over one sample of the monitor and all ranks.
 
     Args:
-        bins: Counts by :func:`bnlightning.monitors.counting.histogram.count_values`.
-        numel: How many values there are.
-        finite: How many of them are finite.
+        bins: Counts by :func:`bnlightning.monitors.counting.histogram.count_values`, int64 of shape ``(NUM_BINS,)``.
+        numel: Number of values.
+        finite: Number of finite values.
         sum: Sum of the finite values.
         sum_squares: Sum of the squares of the finite values.
-        minimum: Smallest finite value; infinity without one.
-        maximum: Largest finite value; minus infinity without one.
-        units: ``None`` where they are not looked at.
-        sums: What the statistics' own accumulators hold, by the name of the :class:`Sum`.
+        minimum: Smallest finite value. Infinity if there is none.
+        maximum: Largest finite value. Minus infinity if there is none.
+        units: Sums of each unit. ``None`` where units are not looked at.
+        sums: The statistics' own accumulators, by the name of the :class:`Sum`.
     """
 
     bins: NDArray[np.int64]
@@ -121,10 +121,17 @@ class LayerSums:
 
 
 class LayerAccumulators:
-    """Accumulators for any number of layers, which come into being as they are seen.
+    """Accumulators for any number of layers. Those of a layer are made when it is first seen.
 
     Args:
         sums: The accumulators that statistics bring with them.
+
+    Example:
+        >>> accumulators = LayerAccumulators()
+        >>> accumulators.update(LayerKey("net.act"), torch.tensor([[1.0, 2.0], [3.0, torch.nan]]))
+        >>> sums = accumulators.reduce(torch.device("cpu"))[LayerKey("net.act")]
+        >>> sums.numel, sums.finite, sums.sum
+        (4, 3, 6.0)
     """
 
     def __init__(self, sums: Sequence[Sum] = ()) -> None:
@@ -135,24 +142,30 @@ class LayerAccumulators:
         return sum(row.seen for row in self._rows.values())
 
     def reset(self) -> None:
-        """Forget everything but which layers there are."""
+        """Set all accumulators to their start. The layers stay known."""
         for row in self._rows.values():
             row.reset()
 
     def update(self, key: LayerKey, values: Tensor, unit_dim: int = -1) -> None:
-        """Add some values of a layer: floating, of any shape; with units in ``unit_dim`` if the key has them."""
+        """Add the values of one call of a layer.
+
+        Args:
+            key: The layer.
+            values: Any shape and floating dtype.
+            unit_dim: Dimension of the units, if the key has any. By default the last.
+        """
         row = self._rows.get(key)
         if row is None:
-            # Evaluations run in inference mode, whose tensors nobody may change later.
+            # Evaluations run in inference mode, whose tensors cannot be changed later.
             with torch.inference_mode(False):
                 row = self._rows[key] = _Row(key, values.device, self._sums)
         if values.numel():
             row.update(CallValues(values, unit_dim))
 
     def reduce(self, device: torch.device) -> dict[LayerKey, LayerSums]:
-        """The sums over all ranks, on all ranks, of the layers that ran on any: four collectives, however many layers.
+        """The sums over all ranks, for every layer that ran on any rank. All ranks get the same.
 
-        Every rank must call it.
+        It takes four collectives, however many layers there are. Every rank must call it.
 
         Args:
             device: The device of the collectives.
@@ -177,7 +190,7 @@ class LayerAccumulators:
 
 
 class _Row:
-    """Accumulators of one layer: numbers are floats on a CPU, elsewhere tensors that nobody waits for."""
+    """Accumulators of one layer. Numbers are floats on a CPU, and tensors elsewhere, so that nothing waits for them."""
 
     def __init__(self, key: LayerKey, device: torch.device, sums: Sequence[Sum]) -> None:
         self.key = key
@@ -194,7 +207,7 @@ class _Row:
             for each, shape in shapes.items()
             if shape is not None
         }
-        # Sums are of the values less this: their squares about zero would lose the digits of a small variance.
+        # It is subtracted before values are summed. Squares about zero would lose the digits of a small variance.
         self.shift: Number | None = None
         self.samples = self.numel = 0
         self.finite: Number = 0
@@ -239,7 +252,7 @@ class _Row:
         self.squares = self.squares + (squares if scale is None else squares / scale / scale)
 
     def _update_units(self, values: "CallValues") -> None:
-        # Signs and sums of floats are several times as fast on a CPU as comparisons and sums of booleans.
+        # On a CPU, signs and sums of floats are several times as fast as comparisons and sums of booleans.
         magnitude = values.fill(0.0).abs()
         self._unit_sums[_MAGNITUDE].add_(values.sum_by_unit(magnitude))
         nonzero = magnitude.sign_()
@@ -266,10 +279,10 @@ class CallValues:
     """The values of one call of a layer, ready to be counted.
 
     Attributes:
-        x: Contiguous float32 of at least one value and two dimensions.
-        unit_dim: The dimension of the units.
+        x: The values, contiguous float32 of two or more dimensions and at least one value.
+        unit_dim: Dimension of the units in ``x``.
         samples: Size of the batch.
-        finite: Which values are finite; ``None`` if all are known to be.
+        finite: Which values are finite, bool of the shape of ``x``. ``None`` if all are known to be.
         num_finite: Number of finite values.
         minimum: Smallest finite value.
         maximum: Largest finite value.
@@ -278,7 +291,7 @@ class CallValues:
     def __init__(self, values: Tensor, unit_dim: int) -> None:
         x = values.detach().float()
         if x.dim() < 2:
-            # One unit, and as many samples as values.
+            # A single unit, with as many samples as values.
             x, unit_dim = x.reshape(-1, 1), 1
         self.samples = len(x)
         self.unit_dim = unit_dim % x.dim()
@@ -291,7 +304,7 @@ class CallValues:
         self.minimum: Number
         self.maximum: Number
         if x.device.type == "cpu":
-            # A CPU may be asked; a GPU would have to be waited for.
+            # Reading from a CPU costs no waiting. A GPU would have to be waited for.
             low, high = torch.aminmax(x)
             self.minimum, self.maximum = low.item(), high.item()
             if math.isfinite(self.minimum) and math.isfinite(self.maximum):
@@ -302,17 +315,17 @@ class CallValues:
         self.maximum = self.read(torch.where(self.finite, x, -math.inf).amax())
 
     def read(self, number: Tensor) -> Number:
-        """A result as a float where that needs no waiting."""
+        """A result as a float on a CPU, and as a tensor where a float would need waiting."""
         return number.item() if self.x.device.type == "cpu" else number.to(real_dtype(self.x.device))
 
     def fill(self, value: Number) -> Tensor:
-        """The values, with ``value`` in the place of each that is not finite."""
+        """The values, with ``value`` in the place of every non-finite one."""
         return self.x if self.finite is None else torch.where(self.finite, self.x, value)
 
     def scale(self) -> Number | None:
         """A power of two that brings the values near to 1, so that squares neither overflow nor vanish in float32.
 
-        ``None`` where a CPU tells that there is no need.
+        ``None`` on a CPU if there is no need.
         """
         extent = _larger(self.maximum, -self.minimum)
         if isinstance(extent, float):
@@ -323,12 +336,12 @@ class CallValues:
         return torch.ldexp(torch.ones_like(extent), -exponent)
 
     def by_unit(self, values: Tensor) -> Tensor:
-        """As a matrix of observations by units."""
+        """The values as a matrix of shape ``(observations, units)``."""
         return values.movedim(self.unit_dim, -1).flatten(0, -2)
 
     def sum_by_unit(self, values: Tensor) -> Tensor:
         """Sums over all dimensions but that of the units, shape ``(units,)``."""
-        # float32 holds every count up to 2^24.
+        # float32 holds counts up to 2^24 exactly.
         if values.numel() > 2**24 * values.shape[self.unit_dim]:
             return values.sum(self._others, dtype=real_dtype(values.device))
         return values.sum(self._others)
@@ -342,8 +355,8 @@ class CallValues:
 
 
 def _middle(values: CallValues) -> Number:
-    """Near the mean of the finite values, and a float32; 0 if there are none."""
-    # The sum may overflow, and a value less the shift.
+    """A float32 near the mean of the finite values. 0 if there are none."""
+    # The sum may overflow. So may a value minus the shift, if the shift is huge.
     mean = (values.fill(0.0).sum() / values.num_finite).nan_to_num(nan=0.0)
     return values.read(mean.clamp(-_LARGEST_SHIFT, _LARGEST_SHIFT))
 
@@ -357,14 +370,14 @@ def _larger(one: Number, other: Number) -> Number:
 
 
 def _table(numbers: Sequence[Sequence[Number]], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Of shape ``(rows, columns)``, in a few operations for each column, however many rows."""
+    """The numbers as a tensor of shape ``(rows, columns)``, in a few operations for each column, however many rows."""
     return torch.stack([_column(column, dtype, device) for column in zip(*numbers, strict=True)], dim=1)
 
 
 def _column(numbers: Sequence[Number], dtype: torch.dtype, device: torch.device) -> Tensor:
     like = next((number for number in numbers if isinstance(number, Tensor)), None)
     if like is None:
-        # Not one by one: for each of them a GPU would be waited for.
+        # All at once: one by one, a GPU would be waited for each time.
         return torch.tensor(numbers, dtype=dtype, device=device)
     tensors = [number if isinstance(number, Tensor) else like.new_tensor(number) for number in numbers]
     return torch.stack(tensors).to(device, dtype)
@@ -374,7 +387,7 @@ def _moments(rows: Sequence[_Row], dtype: torch.dtype, device: torch.device) -> 
     """The sum of the finite values of each row, and of their squares, shape ``(rows, 2)``."""
     numbers = [[row.finite, 0.0 if row.shift is None else row.shift, row.total, row.squares] for row in rows]
     finite, shift, total, squares = _table(numbers, dtype, device).unbind(1)
-    # From about the shift, which each rank has chosen for itself, to about zero; in float64 nothing is lost.
+    # Each rank has chosen a shift of its own, so sums about the shift become sums about zero. float64 loses nothing.
     return torch.stack([total + finite * shift, squares + 2 * shift * total + finite * shift**2], dim=1)
 
 
@@ -427,7 +440,7 @@ def _unit_sums(sums: NDArray[np.float64], observations: int, samples: int) -> Un
 
 
 def _taker(packed: NDArray[np.float64]) -> Callable[[torch.Size], NDArray[np.float64]]:
-    """Takes one array after another of a given shape from a packed one."""
+    """A function that takes one array after another, each of a given shape, from a packed one."""
     position = 0
 
     def take(shape: torch.Size) -> NDArray[np.float64]:

@@ -7,46 +7,56 @@ from operator import attrgetter
 from bnlightning.monitors.counting.norms import NormCounts
 from bnlightning.monitors.statistic import Catalogue, Statistic, Summary
 
-_AT_STEP = "Running statistics before the sampled step, batch statistics over all its micro-batches and ranks."
-_MEAN_DRIFT = "Distance of the running from the batch mean in running standard deviations, largest over the channels."
-_VAR_DRIFT = "Logarithm of running over batch variance, in magnitude, largest over the channels; 0.7 is a factor of 2."
-_SPREAD = "Standard deviation of the ranks' own batch means, in standard deviations of the batch, largest channel."
-_SMALLEST = "Smallest running variance over the channels, before the sampled step."
-_NEAR_ZERO = "Share of the entries of the weight below 1e-3 in magnitude, before the sampled step."
-_NONFINITE = "Share of the channels with a NaN or an infinity in the input or in the running statistics"
-_DRIFT_HEALTH = "0.1 to 0.5. Where it is larger, evaluation differs from training: raise the momentum or the batch."
+_AT_STEP = (
+    "Running statistics are those of rank 0 before the sampled step. Batch statistics are over all micro-batches and "
+    "ranks of the step."
+)
+_MEAN_DRIFT = (
+    "Distance of the running mean from the batch mean, in running standard deviations. The largest channel counts."
+)
+_VAR_DRIFT = (
+    "Natural logarithm of running variance over batch variance, without its sign: 0.7 is a factor of 2. The largest "
+    "channel counts."
+)
+_SPREAD = (
+    "Standard deviation over the ranks of their own batch means, in standard deviations of the whole batch of the "
+    "sampled step. The largest channel counts. Only with several ranks."
+)
+_SMALLEST = "Smallest running variance among the channels, on rank 0 before the sampled step."
+_NEAR_ZERO = "Share of the entries of `weight`, the scale, that are below 1e-3 in magnitude before the sampled step."
+_NONFINITE = (
+    "Share of the channels with a NaN or an infinity in the input of the sampled step, on any rank, or in the running "
+    "statistics."
+)
+_MEAN_HEALTH = (
+    "0.1 to 0.5. By chance alone it is never 0. Above 0.5, evaluation differs from training. Raise `momentum` if the "
+    "running statistics lag behind, or the batch size if the batch statistics are noisy."
+)
+_VAR_HEALTH = "Below about 0.7. Above it, evaluation differs from training. The cures are those of `norm_mean_drift`."
+_SPREAD_HEALTH = "Small. Where it is large, synchronise the statistics over the ranks (`sync=True`), or shuffle better."
+_SMALLEST_HEALTH = (
+    "Well above the layer's `eps`. At 0 a channel is constant in training, and any change of it is blown up in "
+    "evaluation."
+)
+_NEAR_ZERO_HEALTH = "0. A channel with a scale of zero is switched off. Weight decay on the scale may be the cause."
+_NONFINITE_HEALTH = "Try a lower learning rate or a warm-up, and look at `health/first_nonfinite_layer`."
 
 
 def norm_catalogue() -> Catalogue[NormCounts, NormCounts]:
-    """The numbers of batch norm layers and of all of them together, as loggers are told them."""
+    """The numbers of single batch norm layers and of all of them together, with their descriptions."""
     return Catalogue(
         "norm",
         [
-            Statistic("mean_drift", attrgetter("mean_drift"), f"{_MEAN_DRIFT} {_AT_STEP}", _DRIFT_HEALTH),
-            Statistic("var_drift", attrgetter("var_drift"), f"{_VAR_DRIFT} {_AT_STEP}", "Below about 0.7."),
-            Statistic(
-                "rank_spread",
-                attrgetter("rank_spread"),
-                f"{_SPREAD} Only with several ranks.",
-                "Small. Where it is large, synchronise the statistics (sync=True) or shuffle better.",
-            ),
-            Statistic(
-                "scale_near_zero",
-                attrgetter("scale_near_zero"),
-                _NEAR_ZERO,
-                "0. A channel with a scale of zero is switched off.",
-            ),
-            Statistic(
-                "min_running_var",
-                attrgetter("min_running_var"),
-                _SMALLEST,
-                "Well above eps. At 0 a channel is constant.",
-            ),
+            Statistic("mean_drift", attrgetter("mean_drift"), f"{_MEAN_DRIFT} {_AT_STEP}", _MEAN_HEALTH),
+            Statistic("var_drift", attrgetter("var_drift"), f"{_VAR_DRIFT} {_AT_STEP}", _VAR_HEALTH),
+            Statistic("rank_spread", attrgetter("rank_spread"), _SPREAD, _SPREAD_HEALTH),
+            Statistic("scale_near_zero", attrgetter("scale_near_zero"), _NEAR_ZERO, _NEAR_ZERO_HEALTH),
+            Statistic("min_running_var", attrgetter("min_running_var"), _SMALLEST, _SMALLEST_HEALTH),
             Statistic(
                 "nonfinite",
                 _nonfinite_channels,
-                f"{_NONFINITE}; written only where there are any.",
-                "Never written.",
+                f"{_NONFINITE} Written only where there are any.",
+                f"This chart does not exist. {_NONFINITE_HEALTH}",
             ),
         ],
         _HEALTH,
@@ -83,27 +93,31 @@ _HEALTH = (
     Summary[NormCounts](
         "norm_mean_drift",
         _Extreme("mean_drift", max),
-        f"{_MEAN_DRIFT} Worst layer. {_AT_STEP}",
-        _DRIFT_HEALTH,
+        f"{_MEAN_DRIFT} The worst layer of the network. {_AT_STEP}",
+        _MEAN_HEALTH,
     ),
     Summary[NormCounts](
         "norm_var_drift",
         _Extreme("var_drift", max),
-        f"{_VAR_DRIFT} Worst layer. {_AT_STEP}",
-        "Below about 0.7.",
+        f"{_VAR_DRIFT} The worst layer of the network. {_AT_STEP}",
+        _VAR_HEALTH,
     ),
     Summary[NormCounts](
         "norm_rank_spread",
         _Extreme("rank_spread", max),
-        f"{_SPREAD} Worst layer. Only with several ranks.",
-        "Small.",
+        f"{_SPREAD} The worst layer of the network.",
+        _SPREAD_HEALTH,
     ),
     Summary[NormCounts](
         "norm_min_running_var",
         _Extreme("min_running_var", min),
-        f"{_SMALLEST} Smallest of all layers.",
-        "Well above eps.",
+        f"{_SMALLEST} The smallest of all layers.",
+        _SMALLEST_HEALTH,
     ),
-    Summary[NormCounts]("norm_scale_near_zero", _near_zero, f"{_NEAR_ZERO} Over the weights of all layers.", "0."),
-    Summary[NormCounts]("norm_nonfinite", _nonfinite, f"{_NONFINITE}, over the channels of all layers.", "0."),
+    Summary[NormCounts](
+        "norm_scale_near_zero", _near_zero, f"{_NEAR_ZERO} Over the entries of all layers.", _NEAR_ZERO_HEALTH
+    ),
+    Summary[NormCounts](
+        "norm_nonfinite", _nonfinite, f"{_NONFINITE} Over the channels of all layers.", f"0. {_NONFINITE_HEALTH}"
+    ),
 )

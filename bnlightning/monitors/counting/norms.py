@@ -1,7 +1,7 @@
-"""What is known of batch norm layers over one optimizer step: moments of their input, and what they held before it.
+"""Accumulators of batch norm layers over one optimizer step: moments of their input, and what they held before it.
 
-Per channel the number of values, their sum and squares about a mean only add up, so that the moments are exact over
-calls, micro-batches and ranks. They lie on the device, for all layers in one tensor, and are read once.
+Each channel has the number of values, their sum and squares about a mean. These only add up, so the moments are exact
+over calls, micro-batches and ranks. They lie on the device, in one tensor for all layers, and are read once.
 """
 
 from collections.abc import Iterable, Sequence
@@ -26,18 +26,19 @@ _NEAR_ZERO = 1e-3
 
 @dataclass(frozen=True)
 class NormCounts:
-    """The statistics of one layer; ``None`` for what it does not have, or of what no finite value is left.
+    """The statistics of one layer. ``None`` stands for what the layer does not have, or has no finite value of.
 
     Args:
-        channels: Number of channels (of positions, where the statistics are per activation).
-        scales: Number of entries of the scale, 0 without one.
-        seen: Whether any input came on any rank.
-        mean_drift: Largest distance of a running from a batch mean, in running standard deviations.
-        var_drift: Largest absolute logarithm of the ratio of a running to a batch variance.
-        rank_spread: Largest standard deviation of a batch mean over ranks, in standard deviations of the batch.
-        scale_near_zero: Share of the scale's entries that are near zero.
+        channels: Number of channels. Number of positions, if the statistics are per activation.
+        scales: Number of entries of the scale. 0 without one.
+        seen: Whether the layer had any input on any rank.
+        mean_drift: Distance of the running from the batch mean, in running standard deviations. The largest channel's.
+        var_drift: Absolute logarithm of the running over the batch variance. The largest channel's.
+        rank_spread: Standard deviation over ranks of their batch means, in standard deviations of the whole batch. The
+            largest channel's.
+        scale_near_zero: Share of the scale's entries below 1e-3 in magnitude.
         min_running_var: Smallest running variance.
-        nonfinite: Share of the channels with a value in the input or a running statistic that is not finite.
+        nonfinite: Share of the channels with a NaN or an infinity in the input or the running statistics.
     """
 
     channels: int
@@ -55,9 +56,8 @@ class NormAccumulators:
     """Accumulators for the input of ``layers``, and a copy of their running statistics.
 
     Args:
-        layers: Batch norm layers. One that is lazy and has no parameters yet is left out until :meth:`start` finds it
-            with parameters.
-        device: Where the accumulators live, whatever devices the layers are on.
+        layers: Batch norm layers. A lazy layer is left out until :meth:`start` finds it with parameters.
+        device: Device of the accumulators, whatever devices the layers are on.
     """
 
     def __init__(self, layers: Sequence[_BatchNorm], device: torch.device) -> None:
@@ -68,13 +68,13 @@ class NormAccumulators:
 
     def _allocate(self, sizes: list[int]) -> None:
         self._sizes = sizes
-        # By channel: number of values, sum, squared sum over number by call, squares about the mean of each call.
+        # By channel: number of values, sum, squared sum of each call over its number, squares about each call's mean.
         self._moments = torch.zeros(4, sum(sizes), dtype=self._real, device=self._device)
         self._parts = [part.unbind(0) for part in torch.split(self._moments, sizes, dim=1)]
 
     @torch.no_grad()
     def start(self) -> None:
-        """A step begins: forget the one before, and remember what the layers hold."""
+        """Begin a step: forget the one before, and remember what the layers hold."""
         sizes = [_channels(layer) for layer in self._layers]
         if sizes != self._sizes:
             self._allocate(sizes)
@@ -95,7 +95,7 @@ class NormAccumulators:
         return torch.cat([tensor.to(self._device) for tensor in tensors]).to(self._real)
 
     def _near_zero(self, scales: list[Tensor]) -> Tensor:
-        """How many entries of each scale are near zero, and how many there are, shape ``(2, layers)``."""
+        """For each scale the number of entries near zero and the number of all, shape ``(2, layers)``."""
         entries = [scale.numel() for scale in scales]
         near = self._packed(scales).abs() < _NEAR_ZERO
         counts = torch.stack([part.sum() for part in torch.split(near, entries)])
@@ -103,18 +103,22 @@ class NormAccumulators:
 
     @torch.no_grad()
     def update(self, index: int, input: Tensor) -> None:
-        """Add the input of a call of layer ``index``, of shape ``(N, C)`` or ``(N, C, ...)``, any floating dtype.
+        """Add the input of one call of a layer.
 
-        Two passes over the values, in float32 at least, and as much memory as they take, until the call is over.
+        It takes two passes over the values, in float32 at least. It holds a copy of the values until the call is over.
+
+        Args:
+            index: Number of the layer.
+            input: Shape ``(N, C)`` or ``(N, C, ...)``, any floating dtype.
         """
         values = _by_channel(self._layers[index], input)
         size = self._sizes[index]
-        # What the layer refuses, it should say itself.
+        # An input that the layer refuses is passed over: the layer itself should say so.
         if values is None or values.shape[1] != size:
             return
         n = values.numel() // size
-        # About the mean of the first sample: it is cheap, and keeps the digits of values far from zero. It cannot be
-        # further from the mean of all N samples than sqrt(N) of their standard deviations.
+        # Sums are about the mean of the first sample. It is cheap, and keeps the digits of values far from zero. It is
+        # at most sqrt(N) standard deviations away from the mean of all N samples.
         origin = values[:1].mean(dim=2, keepdim=True)
         centred = values - origin
         total = centred.sum(dim=(0, 2))
@@ -129,10 +133,10 @@ class NormAccumulators:
 
     @torch.no_grad()
     def reduce(self) -> None:
-        """Add up the moments of all ranks, on all ranks, in one collective; every rank must call it, once a step.
+        """Add up the moments of all ranks, on all ranks, in one collective. Every rank must call it, once a step.
 
-        A layer that did not run on a rank has no part in it; what is not finite stays so. What the layers held stays
-        this rank's own, but for the scales, which may be sharded.
+        A rank on which a layer did not run adds nothing for it. Non-finite sums stay non-finite. Running statistics
+        stay those of this rank. The counts of scales are added up, since scales may be sharded.
         """
         n, sums, squared_sums, squares = self._moments
         has = n > 0
@@ -142,7 +146,7 @@ class NormAccumulators:
         self._reduced, self._scales = reduce_sums([rows, self._scales])
 
     def statistics(self) -> list[NormCounts | None]:
-        """The statistics of each layer, ``None`` for one without parameters so far; waits for the device once."""
+        """The statistics of each layer. ``None`` for a lazy layer without parameters. It waits for the device once."""
         parts = (self._reduced, self._running, self._counted, self._scales)
         read = torch.cat([part.flatten() for part in parts]).cpu().double().numpy()
         ends = np.cumsum([part.numel() for part in parts])[:-1]
@@ -153,7 +157,7 @@ class NormAccumulators:
         eps = np.repeat([layer.eps for layer in self._layers], sizes)
         unbiased = np.repeat([_is_unbiased(layer) for layer in self._layers], sizes)
         rows = _by_layer(_channel_statistics(reduced, running, eps, unbiased), sizes)
-        # Initial values that the step itself replaces are nothing to compare with.
+        # Initial values that the step itself replaces are not worth comparing with.
         comparable = self._tracked & ((counted > 0) | ~self._updates)
         return [
             _layer_statistics(*each) if each[0] else None
@@ -162,7 +166,7 @@ class NormAccumulators:
 
 
 def _channels(layer: _BatchNorm) -> int:
-    """The number of channels, 0 of a lazy layer without parameters."""
+    """The number of channels. 0 for a lazy layer without parameters."""
     return 0 if isinstance(layer, LazyModuleMixin) and layer.has_uninitialized_params() else layer.num_features
 
 
@@ -175,7 +179,7 @@ def _is_unbiased(layer: _BatchNorm) -> bool:
 
 
 def _scale(layer: _BatchNorm) -> Tensor:
-    """What this rank has of the scale; empty without one."""
+    """The part of the scale that this rank holds. Empty without a scale."""
     weight: Any = layer.weight
     if weight is None:
         return torch.zeros(0)
@@ -184,7 +188,7 @@ def _scale(layer: _BatchNorm) -> Tensor:
 
 
 def _by_channel(layer: _BatchNorm, input: Tensor) -> Tensor | None:
-    """``input`` as ``(N, C, values)``, or ``None`` where that cannot be."""
+    """``input`` in the shape ``(N, C, values)``. ``None`` if that is not possible."""
     if input.dim() < 2 or input.numel() == 0 or not input.is_floating_point():
         return None
     x = input.detach().to(statistics_dtype(input))
@@ -194,27 +198,27 @@ def _by_channel(layer: _BatchNorm, input: Tensor) -> Tensor | None:
 
 
 def _channel_statistics(reduced: Array, running: Array, eps: Array, unbiased: NDArray[np.bool_]) -> Array:
-    """The statistics of each channel, NaN where there are none.
+    """The statistics of each channel. NaN where there are none.
 
     Args:
         reduced: What :meth:`NormAccumulators.reduce` makes, shape ``(7, C)``.
-        running: Mean and variance before the step, shape ``(2, C)``.
-        eps: What a layer adds to a variance, shape ``(C,)``.
-        unbiased: Whether its running variance averages unbiased ones, shape ``(C,)``.
+        running: Running mean and variance before the step, shape ``(2, C)``.
+        eps: The layer's ``eps``, shape ``(C,)``.
+        unbiased: Whether the running variance averages unbiased variances, shape ``(C,)``.
 
     Returns:
-        Drift of the mean, drift of the variance, spread over ranks, minus the running variance, the number of values,
-        and 1 where a value is not finite, else 0; shape ``(6, C)``.
+        Shape ``(6, C)``. The rows are: drift of the mean, drift of the variance, spread over ranks, minus the running
+        variance, number of values, whether a value is not finite. The last row holds 1 or 0.
     """
     n, sums, squared_sums, squares, ranks, rank_means, squared_rank_means = reduced
     running_mean, running_var = running
     with np.errstate(all="ignore"):
         mean = sums / n
         var = (squares + np.maximum(squared_sums - sums * mean, 0)) / n
-        # Infinite where a value is, or where float32 cannot hold a square.
+        # It is infinite where a value is, or where a square is too large for float32.
         var[np.isinf(var)] = np.nan
         mean[np.isnan(var)] = np.nan
-        # Like with like: the estimator that the running variance averages.
+        # Compare like with like: the estimator that the running variance averages.
         estimate = np.where(n > 1, var * np.where(unbiased, n / (n - 1), 1), np.nan)
         between_ranks = np.maximum(squared_rank_means / ranks - (rank_means / ranks) ** 2, 0)
         values = np.stack(
@@ -232,9 +236,9 @@ def _channel_statistics(reduced: Array, running: Array, eps: Array, unbiased: ND
 
 
 def _by_layer(values: Array, sizes: NDArray[np.int64]) -> Array:
-    """The largest over the channels of each layer, and of the last row the mean; shape ``(6, layers)``."""
+    """The largest value over the channels of each layer, shape ``(6, layers)``. The last row is their mean instead."""
     by_layer = np.full((len(values), len(sizes)), np.nan)
-    # Where there is a layer without channels, reduceat would take the next one's first.
+    # For a layer without channels, reduceat would take the first channel of the next one.
     starts = (np.cumsum(sizes) - sizes)[sizes > 0]
     if len(starts):
         by_layer[:, sizes > 0] = np.fmax.reduceat(values, starts, axis=1)

@@ -8,43 +8,59 @@ import numpy as np
 from bnlightning.monitors.counting.parameters import ParameterCounts
 from bnlightning.monitors.statistic import Catalogue, Statistic, Summary
 
-# A logger's float32 could not hold more; what is not finite is left out as well.
+# A logger's float32 could not hold more. Values that are not finite are left out as well.
 _LARGEST = float(np.finfo(np.float32).max)
-_AT_STEP = "At the sampled step: accumulated over micro-batches, reduced over ranks, unscaled, before clipping."
+_AT_STEP = (
+    "The gradient is that of the sampled step, over all micro-batches and ranks, without the scale of fp16, before "
+    "clipping."
+)
+_ALL = "All parameters with a gradient count, also those that have no charts of their own."
+_ALIKE = (
+    "Within a few orders of magnitude in all layers. Far smaller in the first layers than in the last: gradients "
+    "vanish. Far larger: they explode. Try a normalisation or another initialisation."
+)
+_NONFINITE_HEALTH = "Try a lower learning rate, a warm-up or clipping. With fp16, a few in the first steps are usual."
+_RATIO_HEALTH = "About 1e-3. Above 0.1 lower the learning rate, below 1e-5 raise it."
 
 
 def parameter_catalogue() -> Catalogue[ParameterCounts, ParameterCounts]:
-    """The numbers of parameters and of all gradients together, as loggers are told them."""
+    """The numbers of single parameters and of all of them together, with their descriptions."""
     return Catalogue(
         "param",
         [
             Statistic(
                 "grad_norm",
                 _norm,
-                f"2-norm of the gradient. {_AT_STEP}",
-                "Alike in all layers, over at most a few orders of magnitude.",
+                f"2-norm of the parameter's gradient. {_AT_STEP}",
+                _ALIKE,
             ),
             Statistic(
                 "grad_rms",
                 _rms,
-                f"Root mean square of the gradient, comparable between parameters of different sizes. {_AT_STEP}",
-                "Alike in all layers, over at most a few orders of magnitude.",
+                "Root mean square of the parameter's gradient, comparable between parameters of different sizes. "
+                f"{_AT_STEP}",
+                _ALIKE,
             ),
             Statistic(
                 "grad_nonfinite",
                 _nonfinite,
-                f"Share of NaN and infinities in the gradient; written only where there are any. {_AT_STEP}",
-                "Never written.",
+                "Share of NaN and infinities in the parameter's gradient. Written only where there are any. "
+                f"{_AT_STEP}",
+                f"This chart does not exist. {_NONFINITE_HEALTH}",
             ),
             Statistic(
                 "update_ratio",
                 _ratio,
-                "2-norm of the step's change of the parameter over the parameter's own 2-norm before the step.",
-                "About 1e-3. Above 0.1 lower the learning rate, below 1e-5 raise it.",
+                "2-norm of the change that the sampled step makes to the parameter, divided by the parameter's 2-norm "
+                "before the step. Momentum, weight decay and clipping are in it.",
+                _RATIO_HEALTH,
             ),
         ],
         _HEALTH,
-        {"grad_hist": f"Histogram of the finite values of the gradient. {_AT_STEP}"},
+        {
+            "grad_hist": "Histogram of the finite values of the parameter's gradient. Far outliers are counted in the "
+            f"outermost bin. {_AT_STEP} Healthy: {_ALIKE}"
+        },
     )
 
 
@@ -78,7 +94,7 @@ def _update_ratio(parameters: Sequence[ParameterCounts]) -> float | None:
 
 
 def _weight_norms(parameters: Sequence[ParameterCounts]) -> list[float]:
-    """The norms of the gradients of the layers' weights, the parameters of two dimensions and more."""
+    """The gradient norms of the layers' weights, which are the parameters of two and more dimensions."""
     return [one.norm for one in parameters if one.dims >= 2]
 
 
@@ -90,7 +106,7 @@ def _grad_zero(parameters: Sequence[ParameterCounts]) -> float | None:
 def _grad_norm_ratio(parameters: Sequence[ParameterCounts]) -> float | None:
     norms = _weight_norms(parameters)
     positive = [norm for norm in norms if norm > 0]
-    # Beside a NaN there is no order.
+    # A NaN can be neither the largest nor the smallest.
     if not positive or len(positive) + norms.count(0.0) < len(norms):
         return None
     return _finite(max(positive) / min(positive))
@@ -104,31 +120,34 @@ _HEALTH = (
     Summary[ParameterCounts](
         "grad_norm",
         _grad_norm,
-        f"2-norm of all gradients together. {_AT_STEP}",
+        f"2-norm of all gradients together. {_AT_STEP} {_ALL}",
         "Steady or slowly falling. Clip the gradients where it has spikes.",
     ),
     Summary[ParameterCounts](
         "grad_norm_ratio",
         _grad_norm_ratio,
-        f"Largest over smallest norm among the gradients of the layers' weights, zeros left out. {_AT_STEP}",
-        "Below about 1e3. A larger one means vanishing or exploding gradients.",
+        "Largest gradient norm divided by the smallest one, among the weights of two and more dimensions. Norms of "
+        f"zero are left out. {_AT_STEP} {_ALL}",
+        "Below about 1e3. A larger one means vanishing or exploding gradients. `param_grad_norm` shows which layers it "
+        "is.",
     ),
     Summary[ParameterCounts](
         "grad_zero",
         _grad_zero,
-        f"Share of the layers' weights whose gradient is zero everywhere. {_AT_STEP}",
-        "0.",
+        f"Share of the weights, of two and more dimensions, whose gradient is zero everywhere. {_AT_STEP} {_ALL}",
+        "0. Such a layer learns nothing at the step: what follows it may be dead, saturated or detached.",
     ),
     Summary[ParameterCounts](
         "grad_nonfinite",
         _grad_nonfinite,
-        f"Share of the parameters whose gradient holds a NaN or an infinity. {_AT_STEP}",
-        "0.",
+        f"Share of the parameters whose gradient holds a NaN or an infinity. {_AT_STEP} {_ALL}",
+        f"0. {_NONFINITE_HEALTH}",
     ),
     Summary[ParameterCounts](
         "update_ratio",
         _update_ratio,
-        "2-norm of the step's change of all parameters over their own 2-norm before the step.",
-        "About 1e-3. Above 0.1 lower the learning rate, below 1e-5 raise it.",
+        "2-norm of the change that the sampled step makes to all parameters together, divided by their 2-norm before "
+        f"the step. Momentum, weight decay and clipping are in it. {_ALL}",
+        _RATIO_HEALTH,
     ),
 )

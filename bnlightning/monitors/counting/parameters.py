@@ -1,6 +1,6 @@
-"""What is known of the gradients, the weights and the updates of one optimizer step: one row for each parameter.
+"""Accumulators of the gradients, weights and updates of one optimizer step: one row for each parameter.
 
-A row holds counts, sums and extrema only, so that the parts of a parameter that lies on several ranks add up.
+A row holds counts, sums and extrema only. The parts of a parameter that lies on several ranks therefore add up.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -15,7 +15,7 @@ from bnlightning.monitors.counting.histogram import NUM_BINS, Histogram, count_v
 from bnlightning.monitors.counting.precision import where_float64_is
 from bnlightning.monitors.counting.ranks import is_sharded, own_part, reduce_maxima, reduce_sums
 
-# From there on, no square that underflows in float32 matters to a sum of squares.
+# In a sum of squares above this, squares that underflow in float32 do not matter.
 _SAFE_SQUARES = 1e-30
 
 # The columns of the counts and of the sums.
@@ -30,11 +30,11 @@ class ParameterCounts:
     Args:
         dims: Number of dimensions of the parameter.
         values: Number of values of its gradient.
-        nonfinite: How many of them are NaN or infinite.
-        norm: 2-norm of the gradient; not finite if one of its values is not.
+        nonfinite: Number of them that are NaN or infinite.
+        norm: 2-norm of the gradient. Not finite if one of its values is not.
         weight_norm: 2-norm of the parameter before the step.
         update_norm: 2-norm of what the step added to the parameter.
-        histogram: Histogram of the finite values of the gradient; ``None`` if there are none, or nobody asked for it.
+        histogram: Histogram of the gradient's finite values. ``None`` if there are none, or it was not asked for.
     """
 
     dims: int
@@ -52,8 +52,8 @@ class ParameterAccumulators:
     Until :meth:`finish`, it holds a copy of the weights that were stepped.
 
     Args:
-        parameters: All of the model, by path; on every rank the same paths in the same order.
-        with_histogram: The paths of those that get a histogram.
+        parameters: All parameters of the model, by path. Every rank has the same paths in the same order.
+        with_histogram: Paths of the parameters that get a histogram.
         device: The device of the collectives.
     """
 
@@ -75,11 +75,12 @@ class ParameterAccumulators:
         self._before: dict[int, tuple[nn.Parameter, Tensor]] = {}
 
     def record(self, parameters: Iterable[nn.Parameter], scale: float = 1.0) -> None:
-        """Take down gradients and weights before a step; a parameter that is stepped again is recorded anew.
+        """Take down gradients and weights before a step. A parameter that is stepped again is taken down anew.
 
         Args:
-            parameters: Those that the step is for. Without a gradient, or not of the model, they are passed over.
-            scale: What the gradients are to be divided by.
+            parameters: The parameters that the step is for. Those without a gradient, or not of the model, are passed
+                over.
+            scale: Divisor of the gradients, such as the scale of fp16. 1 leaves them as they are.
         """
         gradients, weights = {}, {}
         for parameter in parameters:
@@ -90,7 +91,7 @@ class ParameterAccumulators:
             if gradient is None or weight is None:
                 continue
             values = _values(gradient).float()
-            # A sparse one may have nothing stored.
+            # A sparse gradient may have no value stored.
             if len(values) > 0:
                 gradients[row] = values if scale == 1.0 else values / scale
                 weights[row] = _values(weight)
@@ -116,16 +117,20 @@ class ParameterAccumulators:
                 self._bins[self._bins_index[row]] = count_values(values)
 
     def _take_down_finite(self, row: int, values: Tensor) -> None:
-        """The moments of the finite values alone, or of values whose sum has no float32: in a run that diverges."""
+        """Take down the moments of the finite values alone. It is needed in a run that diverges.
+
+        The sum of the values is then not finite, because a value is not or because float32 cannot hold the sum.
+        """
         finite = values[values.isfinite()].cpu().double()
         self._counts[row, _NONFINITE] = len(values) - len(finite)
         self._sums[row, [_FINITE, _TOTAL]] = finite.dot(finite).item(), finite.sum().item()
         self._extrema[row] = (-finite.min().item(), finite.max().item()) if len(finite) > 0 else -np.inf
 
     def finish(self) -> None:
-        """Take down what the steps made of the weights, give up the copies, add up the rows of all ranks.
+        """Take down what the steps made of the weights, drop the copies, and add up the rows of all ranks.
 
-        With sharded parameters every rank must call it: three collectives, however many parameters. Without, none.
+        With sharded parameters every rank must call it. It then takes three collectives, however many parameters there
+        are. Without sharded parameters it takes none.
         """
         before, self._before = self._before, {}
         updates = [weights.sub_(_values(own_part(parameter))) for parameter, weights in before.values()]
@@ -139,7 +144,7 @@ class ParameterAccumulators:
             self._counts, self._sums, self._extrema = (tensor.cpu().numpy() for tensor in (counts, sums, extrema))
 
     def statistics(self) -> dict[str, ParameterCounts]:
-        """By path, of the parameters that were recorded."""
+        """The statistics of the parameters that were recorded, by path."""
         bins = self._bins.cpu().numpy()
         norms = np.sqrt(self._sums[:, [_GRADIENT, _WEIGHT, _UPDATE]]).tolist()
         found = {}
@@ -157,9 +162,9 @@ class ParameterAccumulators:
 
 
 def _values(tensor: Tensor | None) -> Tensor:
-    """All values in one dimension, in an order that depends on the strides only: a view if they are dense.
+    """All values in one dimension, in an order that depends on the strides only. A view if they are dense.
 
-    Those that are stored, of a sparse tensor; real and imaginary parts, of a complex one.
+    A sparse tensor gives the values that it stores. A complex tensor gives real and imaginary parts.
     """
     assert tensor is not None
     tensor = tensor.detach()
@@ -167,7 +172,7 @@ def _values(tensor: Tensor | None) -> Tensor:
         tensor = tensor.coalesce().values()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
-    # A gradient in the channels_last format would have to be copied otherwise.
+    # Without the permutation, a gradient in the channels_last format would have to be copied.
     return tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True)).reshape(-1)
 
 
@@ -176,10 +181,10 @@ def _at_least_float32(tensor: Tensor) -> torch.dtype:
 
 
 def _square_sums(tensors: Sequence[Tensor]) -> NDArray[np.float64]:
-    """The sum of the squares of each tensor, over the whole range of its dtype; NaN or infinite if one of them is."""
-    # Not norms nor dot products: on a CPU these lose digits over many values, and take longer.
+    """The sum of the squares of each tensor, over the whole range of its dtype. NaN or infinite if a value is."""
+    # Neither norms nor dot products: on a CPU these lose digits over many values, and take longer.
     squares = _read([tensor.float().square().sum() for tensor in tensors])
-    # An overflow is rare, and then it takes the time it takes.
+    # Overflow and underflow are rare, so this may be slow.
     unsafe = np.flatnonzero(~((squares > _SAFE_SQUARES) & np.isfinite(squares))).tolist()
     if unsafe:
         exact = [where_float64_is(tensors[index]) for index in unsafe]
@@ -188,6 +193,6 @@ def _square_sums(tensors: Sequence[Tensor]) -> NDArray[np.float64]:
 
 
 def _read(tensors: Sequence[Tensor]) -> NDArray[np.float64]:
-    """All their numbers, one after the other, in one transfer."""
+    """The numbers of all tensors, one after the other, read in one transfer."""
     device = tensors[0].device
     return torch.cat([tensor.reshape(-1).to(device) for tensor in tensors]).cpu().double().numpy()

@@ -1,7 +1,7 @@
 """The only code of the monitors that communicates between ranks.
 
-Whatever is reduced is a sum or a maximum, packed, so that a publication takes a constant number of collectives, in the
-same order on every rank, however many modules there are and whichever of them ran on a rank.
+Only sums and maxima are reduced, packed into few tensors. A sample therefore takes a constant number of collectives, in
+the same order on every rank. It does not matter how many modules there are, nor which of them ran on a rank.
 """
 
 from collections.abc import Hashable, Sequence
@@ -16,7 +16,7 @@ Found = TypeVar("Found", bound=tuple[Any, ...])
 
 
 def world_size() -> int:
-    """The number of ranks that reduce together; 1 without a process group."""
+    """The number of ranks that reduce together. 1 without a process group."""
     dist = torch.distributed
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
@@ -27,14 +27,14 @@ def is_first_rank() -> bool:
 
 
 def all_keys(own: Sequence[Key], device: torch.device) -> list[Key]:
-    """The keys that any rank has, on every rank in the same order: rank 0's first, in its order, then rank 1's others.
+    """The keys that any rank has, in the same order on every rank: rank 0's in its order, then rank 1's others.
 
-    One small collective where all ranks have the same (which is nearly always). Otherwise rank 0's are broadcast, too,
-    and of the others' only those gathered that it has not: all keys of thousands of ranks would take gigabytes on each.
-    Every rank must call it.
+    It takes one small collective if all ranks have the same keys, as nearly always. Otherwise rank 0 broadcasts its
+    keys, and the keys that it lacks are gathered. To gather all keys of thousands of ranks would take gigabytes on
+    each. Every rank must call it.
 
     Args:
-        own: This rank's, each once; their ``repr`` tells them apart.
+        own: The keys of this rank, each once. They are told apart by their ``repr``.
         device: The device that the process group works on.
     """
     if world_size() == 1:
@@ -53,12 +53,12 @@ def all_keys(own: Sequence[Key], device: torch.device) -> list[Key]:
 
 
 def first_of_ranks(own: Found | None, device: torch.device) -> Found | None:
-    """The smallest of what the ranks have, on every rank: one small collective, and a second one if any has something.
+    """The smallest of what the ranks have, the same on every rank.
 
-    Every rank must call it.
+    It takes one small collective, and a second one if any rank has something. Every rank must call it.
 
     Args:
-        own: This rank's, a tuple that can be ordered.
+        own: What this rank has, a tuple that can be ordered. ``None``: nothing.
         device: The device of the collectives.
     """
     if world_size() == 1:
@@ -72,9 +72,12 @@ def first_of_ranks(own: Found | None, device: torch.device) -> Found | None:
 
 
 def reduce_sums(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The sums over the ranks: one collective for each dtype among ``tensors``, in the order of their first occurrence.
+    """The sums over the ranks. With one rank they are the tensors themselves.
 
-    Shapes and dtypes must be those of the other ranks. Every rank must call it; with one rank the tensors themselves.
+    It takes one collective for each dtype among ``tensors``, in the order of first occurrence. Every rank must call it.
+
+    Args:
+        tensors: Any tensors. Shapes and dtypes must be the same on all ranks.
     """
     return _reduce(tensors, "SUM")
 
@@ -104,19 +107,19 @@ def _reduce(tensors: Sequence[Tensor], operation: str) -> list[Tensor]:
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is a DTensor, of which each rank may hold a part."""
-    # Not by the class, whose import takes long.
+    # Not by the class: its import takes long.
     return hasattr(tensor, "placements")
 
 
 def own_part(tensor: Tensor, like: Tensor | None = None) -> Tensor | None:
-    """What this rank adds to a sum over all values of ``tensor``, each of them once: ``None`` if it is nothing.
+    """The values that this rank adds to a sum over all values of ``tensor``, so that each value counts once.
 
-    Of a DTensor the values that this rank holds, unless they are replicas of another's; any other tensor is taken to be
-    the same on all ranks, and counted by the first.
+    A DTensor gives the values that this rank holds, unless they are replicas of another rank's. Any other tensor is
+    taken to be the same on all ranks, and the first rank gives it. ``None``: this rank adds nothing.
 
     Args:
-        tensor: Any; the whole of it, with ``like``, is brought to the ranks that hold ``like``, which may communicate.
-        like: A tensor of the same shape, a DTensor if ``tensor`` is one.
+        tensor: Any tensor. With ``like``, a DTensor is first brought to the layout of ``like``, which may communicate.
+        like: A tensor of the same shape, a DTensor if ``tensor`` is one. ``None``: the layout stays.
     """
     if not is_sharded(tensor):
         return tensor if is_first_rank() else None

@@ -1,4 +1,4 @@
-"""The window: the samples that numbers of units are over."""
+"""The window: the samples that the numbers of units are over."""
 
 from typing import Any
 
@@ -9,13 +9,13 @@ from bnlightning.monitors.counting.layers import LayerKey, UnitSums
 
 
 class RecentUnits:
-    """Sums of each layer's units over its last ``samples`` to twice as many samples.
+    """Sums of each layer's units over its last ``samples`` samples, or up to twice as many.
 
     It takes many samples to tell that a unit is dead. Two generations of at least ``samples`` samples are kept. The
     older one is dropped when the younger one is complete.
 
     Args:
-        samples: Samples of a generation, over all ranks.
+        samples: Least number of samples of a generation, of all ranks together.
     """
 
     def __init__(self, samples: int) -> None:
@@ -24,7 +24,12 @@ class RecentUnits:
         self._older: dict[LayerKey, UnitSums] = {}
 
     def add(self, key: LayerKey, units: UnitSums) -> UnitSums:
-        """Add the sums of one sampled step; returns those over the window, this step included."""
+        """Add the sums of one sampled step, and return the sums over the window with this step.
+
+        Args:
+            key: The layer.
+            units: The sums of its units over the sampled step and all ranks.
+        """
         younger = self._younger[key] + units if key in self._younger else units
         recent = younger + self._older[key] if key in self._older else younger
         if younger.samples >= self.samples:
