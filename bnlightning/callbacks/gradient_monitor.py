@@ -127,8 +127,8 @@ class GradientMonitor(MonitorCallback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, optimizer: Optimizer
     ) -> None:
         # A step without any gradient does nothing.
-        if any(parameter.grad is not None for parameter in _parameters(optimizer)) and self._is_due(trainer, optimizer):
-            self._monitor.take(_parameters(optimizer), _scale(trainer, optimizer))
+        if any(parameter.grad is not None for parameter in _stepped(optimizer)) and self._is_due(trainer, optimizer):
+            self._monitor.take(_stepped(optimizer), _scale(trainer, optimizer))
             self._tell_what_is_left_out()
 
     def on_train_batch_end(
@@ -184,7 +184,7 @@ def _check_parameters(parameters: Any) -> None:
         )
 
 
-def _parameters(optimizer: Optimizer) -> Iterator[nn.Parameter]:
+def _stepped(optimizer: Optimizer) -> Iterator[nn.Parameter]:
     return (parameter for group in optimizer.param_groups for parameter in group["params"])
 
 

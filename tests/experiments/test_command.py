@@ -64,9 +64,8 @@ def test_every_experiment_runs_and_leaves_one_tidy_directory(experiment, run_mod
     assert result.stderr == ""
     directory = run_directory(tmp_path, experiment)
     files = {path.name for path in directory.iterdir()}
-    (events,) = [name for name in files if name.endswith(".comparison")]
     variants = VARIANTS.get(experiment, {"none", "custom"})
-    assert files - {events} == {"multirun.yaml", "comparison.png", "comparison.csv", "comparison.md"} | variants
+    assert files == {"multirun.yaml", "comparison", "comparison.png", "comparison.csv", "comparison.md"} | variants
     for variant in variants:
         names = {re.sub(r"tfevents.*", "tfevents", path.name) for path in (directory / variant).iterdir()}
         assert names == {"events.out.tfevents", "checkpoints", ".hydra", "hparams.yaml", "finished"}
@@ -75,7 +74,7 @@ def test_every_experiment_runs_and_leaves_one_tidy_directory(experiment, run_mod
         logged = read_events(directory / variant)
         assert list(scalar(logged, "val/loss")) == [0, 5, 10, 12]
         assert list(scalar(logged, "train/loss")) == list(range(12))
-        first_layer = next((tag for tag in logged.Tags()["histograms"] if tag.startswith("val_act_hist/")), None)
+        first_layer = next((tag for tag in logged.Tags()["histograms"] if tag.startswith("layer_val_hist/")), None)
         predictions = [step for step, _ in read_run(directory / variant, directory).predictions]
         if experiment == "moving_average":
             assert first_layer is None and not predictions
@@ -85,21 +84,24 @@ def test_every_experiment_runs_and_leaves_one_tidy_directory(experiment, run_mod
         assert checkpoint["global_step"] == 12
     assert str(directory / "comparison.png") in result.stdout
     assert f"tensorboard --logdir {directory}" in result.stdout
-    assert "comparison" in read_events(directory).Tags()["images"]
+    assert "comparison" in read_events(directory / "comparison").Tags()["images"]
 
 
 @pytest.mark.slow
 def test_the_command_line_narrows_and_widens_the_variants(run_module, tmp_path):
     run_module("bnlightning.train", "+experiment=tanh", "model.norm=torch", *SHORT)
     directory = run_directory(tmp_path, "tanh")
-    assert {path.name for path in directory.iterdir() if path.is_dir()} == {"torch"}
+    assert {path.name for path in directory.iterdir() if path.is_dir()} == {"torch", "comparison"}
     result = run_module(
         "bnlightning.train", "+experiment=tanh", "model.norm=none,torch", "seed=1,2", "output_dir=here", *SHORT
     )
     names = {path.name for path in (tmp_path / "here").iterdir() if path.is_dir()}
-    assert names == {"none_seed-1", "none_seed-2", "torch_seed-1", "torch_seed-2"}
+    assert names == {"none_seed-1", "none_seed-2", "torch_seed-1", "torch_seed-2", "comparison"}
     with (tmp_path / "here" / "comparison.csv").open() as file:
-        assert [(row["variant"], row["seeds"]) for row in csv.DictReader(file)] == [("none", "1, 2"), ("torch", "1, 2")]
+        assert [(row["variant"], row["seeds"]) for row in csv.DictReader(file)] == [
+            ("no norm", "1, 2"),
+            ("batch norm (torch)", "1, 2"),
+        ]
     assert "1, 2" in result.stdout
 
 

@@ -17,14 +17,14 @@ def test_variants_share_data_batches_and_weights_and_a_seed_repeats_its_numbers(
     for variant in ("none", "custom"):
         first, second = (read_events(tmp_path / name / variant) for name in ("first", "second"))
         tags = first.Tags()["scalars"]
-        assert tags == second.Tags()["scalars"] and "val_health/act_saturated" in tags
+        assert tags == second.Tags()["scalars"] and "health/val_saturated" in tags
         assert all(scalar(first, tag) == scalar(second, tag) for tag in tags)
         for tag in first.Tags()["histograms"]:
             a, b = ([h.histogram_value for h in events.Histograms(tag)] for events in (first, second))
             assert a == b
     # The input is the same in both variants: raw in the one, in the other less its mean and over its deviation.
     raw, normal = (
-        read_events(tmp_path / "first" / v).Histograms("act_hist/net.input_norm")[0] for v in ("none", "custom")
+        read_events(tmp_path / "first" / v).Histograms("layer_hist/net.input_norm")[0] for v in ("none", "custom")
     )
     raw, normal = raw.histogram_value, normal.histogram_value
     mean, std = raw.sum / 10, np.sqrt(raw.sum_squares / 10 - (raw.sum / 10) ** 2)
@@ -43,12 +43,12 @@ def test_relu_without_normalisation_diverges_and_is_not_called_dead(run_module, 
     layer = found.tensor_proto.string_val[0].decode()
     assert found.step == 1 and re.fullmatch(r"net\.(linear[1-7]|output)", layer)
     for index in range(1, 8):
-        assert scalar(events, f"val_act_nonfinite/net.act{index}")[50] == 1.0
-        assert scalar(events, f"val_act_dead/net.act{index}")[50] == 0.0
+        assert scalar(events, f"layer_val_nonfinite/net.act{index}")[50] == 1.0
+        assert scalar(events, f"layer_val_dead/net.act{index}")[50] == 0.0
     with (directory / "comparison.csv").open() as file:
         rows = {row["variant"]: row for row in csv.DictReader(file)}
-    assert rows["none"]["final cost"] == "not finite" and rows["none"]["first non-finite"] == f"step 1, {layer}"
-    assert rows["none"]["dead"] == "0.0 %" and rows["none"]["non-finite"] == "100.0 %"
+    assert rows["no norm"]["final cost"] == "not finite" and rows["no norm"]["first non-finite"] == f"step 1, {layer}"
+    assert rows["no norm"]["dead"] == "0.0 %" and rows["no norm"]["non-finite"] == "100.0 %"
     assert rows["custom"]["first non-finite"] == "none seen"
     assert (
         "Diverged is not dead" in result.stdout and "Diverged is not dead" in (directory / "comparison.md").read_text()

@@ -79,8 +79,8 @@ def test_parallel_runs_give_what_they_give_one_after_the_other(run_module, tmp_p
         recorded = OmegaConf.load(tmp_path / "two" / name / ".hydra" / "hydra.yaml").hydra.runtime.output_dir
         assert recorded == str(tmp_path / "two" / name)
     # Where each run was: two processes, and neither the one that waits.
-    processes = {path.name.split(".")[-2] for path in (tmp_path / "two").glob("*/events.out.tfevents.*")}
-    (comparison,) = (tmp_path / "two").glob("*.comparison")
+    processes = {path.name.split(".")[-2] for path in (tmp_path / "two").glob("*_seed-*/events.out.tfevents.*")}
+    (comparison,) = (tmp_path / "two").glob("comparison/*.comparison")
     assert len(processes) == 2 and comparison.name.split(".")[-3] not in processes
 
 
