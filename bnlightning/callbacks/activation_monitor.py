@@ -343,7 +343,7 @@ class ActivationMonitor(MonitorCallback):
             health_tag("values_by_step"): lambda: draw_distributions(self._history, self._looks),
             health_tag("layers_by_step"): lambda: draw_surfaces(self._history, self._looks),
         }
-        write(trainer.loggers, Summaries(self._drawn_at, pictures=pictures, descriptions=_PICTURES))
+        write(trainer.loggers, Summaries(self._drawn_at, pictures=pictures, describe=_PICTURES.get))
 
     def _warn_of_thresholds(self, record: Record) -> None:
         for threshold in self.thresholds:

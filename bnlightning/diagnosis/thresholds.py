@@ -58,10 +58,9 @@ def exceeds(threshold: Threshold, record: Record, needed: int) -> str | None:
     share, samples = ill[worst].numbers[threshold.statistic], ill[worst].samples
     others = [path for path in ill if path != worst]
     more = f" Above the limit as well: {_listed(others)}." if others else ""
-    return (
-        f"{share:.0%} {threshold.alarm.meaning} the last {samples} samples "
-        f"of {worst} ({_PHASES[record.phase]} at step {record.step}).{more} Usual cures: {threshold.alarm.cures}."
-    )
+    meaning = threshold.alarm.meaning.format(samples=samples)
+    where = f"{worst}, {_PHASES[record.phase]} at step {record.step}"
+    return f"{where}: {share:.0%} {meaning}.{more} Usual cures: {threshold.alarm.cures}."
 
 
 def _is_ill(layer: Entry, threshold: Threshold, needed: int) -> bool:

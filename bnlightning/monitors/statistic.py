@@ -52,8 +52,8 @@ class Alarm:
     """The words of the warning when a statistic exceeds its limit.
 
     Args:
-        meaning: The words between the share and ``the last 1000 samples``, such as ``"of the units are dead: zero for
-            every one of"``.
+        meaning: The words behind the share, such as ``"of the units were zero for the last {samples} samples"``. The
+            number of samples of the window takes the place of ``{samples}``.
         cures: The usual cures, as a list within a sentence.
     """
 

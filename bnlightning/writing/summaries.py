@@ -1,10 +1,11 @@
 """The summaries that loggers are told, made from a Record by a pure function."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from bnlightning.compare.names import KINDS, Tag, health_tag, parse_tag
+from bnlightning.compare.names import KINDS, TEST, VAL, Tag, health_tag, parse_tag
 from bnlightning.monitors.counting.histogram import Histogram
 from bnlightning.monitors.record import Record
 from bnlightning.monitors.statistic import Catalogue
@@ -20,6 +21,10 @@ _TEXTS = {
 }
 
 
+def _nothing(tag: str) -> None:
+    return None
+
+
 @dataclass
 class Summaries:
     """Everything that loggers are told at one step.
@@ -30,7 +35,7 @@ class Summaries:
         histograms: Histograms by tag, for loggers that have histograms.
         texts: Texts by tag, for loggers that have texts.
         pictures: Functions that draw, by tag. They are called only for loggers that have images.
-        descriptions: Descriptions in Markdown, by tag, for loggers that show them.
+        describe: Returns the description of a tag in Markdown, or ``None``, for loggers that show it.
 
     Example:
         >>> summaries = Summaries(step=100, scalars={"health/dead": 0.25})
@@ -41,7 +46,7 @@ class Summaries:
     histograms: dict[str, Histogram] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
     pictures: dict[str, Callable[[], "Figure"]] = field(default_factory=dict)
-    descriptions: Mapping[str, str] = field(default_factory=dict)
+    describe: Callable[[str], str | None] = _nothing
 
 
 def summarize(record: Record, catalogues: Sequence[Catalogue[Any, Any]]) -> Summaries:
@@ -52,12 +57,12 @@ def summarize(record: Record, catalogues: Sequence[Catalogue[Any, Any]]) -> Summ
         catalogues: The declarations of its numbers, which hold the descriptions.
 
     Example:
-        >>> from bnlightning.monitors.record import Entry
+        >>> from bnlightning.monitors.record import Entry, Record
         >>> record = Record(step=100, phase="val", layers={"net.act1": Entry({"dead": 0.25})})
         >>> summarize(record, []).scalars
         {'layer_val_dead/net.act1': 0.25}
     """
-    summaries = Summaries(record.step, descriptions=_Descriptions(catalogues))
+    summaries = Summaries(record.step, describe=partial(_description, catalogues))
     for kind in KINDS:
         for path, entry in record.entries(kind).items():
             for name, value in entry.numbers.items():
@@ -65,35 +70,18 @@ def summarize(record: Record, catalogues: Sequence[Catalogue[Any, Any]]) -> Summ
             for name, histogram in entry.histograms.items():
                 summaries.histograms[str(Tag(kind, name, path, record.phase))] = histogram
     summaries.scalars |= {health_tag(name, record.phase): value for name, value in record.health.items()}
-    summaries.texts |= {health_tag(name, record.phase): text for name, text in record.texts.items()}
+    # Texts are about the network, in whatever phase they are told.
+    summaries.texts |= {health_tag(name): text for name, text in record.texts.items()}
     return summaries
 
 
-class _Descriptions(Mapping[str, str]):
-    """The descriptions by tag, looked up only when a logger asks. It asks once for each tag."""
-
-    def __init__(self, catalogues: Sequence[Catalogue[Any, Any]]) -> None:
-        self._catalogues = catalogues
-
-    def __getitem__(self, name: str) -> str:
-        tag = parse_tag(name)
-        for catalogue in self._catalogues:
-            found = self._health(catalogue, name) if tag is None else self._of(catalogue, tag)
-            if found is not None:
-                return found
-        group, _, text = name.partition("/")
-        if group == "health" and text in _TEXTS:
-            return _TEXTS[text]
-        raise KeyError(name)
-
-    def _of(self, catalogue: Catalogue[Any, Any], tag: Tag) -> str | None:
-        return catalogue.description(tag.statistic) if tag.kind == catalogue.kind else None
-
-    def _health(self, catalogue: Catalogue[Any, Any], name: str) -> str | None:
-        return catalogue.health_description(name.removeprefix("health/").removeprefix("val_").removeprefix("test_"))
-
-    def __iter__(self) -> Any:
-        raise TypeError("descriptions are looked up by tag")
-
-    def __len__(self) -> int:
-        return len(self._catalogues)
+def _description(catalogues: Sequence[Catalogue[Any, Any]], name: str) -> str | None:
+    """Look the description of a tag up; a logger asks once for each tag."""
+    tag = parse_tag(name)
+    if tag is not None:
+        found = [each.description(tag.statistic) for each in catalogues if each.kind == tag.kind]
+    else:
+        group, _, rest = name.partition("/")
+        short = rest.removeprefix(f"{VAL}_").removeprefix(f"{TEST}_") if group == "health" else ""
+        found = [each.health_description(short) for each in catalogues] + [_TEXTS.get(short)]
+    return next((text for text in found if text is not None), None)

@@ -47,7 +47,7 @@ def register_writer(logger: type | str, writer: Write) -> None:
         logger: The class, or its name. A name needs no import of the logger's package.
         writer: Called with the logger and the :class:`~bnlightning.writing.summaries.Summaries` of a step.
     """
-    _WRITERS[logger if isinstance(logger, str) else logger.__name__] = writer
+    _WRITERS[logger] = writer
 
 
 def writer_of(logger: Any) -> Write:
@@ -57,8 +57,9 @@ def writer_of(logger: Any) -> Write:
         ValueError: If no writer is registered for the logger, and it has no ``log_metrics``.
     """
     for base in type(logger).__mro__:
-        if base.__name__ in _WRITERS:
-            return _WRITERS[base.__name__]
+        found = _WRITERS.get(base) or _WRITERS.get(base.__name__)
+        if found is not None:
+            return found
     if hasattr(logger, "log_metrics"):
         return write_scalars
     raise ValueError(
@@ -104,7 +105,7 @@ def write_to_summary_writer(writer: Any, summaries: Summaries) -> None:
     new = [value for value in summary.value if _name(value) not in told.tags]
     for value in new:
         told.tags.add(_name(value))
-        if description := summaries.descriptions.get(_name(value)):
+        if description := summaries.describe(_name(value)):
             describe(value, description)
     charts = charts_of(value.tag for value in new if value.HasField("simple_value")) - told.charts
     if charts:
@@ -148,7 +149,7 @@ def write_to_wandb(logger: Any, summaries: Summaries) -> None:
 
 
 # The one registry of the package. Users add their own writers to it.
-_WRITERS: dict[str, Write] = {
+_WRITERS: dict[type | str, Write] = {
     "SummaryWriter": write_to_summary_writer,
     "TensorBoardLogger": write_to_tensorboard_logger,
     "WandbLogger": write_to_wandb,

@@ -556,10 +556,11 @@ def test_warns_once_of_the_worst_layer(net, tmp_path):
     if net is nn.ReLU:
         assert (
             "83% of the units are dead" in message
-            and "of the last 24 samples of body.4 (training at step 2)" in message
+            and "body.4, training at step 2: 83%" in message
+            and "of the last 24 samples" in message
         )
     else:
-        assert "of the values are saturated" in message and "samples of body.2 (training at step 2)" in message
+        assert "of the outputs are saturated" in message and "body.2, training at step 2: " in message
     assert "Usual cures: " in message
 
 

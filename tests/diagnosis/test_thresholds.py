@@ -25,8 +25,10 @@ def test_limits_that_are_set_become_thresholds():
 def test_the_worst_layer_is_named_with_its_number_and_cures():
     layers = {"a": layer(0.6), "b": layer(0.9, samples=120), "c": layer(0.2)}
     sentence = exceeds(threshold(), Record(7, "val", layers=layers), needed=100)
-    assert sentence.startswith("90% of the units are dead: zero for every one of the last 120 samples of b ")
-    assert "(validation at step 7)" in sentence and "Above the limit as well: a." in sentence
+    assert sentence.startswith(
+        "b, validation at step 7: 90% of the units are dead: zero for every one of the last 120 samples. "
+    )
+    assert "Above the limit as well: a." in sentence
     assert "Usual cures: a lower learning rate" in sentence
 
 

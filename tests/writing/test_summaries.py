@@ -43,6 +43,8 @@ def test_an_evaluation_has_its_phase_before_the_statistic(phase):
     told = summarize(record(phase), CATALOGUES)
     assert {f"layer_{phase}_dead/net.0#1", f"health/{phase}_dead"} <= set(told.scalars)
     assert f"layer_{phase}_hist/net.0#1" in told.histograms
+    # A text is about the network, not about the phase in which it is told first.
+    assert set(told.texts) == {"health/watched"}
     assert "layer_dead/net.0#1" not in told.scalars
 
 
@@ -50,7 +52,6 @@ def test_an_evaluation_has_its_phase_before_the_statistic(phase):
 def test_every_tag_is_described(phase):
     told = summarize(record(phase), CATALOGUES)
     for tag in [*told.scalars, *told.histograms]:
-        text = told.descriptions[tag]
+        text = told.describe(tag)
         assert len(text) > 30 and text.endswith("."), (tag, text)
-    assert told.descriptions["health/watched"] if phase == "train" else True
-    assert told.descriptions.get("somebody/else") is None
+    assert told.describe("health/watched") and told.describe("somebody/else") is None

@@ -111,7 +111,7 @@ def descriptions(directory):
 def test_a_tag_is_described_once_in_an_event_file(tmp_path):
     trainer = quiet_trainer(tmp_path)
     for step in range(3):
-        write(trainer.loggers, summaries(step, descriptions=DESCRIPTIONS))
+        write(trainer.loggers, summaries(step, describe=DESCRIPTIONS.get))
     trainer.logger.finalize("success")
     found = descriptions(tmp_path)
     assert {tag: [text] for tag, text in DESCRIPTIONS.items()} == {tag: found[tag] for tag in DESCRIPTIONS}
@@ -120,7 +120,7 @@ def test_a_tag_is_described_once_in_an_event_file(tmp_path):
 
 def test_a_summary_writer_is_a_logger(tmp_path):
     with SummaryWriter(tmp_path) as writer:
-        write([writer], summaries(descriptions=DESCRIPTIONS))
+        write([writer], summaries(describe=DESCRIPTIONS.get))
     assert scalar(read_events(tmp_path), "a/x") == {7: 1.5}
     assert descriptions(tmp_path)["a/x"] == ["what x is"]
 

@@ -36,7 +36,7 @@ _MAX_DEPTH_OF_OUTPUT = 4
 
 
 @dataclass(frozen=True)
-class Place:
+class ModuleInfo:
     """What is known of a module, or of a tap, before it runs.
 
     Args:
@@ -68,11 +68,11 @@ class Observer:
         max_layers: Largest number of watched layers.
 
     Attributes:
-        window: The accumulators that values go into now. ``None`` while nothing is sampled.
+        accumulators: The accumulators that values go into now. ``None`` while nothing is sampled.
         is_sampling: Whether there are accumulators. Compiled graphs are guarded on it.
         check: The check for non-finite values that is running. ``None`` while none is.
         grad_scale: Factor for the gradients of outputs. ``None``: gradients are not counted.
-        places: The modules that have a hook.
+        modules: The modules that have a hook.
         refused: Paths of modules that take no hook.
         without_tensor: Type of the output, by path, of modules that put out no floating tensor.
         left_out: Layers beyond ``max_layers``.
@@ -81,10 +81,10 @@ class Observer:
     def __init__(self, choices: Sequence[Choice] | None, max_layers: int) -> None:
         self.choices = choices
         self.max_layers = max_layers
-        self.window: LayerAccumulators | None = None
+        self.accumulators: LayerAccumulators | None = None
         self.check: FiniteCheck | None = None
         self.grad_scale: float | None = None
-        self.places: list[Place] = []
+        self.modules: list[ModuleInfo] = []
         self.refused: list[str] = []
         self.without_tensor: dict[str, str] = {}
         self.left_out: dict[str, None] = {}
@@ -100,7 +100,7 @@ class Observer:
     @property
     def watched(self) -> list[str]:
         """Paths of the modules that are watched."""
-        return [place.path for place in self.places if place.is_watched]
+        return [info.path for info in self.modules if info.is_watched]
 
     @property
     def seen(self) -> list[str]:
@@ -145,10 +145,10 @@ class Observer:
         self._number = add_receiver(self._receive, self._receive_tap)
         before = None
         for name, submodule in module.named_modules():
-            place = _place(user_path(name), submodule, self.choices, checks, before)
-            if place.is_watched or place.is_checked or place.features is not None:
-                self._hook(place, submodule, device)
-            before = place.features or before
+            info = _module_info(user_path(name), submodule, self.choices, checks, before)
+            if info.is_watched or info.is_checked or info.features is not None:
+                self._hook(info, submodule, device)
+            before = info.features or before
         add_listener(self.on_tap)
 
     def detach(self) -> None:
@@ -158,30 +158,30 @@ class Observer:
         remove_listener(self.on_tap)
         if self._number is not None:
             remove_receiver(self._number)
-        self.window = self.check = self._features = self._number = None
+        self.accumulators = self.check = self._features = self._number = None
         self.is_sampling = self._is_compiled = False
         for names in (self.refused, self.without_tensor, self.left_out, self._labels, self._calls):
             names.clear()
-        for hooks in (self._handles, self._hooks, self.places):
+        for hooks in (self._handles, self._hooks, self.modules):
             hooks.clear()
 
-    def start(self, window: LayerAccumulators | None) -> None:
-        """Send values into ``window`` from now on, or nowhere. The next call of each module is its first."""
-        self.window = window
-        self.is_sampling = window is not None
+    def start(self, accumulators: LayerAccumulators | None) -> None:
+        """Send values into ``accumulators`` from now on, or nowhere. The next call of each module is its first."""
+        self.accumulators = accumulators
+        self.is_sampling = accumulators is not None
         self.start_pass()
 
     def stop(self) -> None:
         """Stop sampling."""
-        self.window, self.is_sampling = None, False
+        self.accumulators, self.is_sampling = None, False
 
     def look_at_sums(self) -> None:
         """Have the check look at what compiled modules have added up since the last call of this."""
-        hooks = [hook for hook in self._hooks if hook.place.is_checked] if self._is_compiled else []
+        hooks = [hook for hook in self._hooks if hook.info.is_checked] if self._is_compiled else []
         if hooks and self.check is not None:
             inputs, outputs = zip(*(hook.sums for hook in hooks), strict=True)
             self.check.update_sums(
-                [hook.place.path for hook in hooks], [x.clone() for x in inputs], [x.clone() for x in outputs]
+                [hook.info.path for hook in hooks], [x.clone() for x in inputs], [x.clone() for x in outputs]
             )
             torch._foreach_zero_([*inputs, *outputs])
 
@@ -190,14 +190,14 @@ class Observer:
         self._calls.clear()
         self._features = None
 
-    def on_call(self, place: Place, output: Any) -> None:
+    def on_call(self, info: ModuleInfo, output: Any) -> None:
         """Take the output of a module that was called while sampling."""
         if is_recomputation():
             return
-        if place.features is not None:
-            self._features = place.features
-        if place.is_watched:
-            self._record_output(place, output)
+        if info.features is not None:
+            self._features = info.features
+        if info.is_watched:
+            self._record_output(info, output)
 
     def on_tap(self, name: str, x: Tensor, limits: Limits | None) -> None:
         """Take a tensor that :func:`bnlightning.tap` shows."""
@@ -210,42 +210,42 @@ class Observer:
 
     def _receive(self, index: int, position: int, x: Tensor) -> None:
         """Take a value from inside a compiled graph."""
-        place = self.places[index]
-        if self.window is None or is_recomputation():
+        info = self.modules[index]
+        if self.accumulators is None or is_recomputation():
             return
-        self._features = place.features_before
-        self._record(place, [(f":{position}" if position >= 0 else "", x)], is_new_call=position <= 0)
+        self._features = info.features_before
+        self._record(info, [(f":{position}" if position >= 0 else "", x)], is_new_call=position <= 0)
 
     def _receive_tap(self, name: str, x: Tensor, limits: Limits | None) -> None:
-        if self.window is not None and not is_recomputation() and _is_dense(x):
-            self._record(Place(name, True, False, True, True, limits, None), [("", x)])
+        if self.accumulators is not None and not is_recomputation() and _is_dense(x):
+            self._record(ModuleInfo(name, True, False, True, True, limits, None), [("", x)])
 
-    def _hook(self, place: Place, module: nn.Module, device: torch.device) -> None:
-        hook = _Hook(self, place, len(self.places), device)
+    def _hook(self, info: ModuleInfo, module: nn.Module, device: torch.device) -> None:
+        hook = _Hook(self, info, len(self.modules), device)
         try:
             handle = module.register_forward_hook(hook)
         except RuntimeError:
             # Compiled by TorchScript.
-            self.refused.append(place.path)
+            self.refused.append(info.path)
             return
         self._handles.append(handle)
         self._hooks.append(hook)
-        self.places.append(place)
+        self.modules.append(info)
 
-    def _record_output(self, place: Place, output: Any) -> None:
+    def _record_output(self, info: ModuleInfo, output: Any) -> None:
         found = list(tensors_in(output))
         if found:
-            self._record(place, found)
+            self._record(info, found)
         else:
-            self.without_tensor[place.path] = type(output).__name__
+            self.without_tensor[info.path] = type(output).__name__
 
-    def _record(self, place: Place, found: Sequence[tuple[str, Tensor]], is_new_call: bool = True) -> None:
-        calls = self._calls[place.path] = self._calls.get(place.path, 0) + is_new_call
+    def _record(self, info: ModuleInfo, found: Sequence[tuple[str, Tensor]], is_new_call: bool = True) -> None:
+        calls = self._calls[info.path] = self._calls.get(info.path, 0) + is_new_call
         call = min(calls, MAX_CALLS) - 1
         for suffix, tensor in found:
-            label = place.path + (f"#{call}" if call else "") + suffix
+            label = info.path + (f"#{call}" if call else "") + suffix
             if self._has_room(label):
-                self._update(place, label, tensor)
+                self._update(info, label, tensor)
 
     def _has_room(self, label: str) -> bool:
         if label not in self._labels and len(self._labels) >= self.max_layers:
@@ -253,34 +253,34 @@ class Observer:
             return False
         return True
 
-    def _update(self, place: Place, label: str, tensor: Tensor) -> None:
+    def _update(self, info: ModuleInfo, label: str, tensor: Tensor) -> None:
         numbers = self._labels.setdefault(label, set())
         dim = unit_dim(tensor.shape, self._features)
-        units = (tensor.shape[dim] if tensor.dim() > 1 else 1) if place.has_units else 0
+        units = (tensor.shape[dim] if tensor.dim() > 1 else 1) if info.has_units else 0
         if units not in numbers and len(numbers) >= _MAX_NUMBERS_OF_UNITS:
             units = 0
         numbers.add(units)
-        window = self.window
-        assert window is not None
-        key = LayerKey(label, place.is_activation, units, place.limits if units else None)
-        window.update(key, tensor, dim)
+        accumulators = self.accumulators
+        assert accumulators is not None
+        key = LayerKey(label, info.is_activation, units, info.limits if units else None)
+        accumulators.update(key, tensor, dim)
         if self.grad_scale is not None and tensor.requires_grad:
-            tensor.register_hook(_GradHook(self, window, LayerKey(label, is_gradient=True)))
+            tensor.register_hook(_GradHook(self, accumulators, LayerKey(label, is_gradient=True)))
 
 
 class _Hook:
     """A module's forward hook. A copied or pickled module has one that does nothing instead."""
 
-    def __init__(self, observer: Observer, place: Place, index: int, device: torch.device) -> None:
+    def __init__(self, observer: Observer, info: ModuleInfo, index: int, device: torch.device) -> None:
         self.observer = observer
-        self.place = place
-        self.is_checked = place.is_checked
-        self.is_watched = place.is_watched
+        self.info = info
+        self.is_checked = info.is_checked
+        self.is_watched = info.is_watched
         with torch.inference_mode(False):
             self.number = observer._number
             self.index = torch.tensor(index)
             # Sums over what the module takes in and puts out, added up inside of compiled graphs.
-            zeros = torch.zeros(2, dtype=real_dtype(device), device=device) if place.is_checked else torch.zeros(0)
+            zeros = torch.zeros(2, dtype=real_dtype(device), device=device) if info.is_checked else torch.zeros(0)
             self.sums = [zero.clone() for zero in zeros]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -292,9 +292,9 @@ class _Hook:
             # Recomputations need not be told apart: they find nothing that the first computation did not.
             for _, tensor in [("", output)] if type(output) is Tensor else tensors_in(output):
                 if tensor.is_floating_point():
-                    observer.check.update(self.place.path, args, tensor)
+                    observer.check.update(self.info.path, args, tensor)
         if observer.is_sampling:
-            observer.on_call(self.place, output)
+            observer.on_call(self.info, output)
 
     def __reduce__(self) -> Any:
         return NoHook, ()
@@ -316,15 +316,15 @@ class _Hook:
 class _GradHook:
     """A tensor's gradient hook. A module's backward hook would break in-place operations behind the module."""
 
-    def __init__(self, observer: Observer, window: LayerAccumulators, key: LayerKey) -> None:
+    def __init__(self, observer: Observer, accumulators: LayerAccumulators, key: LayerKey) -> None:
         self.observer = observer
-        self.window = window
+        self.accumulators = accumulators
         self.key = key
 
     def __call__(self, grad: Tensor) -> None:
         scale = self.observer.grad_scale
-        if self.observer.window is self.window and scale is not None:
-            self.window.update(self.key, grad.detach().float() * scale)
+        if self.observer.accumulators is self.accumulators and scale is not None:
+            self.accumulators.update(self.key, grad.detach().float() * scale)
 
 
 def tensors_in(output: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
@@ -362,15 +362,15 @@ def _members(output: Any) -> Iterator[tuple[Any, Any]]:
         yield from ((field.name, getattr(output, field.name)) for field in dataclasses.fields(output))
 
 
-def _place(
+def _module_info(
     path: str,
     module: nn.Module,
     choices: Sequence[Choice] | None,
     checks: bool,
     before: tuple[int, bool] | None,
-) -> Place:
+) -> ModuleInfo:
     is_leaf = next(module.children(), None) is None
-    return Place(
+    return ModuleInfo(
         path=path,
         # The LightningModule itself is not called in training.
         is_watched=path != "" and is_chosen(choices, path, module),

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from bnlightning.nn.batch_norm_act import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
+from bnlightning.nn.networks import get_act_layer
 
 Choice = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 
@@ -51,6 +52,8 @@ def saturation_limits(module: nn.Module) -> tuple[float, float] | None:
     | hardtanh, hardsigmoid | both bounds | the slope is zero there |
     | relu6 | the upper bound | the slope is zero there, and an output of 0 is rest, not saturation |
     """
+    if isinstance(module, _FUSED):
+        return saturation_limits(get_act_layer(module.activation)())
     if isinstance(module, nn.Tanh):
         return -0.99, 0.99
     if isinstance(module, nn.Sigmoid):

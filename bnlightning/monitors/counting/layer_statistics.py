@@ -261,7 +261,7 @@ def layer_statistics(tau: float = 0.025) -> list[Statistic[LayerCounts]]:
             "activation, or `leaky_relu`.",
             look=Look("dead units", word="dead units"),
             alarm=Alarm(
-                "of the units are dead: zero for every one of",
+                "of the units are dead: zero for every one of the last {samples} samples",
                 "a lower learning rate, a normalisation in front of the activation, He initialisation, or an "
                 "activation with a slope on both sides (leaky_relu, elu, gelu)",
             ),
@@ -275,7 +275,8 @@ def layer_statistics(tau: float = 0.025) -> list[Statistic[LayerCounts]]:
             "of the activation.",
             look=Look("dormant units"),
             alarm=Alarm(
-                "of the units are dormant, their mean magnitude at most tau times the layer's, over",
+                "of the units are dormant: over the last {samples} samples their mean magnitude is at most tau times "
+                "the layer's",
                 "a lower learning rate, a normalisation in front of the activation, or setting these units' weights "
                 "anew",
             ),
@@ -289,7 +290,7 @@ def layer_statistics(tau: float = 0.025) -> list[Statistic[LayerCounts]]:
             "normalisation in front of the activation.",
             look=Look("saturated", word="saturated"),
             alarm=Alarm(
-                "of the values are saturated, where the activation is flat and passes hardly any gradient, over",
+                "of the outputs are saturated: the activation is flat there and passes hardly any gradient",
                 "smaller initial weights, a normalisation in front of the activation, a lower learning rate, or an "
                 "activation without bounds",
             ),

@@ -28,6 +28,7 @@ class Own(nn.Module):
         (nn.Sigmoid(), [0.001, 0.02, 0.5, 0.995], [True, False, False, True]),
         (nn.Hardtanh(-2, 3), [-2.0, -1.9, 2.9, 3.0], [True, False, False, True]),
         (nn.Hardsigmoid(), [0.0, 0.1, 0.9, 1.0], [True, False, False, True]),
+        (BatchNormAct1d(3, activation="tanh"), [-1.0, 0.0, 0.995], [True, False, True]),
         (nn.ReLU6(), [0.0, 3.0, 5.9, 6.0], [False, False, False, True]),
     ],
 )
