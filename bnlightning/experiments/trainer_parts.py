@@ -13,6 +13,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from bnlightning.experiments import faults
 from bnlightning.experiments.signals import Signals
+from bnlightning.writing.summaries import Summaries
+from bnlightning.writing.writers import write_to_summary_writer
 
 DESCRIPTIONS = {
     "train/loss": "The loss of one batch, before the step that it leads to: the mean over the samples of all ranks. "
@@ -32,7 +34,6 @@ DESCRIPTIONS = {
     "batch. Healthy: close to the published number, if one is logged under published/.",
     "published/*": "What somebody else has measured, for comparison: no result of this run. The x-axis is the number "
     "of optimizer steps after which it holds.",
-    "epoch": "The number of whole epochs before this step, the same on all ranks.",
 }
 """What a tag is over and what is healthy, by the tag or by a pattern of tags: the first that fits is the tag's."""
 
@@ -66,19 +67,20 @@ class RunLogger(TensorBoardLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Write numbers at a step. What is a mapping itself is written as Lightning writes it: as several curves."""
-        from tensorboard.compat.proto.summary_pb2 import Summary
+        """Write numbers at a step, but for Lightning's ``epoch``: it would be the first chart that a person sees.
 
-        summary = Summary()
+        A mapping is written as Lightning writes it: as several curves.
+        """
+        numbers = {}
         for name, value in metrics.items():
             if isinstance(value, Mapping):
                 curves: Any = {name: value}
                 super().log_metrics(curves, step)
-                continue
-            tag = f"{self._prefix}{self.LOGGER_JOIN_CHAR}{name}" if self._prefix else name
-            summary.value.add(tag=tag, simple_value=_number(tag, value), metadata=self._first_metadata(tag))
-        if summary.value:
-            self.experiment._get_file_writer().add_summary(summary, step)
+            elif name != "epoch":
+                tag = f"{self._prefix}{self.LOGGER_JOIN_CHAR}{name}" if self._prefix else name
+                numbers[tag] = _number(tag, value)
+        self._tags |= numbers.keys()
+        write_to_summary_writer(self.experiment, Summaries(step or 0, numbers, describe=_describe))
 
     @rank_zero_only
     def log_outcome(self, given: Mapping[str, Any]) -> None:
@@ -104,19 +106,9 @@ class RunLogger(TensorBoardLogger):
             self.experiment.flush()
             self.save()
 
-    def _first_metadata(self, tag: str) -> Any:
-        """The description, which TensorBoard reads in the first event of a tag only."""
-        from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_SCALAR, SummaryMetadata
 
-        if tag in self._tags:
-            return None
-        self._tags.add(tag)
-        description = next((text for pattern, text in DESCRIPTIONS.items() if fnmatchcase(tag, pattern)), None)
-        if description is None:
-            return None
-        plugin = SummaryMetadata.PluginData(plugin_name="scalars")
-        # TensorBoard's fast reader drops the description of what does not say its class.
-        return SummaryMetadata(summary_description=description, plugin_data=plugin, data_class=DATA_CLASS_SCALAR)
+def _describe(tag: str) -> str | None:
+    return next((text for pattern, text in DESCRIPTIONS.items() if fnmatchcase(tag, pattern)), None)
 
 
 def _number(tag: str, value: Any) -> float:
