@@ -8,7 +8,6 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
 from bnlightning._check import check_integer
-from bnlightning.callbacks._steps import StepAxis
 from bnlightning.monitors.record import Record
 from bnlightning.monitors.schedule import Schedule
 from bnlightning.monitors.statistic import Catalogue
@@ -32,7 +31,6 @@ class MonitorCallback(Callback):
         self.every_n_steps = every_n_steps
         self._catalogues = catalogues
         self._schedule = Schedule(every_n_steps)
-        self._axis = StepAxis()
 
     def _write(self, trainer: lightning.Trainer, record: Record | None) -> None:
         """Give a record to all loggers. Only the first rank does so."""

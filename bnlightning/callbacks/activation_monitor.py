@@ -1,6 +1,6 @@
 """The callback that logs histograms and health of the activations."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from bnlightning._check import check_integer, check_number, check_share
 from bnlightning.callbacks._monitor import MonitorCallback
-from bnlightning.callbacks._steps import EvaluationCadence
+from bnlightning.callbacks._steps import EvaluationCadence, StepAxis
 from bnlightning.compare.names import TEST, TRAIN, VAL, health_tag
 from bnlightning.diagnosis.nonfinite import cures_nonfinite, where_nonfinite
 from bnlightning.diagnosis.thresholds import exceeds, make_thresholds
@@ -174,8 +174,11 @@ class ActivationMonitor(MonitorCallback):
         self._checking = Schedule(check_finite_every_n_steps or 1)
         self._history = History()
         self._warned: set[str] = set()
+        self._drawn_at = 0
         self._told: set[str] = set()
         self._opened_at: dict[str, int] = {}
+        self._axis = StepAxis()
+        self._set_aside: Callable[[], None] | None = None
         self._forget()
 
     # A fit, from its first hook to its last.
@@ -237,7 +240,7 @@ class ActivationMonitor(MonitorCallback):
         self._report_nonfinite(trainer)
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        self._monitor.detach()
+        self._detach()
 
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
@@ -245,7 +248,7 @@ class ActivationMonitor(MonitorCallback):
         # With several ranks, a rank that has not failed would never join the reduction.
         if world_size() == 1:
             self._report_nonfinite(trainer)
-        self._monitor.detach()
+        self._detach()
 
     # Evaluations, within a fit or by themselves.
 
@@ -302,6 +305,24 @@ class ActivationMonitor(MonitorCallback):
         self._is_checking = state_dict["is_checking"]
         self._warned = set(state_dict["warned"])
 
+    def _begin_apart(self) -> None:
+        """An evaluation outside of a fit, of any network: it knows nothing of a fit, and a fit nothing of it."""
+        monitor, history, is_checking = self._monitor.state_dict(), self._history, self._is_checking
+        warned, drawn_at = self._warned, self._drawn_at
+        self._forget()
+
+        def go_back() -> None:
+            self._monitor.load_state_dict(monitor)
+            self._history, self._is_checking, self._warned, self._drawn_at = history, is_checking, warned, drawn_at
+
+        self._set_aside = go_back
+
+    def _detach(self) -> None:
+        self._monitor.detach()
+        if self._set_aside is not None:
+            self._set_aside()
+            self._set_aside = None
+
     def _forget(self) -> None:
         """Forget all earlier samples: a training begins anew."""
         self._monitor.forget()
@@ -313,10 +334,11 @@ class ActivationMonitor(MonitorCallback):
     def _attach(self, pl_module: lightning.LightningModule) -> None:
         checks = self.check_finite_every_n_steps is not None
         self._monitor.attach(pl_module, pl_module.device, checks=checks)
-        self._opened_at, self._told = {}, set()
+        self._opened_at, self._told, self._axis = {}, set(), StepAxis()
 
     def _begin_evaluation(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, phase: str) -> None:
         if not self._monitor.is_attached:
+            self._begin_apart()
             self._attach(pl_module)
         self._monitor.open(self._axis.evaluation(trainer), phase)
 

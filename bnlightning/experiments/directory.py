@@ -11,14 +11,12 @@ from typing import Any
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from bnlightning.compare.names import COMPARISON, EVENT_FILES, FINISHED, SWEEP_CONFIG
 from bnlightning.experiments import faults
 from bnlightning.experiments.sweep import override_for_runs, own_overrides, runs
 
 OUTPUT_DIR = "BNLIGHTNING_OUTPUT_DIR"
 """The environment variable that gives the directory to the configuration of each run."""
-# An empty file, the last that a run writes: it is there or it is not, whenever the run was killed.
-_FINISHED = "finished"
-_EVENTS = "events.out.tfevents.*"
 # What a run writes does not depend on these.
 _SAME_RESULTS = ("output_dir", "resume", "n_jobs")
 
@@ -44,11 +42,11 @@ class SweepDirectory:
 
     def discard(self) -> None:
         """Remove what Hydra wrote for runs of which none has begun to write: its files, then directories left empty."""
-        if any(self.path.rglob(_EVENTS)):
+        if any(self.path.rglob(EVENT_FILES)):
             return
         with suppress(OSError):
             for path in set(self.path.iterdir()) - self.before:
-                if path.name == "multirun.yaml":
+                if path.name == SWEEP_CONFIG:
                     path.unlink()
                     continue
                 for name in ("config.yaml", "hydra.yaml", "overrides.yaml"):
@@ -61,17 +59,17 @@ class SweepDirectory:
 
 def _holds_runs(directory: Path) -> bool:
     # Not deeper: what is there may be other sweeps.
-    return any(directory.glob(f"*/{_EVENTS}"))
+    return any(path.parent.name != COMPARISON for path in directory.glob(f"*/{EVENT_FILES}"))
 
 
 def is_finished(run: Path) -> bool:
     """Whether the run in this directory has ended by itself."""
-    return (run / _FINISHED).exists()
+    return (run / FINISHED).exists()
 
 
 def mark_finished(run: Path) -> None:
     """The last thing that it writes."""
-    (run / _FINISHED).touch()
+    (run / FINISHED).touch()
 
 
 def _unfinished(config: DictConfig, directory: Path) -> list[Path]:
@@ -98,7 +96,7 @@ def _unfinished(config: DictConfig, directory: Path) -> list[Path]:
 
 
 def _is_run(path: Path) -> bool:
-    return (path / ".hydra").is_dir() or any(path.glob(_EVENTS))
+    return (path / ".hydra").is_dir() or any(path.glob(EVENT_FILES))
 
 
 def _check_unchanged(path: Path, config: DictConfig) -> None:

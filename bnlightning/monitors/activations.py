@@ -61,7 +61,10 @@ class Activations:
         self._outputs = layer_catalogue(statistics)
         self._gradients = gradient_catalogue()
         self.catalogues = (self._outputs, self._gradients)
-        self._sums = list({id(one.sum): one.sum for one in self._outputs.statistics if one.sum is not None}.values())
+        self._sums = list(dict.fromkeys(one.sum for one in self._outputs.statistics if one.sum is not None))
+        names = [each.name for each in self._sums]
+        if len(set(names)) < len(names):
+            raise ValueError(f"statistics with sums of one name are not possible: {names}. Give each sum its own name.")
         self._observer = Observer(modules, max_layers)
         self._recent = RecentUnits(window_samples)
         self._ranges = TypicalRanges()

@@ -97,9 +97,10 @@ class Gradients:
             parameters: The parameters that the step is for. Those without a gradient are passed over.
             scale: Divisor of the gradients, such as the scale of fp16. 1 leaves them as they are.
         """
-        assert self._module is not None
         if self._step is None:
             return
+        if self._module is None:
+            raise RuntimeError("Gradients.take was called before attach: call attach(module) first.")
         if self._accumulators is None:
             known = by_path(self._module)
             self._choose(known)

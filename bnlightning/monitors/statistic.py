@@ -5,6 +5,7 @@ picture shows it and what a warning says. Tags, descriptions, pictures and warni
 more declaration in a catalogue.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
@@ -140,6 +141,17 @@ class Catalogue(Generic[Counts, Part]):
     statistics: Sequence[Statistic[Counts]]
     summaries: Sequence[Summary[Part]] = ()
     histograms: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = [one.name for one in self.statistics]
+        for name in names:
+            if not re.fullmatch(r"(?!val_|test_)[a-z]\w*", name):
+                raise ValueError(
+                    f"statistics with the name {name!r} are not possible: give a name of small letters, digits and _ "
+                    "that does not begin with val_ or test_."
+                )
+            if names.count(name) > 1:
+                raise ValueError(f"statistics with the name {name!r} are there twice: give each a name of its own.")
 
     def numbers(self, counts: Counts) -> dict[str, float]:
         """The numbers that exist for one layer or parameter, by name."""

@@ -818,3 +818,40 @@ def test_one_declaration_is_a_tag_a_description_a_chart_and_a_part_of_the_pictur
 def test_a_callback_with_a_declaration_of_its_own_is_pickled():
     monitor = pickle.loads(pickle.dumps(ActivationMonitor(every_n_steps=2, statistics=[KURTOSIS])))
     assert monitor.every_n_steps == 2
+
+
+def test_an_evaluation_outside_of_a_fit_and_a_fit_know_nothing_of_each_other(tmp_path):
+    class Dead(Net):
+        def __init__(self):
+            super().__init__()
+            nn.init.constant_(self.body[3].bias, -100.0)
+
+    monitor = ActivationMonitor(every_n_steps=2, warn_dead_above=0.5, window_samples=8)
+    for name in ("first", "second"):
+        # Each of them warns by itself.
+        with pytest.warns(UserWarning, match="warn_dead_above"):
+            quiet_trainer(tmp_path / name, callbacks=[monitor]).validate(Dead(), loader(), verbose=False)
+    quiet_trainer(tmp_path / "fit", max_steps=5, callbacks=[monitor]).fit(Net(), loader())
+    before = monitor.state_dict()
+    with pytest.warns(UserWarning, match="warn_dead_above"):
+        quiet_trainer(tmp_path / "third", callbacks=[monitor]).validate(Dead(), loader(), verbose=False)
+    after = monitor.state_dict()
+    assert (after["schedule"], after["warned"]) == (before["schedule"], before["warned"])
+    assert repr(after["monitor"]) == repr(before["monitor"])
+    assert after["history"]["steps"] == before["history"]["steps"] == [0, 2, 4]
+
+
+def test_an_evaluation_at_the_start_of_a_second_fit_stands_where_that_fit_is(tmp_path):
+    monitor = ActivationMonitor(every_n_steps=2)
+    quiet_trainer(tmp_path / "first", max_steps=5, callbacks=[monitor]).fit(Net(), loader())
+
+    class EvaluatesFirst(Net):
+        def on_train_start(self):
+            # Within the fit, before its first batch.
+            monitor.on_validation_start(self.trainer, self)
+            monitor.on_validation_batch_start(self.trainer, self, None, 0)
+            self(torch.ones(4, 3))
+            monitor.on_validation_end(self.trainer, self)
+
+    quiet_trainer(tmp_path / "second", max_steps=1, callbacks=[monitor]).fit(EvaluatesFirst(), loader())
+    assert list(scalar(read_events(tmp_path / "second"), "layer_val_mean/body.2")) == [0]

@@ -138,7 +138,10 @@ hydra:
 def test_without_an_experiment_it_trains_the_default_and_says_how_to_look(run_module, tmp_path):
     result = run_module("bnlightning.train", *SHORT)
     assert result.returncode == 0, result.stderr
-    assert {path.name for path in run_directory(tmp_path, "train").iterdir() if path.is_dir()} == {"custom", "comparison"}
+    assert {path.name for path in run_directory(tmp_path, "train").iterdir() if path.is_dir()} == {
+        "custom",
+        "comparison",
+    }
 
 
 @pytest.mark.slow

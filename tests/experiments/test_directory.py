@@ -3,6 +3,8 @@ import time
 
 import pytest
 
+from bnlightning.experiments.directory import SweepDirectory
+
 from .commands import assert_same_results, start
 
 
@@ -114,3 +116,12 @@ def test_a_sweep_is_resumed_only_as_it_was(run_module, tmp_path):
     assert result.stdout.startswith("Finished already: custom_seed-1\n")
     assert (tmp_path / "out" / "custom_seed-3" / "notes.txt").read_text() == "mine"
     assert len(list(tmp_path.glob("out/*/finished"))) == 3
+
+
+def test_a_comparison_alone_is_no_run(tmp_path):
+    (tmp_path / "comparison").mkdir()
+    (tmp_path / "comparison" / "events.out.tfevents.1.comparison").touch()
+    assert not SweepDirectory(tmp_path, [], set()).holds_runs
+    (tmp_path / "custom").mkdir()
+    (tmp_path / "custom" / "events.out.tfevents.1").touch()
+    assert SweepDirectory(tmp_path, [], set()).holds_runs

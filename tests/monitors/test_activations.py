@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import pickle
 
 import numpy as np
@@ -210,3 +211,13 @@ def test_two_ranks_record_what_one_process_records(tmp_path):
     for path, numbers in first[0].items():
         assert numbers == pytest.approx(dict(alone.layers[path].numbers), rel=1e-5, abs=1e-7)
     np.testing.assert_allclose(list(first[1].values()), list(alone.health.values()), rtol=1e-6)
+
+
+def test_two_sums_of_one_name_are_refused():
+    other = Statistic(
+        "other", lambda layer: 0.0, "It.", "It.", sum=Sum("fourth_powers", lambda key: (), lambda call: 0)
+    )
+    with pytest.raises(ValueError, match="sums of one name"):
+        Activations(statistics=[KURTOSIS, other])
+    # One that two statistics share is added up once.
+    Activations(statistics=[KURTOSIS, dataclasses.replace(KURTOSIS, name="again")])

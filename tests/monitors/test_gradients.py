@@ -78,3 +78,10 @@ def test_a_shared_parameter_stands_under_its_first_path():
     module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     module[1].weight = module[0].weight
     assert list(by_path(module)) == ["0.weight", "0.bias", "1.bias"]
+
+
+def test_to_take_without_a_network_is_refused():
+    monitor = Gradients()
+    monitor.open(0)
+    with pytest.raises(RuntimeError, match="call attach"):
+        monitor.take(network().parameters())

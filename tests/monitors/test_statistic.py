@@ -37,3 +37,14 @@ def test_declarations_are_pickled_with_the_callback_that_holds_them():
         copy = pickle.loads(pickle.dumps(catalogue))
         assert [one.name for one in copy.statistics] == [one.name for one in catalogue.statistics]
         assert [one.description for one in copy.summaries] == [one.description for one in catalogue.summaries]
+
+
+@pytest.mark.parametrize("name", ["val_dead", "test_dead", "a/b", "Dead", ""])
+def test_a_name_that_would_make_another_tag_is_refused(name):
+    with pytest.raises(ValueError, match=r"statistics with the name .* are not possible"):
+        Catalogue("layer", [Statistic(name, lambda x: x, "It.", "It.")])
+
+
+def test_a_name_that_is_there_already_is_refused():
+    with pytest.raises(ValueError, match="'dead' are there twice"):
+        layer_catalogue([*layer_catalogue().statistics, Statistic("dead", lambda x: 0.5, "It.", "It.")])
