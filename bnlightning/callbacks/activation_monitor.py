@@ -33,12 +33,13 @@ class ActivationMonitor(MonitorCallback):
     Training is bit for bit the same with and without it. Its numbers are exact over all samples, micro-batches and
     ranks of a sampled step. A sampled step takes five collectives, however many modules there are.
 
-    | phase | what is sampled | where it stands |
-    |---|---|---|
-    | training | all forward passes of one optimizer step out of ``every_n_steps`` | where ``self.log`` puts that step |
-    | validation within a fit | evaluations ``every_n_steps`` after the last sampled one, and the final one | the
-      number of steps taken |
-    | ``trainer.validate``, ``trainer.test`` | each one | the number of steps taken |
+    | phase | what is sampled |
+    |---|---|
+    | training | all forward passes of one optimizer step out of ``every_n_steps`` |
+    | validation within a fit | evaluations ``every_n_steps`` after the last sampled one, and the final one |
+    | ``trainer.validate``, ``trainer.test`` | each one |
+
+    A sampled step stands where ``self.log`` puts it, an evaluation at the number of steps taken.
 
     **Logged metrics.** ``<layer>`` is a module's path in the LightningModule. An evaluation has ``val_`` or ``test_``
     before the statistic, as in ``layer_val_dead/<layer>``. Every tag has a description in TensorBoard.

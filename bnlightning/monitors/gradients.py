@@ -116,14 +116,14 @@ class Gradients:
         With sharded parameters every rank must call this.
 
         Returns:
-            The record. ``None`` if nothing was taken down on this rank.
+            The record, on the first rank. ``None`` on others, or if nothing was taken down.
         """
         step, accumulators = self._step, self._accumulators
         self.abandon()
         if step is None or accumulators is None:
             return None
         accumulators.finish()
-        return self.record(step, accumulators.statistics())
+        return None if not is_first_rank() else self.record(step, accumulators.statistics())
 
     def record(self, step: int, found: Mapping[str, ParameterCounts]) -> Record:
         """Make the record of what was counted.

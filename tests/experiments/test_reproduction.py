@@ -38,7 +38,7 @@ COSTS_AT = (0, 50, 100, 200, 250)
 LAYERS_AT = (0, 50, 100, 150, 200, 250)
 MINI_BATCH = ("tanh", "relu", "sigmoid")
 FULL_BATCH = ("tanh_full_batch", "relu_full_batch")
-OUR_SEEDS = {"mini": range(101, 125), "full": range(101, 121)}
+OUR_SEEDS = {"mini": range(101, 125), "full": range(101, 125)}
 # Seeds of the plain implementation; a full-batch one costs ten times as much.
 PLAIN_SEEDS = {"mini": 200, "full": 60}
 NORMS = ("none", "custom")
@@ -213,8 +213,16 @@ def rejected(numbers, reference, threshold):
     common = numbers.keys() & reference.keys()
     assert {("cost", step) for step in COSTS_AT} < common
     shares = sum(key[0] != "cost" for key in common)
-    found = {key: p_value(numbers[key], reference[key]) for key in sorted(common, key=str)}
-    return {key: p for key, p in found.items() if p < (threshold if key[0] == "cost" else threshold / shares)}
+    # Of samples of these sizes that do not overlap at all: a comparison that could not fail is none.
+    ours, theirs = (len(each["cost", 0]) for each in (numbers, reference))
+    smallest = p_value(range(ours), range(ours, ours + theirs))
+    assert smallest < threshold, (ours, theirs, smallest)
+    found = {}
+    for key in sorted(common, key=str):
+        limit = threshold if key[0] == "cost" else threshold / shares
+        if smallest < limit and (p := p_value(numbers[key], reference[key])) < limit:
+            found[key] = p
+    return found
 
 
 def table(experiment, norm, numbers, references):
@@ -244,7 +252,8 @@ def assert_reproduced(experiment, seeds, plain_seeds):
 
 
 def test_a_few_seeds_of_tanh_give_what_the_originals_and_the_formulas_give():
-    assert_reproduced("tanh", OUR_SEEDS["mini"][:4], plain_seeds=50)
+    # Five seeds can tell costs from those of ten originals at their threshold; shares need more.
+    assert_reproduced("tanh", OUR_SEEDS["mini"][:5], plain_seeds=50)
 
 
 @pytest.mark.slow
