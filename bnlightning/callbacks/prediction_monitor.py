@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bnlightning._check import check_integer
 from bnlightning.callbacks._steps import EvaluationCadence
+from bnlightning.compare.names import PREDICTION
 
 
 class PredictionMonitor(Callback):
@@ -82,7 +83,7 @@ class PredictionMonitor(Callback):
             return
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_tensor("val/prediction", everything, global_step=trainer.global_step)
+                logger.experiment.add_tensor(PREDICTION, everything, global_step=trainer.global_step)
 
 
 def _gather(points: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from bnlightning._check import check_number
+from bnlightning.compare.names import NOTE
 from bnlightning.models.regression import RegressionSteps
 from bnlightning.nn import BatchNorm1d, get_norm_layer
 from bnlightning.nn.moments import world_size
@@ -127,7 +128,7 @@ class LitMovingAverage(RegressionSteps):
         note = self._note()
         for logger in self.loggers if note else ():
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("test/note", note, global_step=self.global_step)
+                logger.experiment.add_text(NOTE, note, global_step=self.global_step)
 
     def _note(self) -> str:
         """Return the sum that gave the running variance, found from the numbers and not from the layer's convention."""

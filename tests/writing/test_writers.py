@@ -185,7 +185,3 @@ def test_the_nearest_class_decides(registered):
     assert writer_of(LoudPrinter()) is loud
     # The class of any package that has this name, such as lightning's and pytorch_lightning's.
     assert writer_of(type("TensorBoardLogger", (), {})()) is writers.write_to_tensorboard_logger
-
-
-def test_nothing_happens_without_a_logger():
-    write([], summaries())
