@@ -88,5 +88,5 @@ def test_installed_command_shows_its_help(run_from_wheel):
 
 def test_installed_command_runs_an_experiment(run_from_wheel, tmp_path):
     run_from_wheel("-m", "bnlightning.train", "+experiment=tanh", "trainer.max_steps=5", "output_dir=runs")
-    assert {path.name for path in (tmp_path / "runs").iterdir() if path.is_dir()} == {"none", "custom"}
+    assert {path.name for path in (tmp_path / "runs").iterdir() if path.is_dir()} == {"none", "custom", "comparison"}
     assert (tmp_path / "runs" / "comparison.png").is_file()

@@ -49,7 +49,7 @@ def test_relu_without_normalisation_diverges_and_is_not_called_dead(run_module, 
         rows = {row["variant"]: row for row in csv.DictReader(file)}
     assert rows["no norm"]["final cost"] == "not finite" and rows["no norm"]["first non-finite"] == f"step 1, {layer}"
     assert rows["no norm"]["dead"] == "0.0 %" and rows["no norm"]["non-finite"] == "100.0 %"
-    assert rows["custom"]["first non-finite"] == "none seen"
+    assert rows["batch norm (ours)"]["first non-finite"] == "none seen"
     assert (
         "Diverged is not dead" in result.stdout and "Diverged is not dead" in (directory / "comparison.md").read_text()
     )
