@@ -128,6 +128,9 @@ class Catalogue(Generic[Counts, Part]):
         summaries: The numbers of the whole network.
         histograms: Description of each histogram, by its name in tags.
 
+    Raises:
+        ValueError: If the name of a statistic would make another tag, or is there twice.
+
     Example:
         >>> half = Statistic("half", lambda x: x / 2, "Half of it.", "Small.")
         >>> catalogue = Catalogue("layer", [half])
@@ -145,7 +148,7 @@ class Catalogue(Generic[Counts, Part]):
     def __post_init__(self) -> None:
         names = [one.name for one in self.statistics]
         for name in names:
-            if not re.fullmatch(r"(?!val_|test_)[a-z]\w*", name):
+            if not re.fullmatch(r"(?!val_|test_)[a-z][a-z0-9_]*", name):
                 raise ValueError(
                     f"statistics with the name {name!r} are not possible: give a name of small letters, digits and _ "
                     "that does not begin with val_ or test_."

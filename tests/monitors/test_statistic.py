@@ -39,7 +39,7 @@ def test_declarations_are_pickled_with_the_callback_that_holds_them():
         assert [one.description for one in copy.summaries] == [one.description for one in catalogue.summaries]
 
 
-@pytest.mark.parametrize("name", ["val_dead", "test_dead", "a/b", "Dead", ""])
+@pytest.mark.parametrize("name", ["val_dead", "test_dead", "a/b", "Dead", "deadUnits", ""])
 def test_a_name_that_would_make_another_tag_is_refused(name):
     with pytest.raises(ValueError, match=r"statistics with the name .* are not possible"):
         Catalogue("layer", [Statistic(name, lambda x: x, "It.", "It.")])
