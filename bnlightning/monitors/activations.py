@@ -16,13 +16,16 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bnlightning.compare.names import TRAIN
 from bnlightning.monitors.catching.finite_check import FiniteCheck, Found, make_check
 from bnlightning.monitors.catching.observer import Observer
 from bnlightning.monitors.catching.selection import Choice, device_of
+from bnlightning.monitors.counting.firing import Firing
 from bnlightning.monitors.counting.histogram import Histogram, TypicalRanges, finite_histogram
 from bnlightning.monitors.counting.layer_statistics import (
     LayerCounts,
@@ -67,6 +70,7 @@ class Activations:
             raise ValueError(f"statistics with sums of one name are not possible: {names}. Give each sum its own name.")
         self._observer = Observer(modules, max_layers)
         self._recent = RecentUnits(window_samples)
+        self._firing = Firing(window_samples)
         self._ranges = TypicalRanges()
         self._device = torch.device("cpu")
         self._check: FiniteCheck | None = None
@@ -105,8 +109,9 @@ class Activations:
         self._accumulators.clear()
 
     def forget(self) -> None:
-        """Forget the window of samples and the typical ranges: a training begins anew."""
+        """Forget the window of samples, how often units fired and the typical ranges: a training begins anew."""
         self._recent.clear()
+        self._firing.clear()
         self._ranges = TypicalRanges()
 
     def open(self, step: int, phase: str = TRAIN, *, grad_scale: float | None = None) -> None:
@@ -197,19 +202,24 @@ class Activations:
         return first_of_ranks(self._check.found() if self._check is not None else None, self._device)
 
     def state_dict(self) -> dict[str, Any]:
-        """The window of samples and the typical ranges as plain values and tensors, for a checkpoint."""
-        return {"recent": self._recent.state_dict(), "ranges": self._ranges.state_dict()}
+        """The window, how often units fired and the typical ranges as plain values and tensors, for a checkpoint."""
+        return {
+            "recent": self._recent.state_dict(),
+            "firing": self._firing.state_dict(),
+            "ranges": self._ranges.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state_dict` returned."""
         self._recent.load_state_dict(state["recent"])
+        self._firing.load_state_dict(state["firing"])
         self._ranges.load_state_dict(state["ranges"])
 
     def _entry(self, key: LayerKey, sums: LayerSums, phase: str) -> Entry:
-        units = self._units(key, sums, phase)
+        units, dead = self._units(key, sums, phase)
         catalogue = self._gradients if key.is_gradient else self._outputs
         return Entry(
-            numbers=catalogue.numbers(LayerCounts(key, sums, units)),
+            numbers=catalogue.numbers(LayerCounts(key, sums, units, dead)),
             histograms=self._histograms(key, sums, phase),
             bins=None if key.is_gradient else sums.bins,
             units=key.units,
@@ -217,11 +227,15 @@ class Activations:
             is_activation=key.is_activation,
         )
 
-    def _units(self, key: LayerKey, sums: LayerSums, phase: str) -> UnitSums | None:
-        """The sums of the units: over the window in training, over all samples in an evaluation."""
-        if sums.units is None or phase != TRAIN:
-            return sums.units
-        return self._recent.add(key, sums.units)
+    def _units(
+        self, key: LayerKey, sums: LayerSums, phase: str
+    ) -> tuple[UnitSums, NDArray[np.bool_]] | tuple[None, None]:
+        """The sums of the units, and which are dead. Over the window in training, over all samples in an evaluation."""
+        if sums.units is None:
+            return None, None
+        if phase != TRAIN:
+            return sums.units, self._firing.of_evaluation(key, sums.units)
+        return self._recent.add(key, sums.units), self._firing.update(key, sums.units)
 
     def _histograms(self, key: LayerKey, sums: LayerSums, phase: str) -> dict[str, Histogram]:
         if sums.minimum > sums.maximum:

@@ -31,6 +31,11 @@ _OF_WINDOW = (
     "In training over the window: the last `window_samples` (1000 by default) samples of the sampled steps, or up to "
     "twice as many. In an evaluation over all of its samples. All ranks together."
 )
+_OF_SILENCE = (
+    "A unit that used to fire for a share f of the samples is dead after n silent samples in a row, with (1 - f)^n "
+    "below 1 %. One that has never fired is dead after 459. In an evaluation of at least 459 samples the dead units are "
+    "those that are zero for all of them. All ranks together."
+)
 
 
 @dataclass(frozen=True)
@@ -41,11 +46,14 @@ class LayerCounts:
         key: The layer.
         values: Sums over the sampled step, or over the whole evaluation.
         units: Sums of the units over the window of samples. ``None`` where units are not looked at.
+        dead: Which units are dead, by :mod:`bnlightning.monitors.counting.firing`, bool of shape ``(units,)``. ``None``
+            where units are not looked at.
     """
 
     key: LayerKey
     values: LayerSums
     units: UnitSums | None = None
+    dead: NDArray[np.bool_] | None = None
 
 
 def mean(layer: LayerSums) -> float | None:
@@ -113,15 +121,6 @@ def effective_rank(layer: LayerSums) -> float | None:
     return float(np.exp(-(shares * np.log(shares)).sum()))
 
 
-def dead(units: UnitSums) -> NDArray[np.bool_]:
-    """Which units were exactly zero for every sample and position. A unit with a non-finite value is not dead.
-
-    Returns:
-        bool of shape ``(units,)``.
-    """
-    return np.equal(units.nonzero, 0)
-
-
 def dormant(units: UnitSums, tau: float) -> NDArray[np.bool_]:
     """Which units are tau-dormant: their mean magnitude is at most ``tau`` times the layer's (Sokar et al., ICML 2023).
 
@@ -171,10 +170,19 @@ class _ShareOfUnits:
     which: Callable[[UnitSums], NDArray[np.bool_]]
 
     def __call__(self, layer: LayerCounts) -> float | None:
-        if layer.units is None:
+        return None if layer.units is None else _share(self.which(layer.units))
+
+
+@dataclass(frozen=True)
+class _WithDead:
+    """Dead units are among the others at once, and not only when the window holds nothing else."""
+
+    which: Callable[[UnitSums], NDArray[np.bool_]]
+
+    def __call__(self, layer: LayerCounts) -> float | None:
+        if layer.units is None or layer.dead is None:
             return None
-        marked = self.which(layer.units)
-        return np.count_nonzero(marked) / len(marked)
+        return _share(self.which(layer.units) | layer.dead)
 
 
 @dataclass(frozen=True)
@@ -206,6 +214,14 @@ class _OverLayers:
     def __call__(self, layers: Sequence[Entry]) -> float | None:
         values = [layer.numbers[self.name] for layer in layers if self.name in layer.numbers]
         return sum(values) / len(values) if values else None
+
+
+def _dead(layer: LayerCounts) -> float | None:
+    return None if layer.dead is None else _share(layer.dead)
+
+
+def _share(marked: NDArray[np.bool_]) -> float:
+    return np.count_nonzero(marked) / len(marked)
 
 
 def _worst_dead(layers: Sequence[Entry]) -> float | None:
@@ -254,21 +270,20 @@ def layer_statistics(tau: float = 0.025) -> list[Statistic[LayerCounts]]:
         ),
         Statistic(
             "dead",
-            _ShareOfUnits(dead),
-            "Share of the units that put out exactly zero for every sample and position. A unit is one channel or one "
-            f"feature. {_OF_WINDOW} A unit that has died within the window still counts as alive.",
+            _dead,
+            f"Share of the dead units: they put out exactly zero. A unit is one channel or one feature. {_OF_SILENCE}",
             "0. A dead unit learns nothing more. Try a lower learning rate, a normalisation in front of the "
             "activation, or `leaky_relu`.",
             look=Look("dead units", word="dead units"),
             alarm=Alarm(
-                "of the units are dead: zero for every one of the last {samples} samples",
+                "of the units are dead: they put out exactly zero, and for so many samples that it is no chance",
                 "a lower learning rate, a normalisation in front of the activation, He initialisation, or an "
                 "activation with a slope on both sides (leaky_relu, elu, gelu)",
             ),
         ),
         Statistic(
             "dormant",
-            _ShareOfUnits(partial(dormant, tau=tau)),
+            _WithDead(partial(dormant, tau=tau)),
             f"Share of the units whose mean magnitude is at most {tau:g} times the mean over the layer's units (Sokar "
             f"et al., 2023). Dead units are dormant, too. {_OF_WINDOW}",
             "Near 0. Dormant units hardly matter to the output. Try a lower learning rate or a normalisation in front "
@@ -343,7 +358,7 @@ def layer_statistics(tau: float = 0.025) -> list[Statistic[LayerCounts]]:
         ),
         Statistic(
             "rarely_active",
-            _ShareOfUnits(rarely_active),
+            _WithDead(rarely_active),
             "Share of the units that are non-zero for less than 1 % of the samples and positions (Dohare et al., "
             f"2024). Dead units are among them. {_OF_WINDOW}",
             "Near 0. The cures are those of `layer_dead`.",
@@ -431,14 +446,13 @@ _HEALTH = (
     Summary[Entry](
         "dead",
         _OverUnits("dead"),
-        "Share of dead units among all units of all activations. A dead unit puts out exactly zero for every sample "
-        f"and position. {_OF_WINDOW}",
+        f"Share of dead units among all units of all activations. {_OF_SILENCE}",
         "0. `layer_dead` shows which layers it is, and what helps.",
     ),
     Summary[Entry](
         "dead_max",
         _worst_dead,
-        f"Share of dead units in the activation that has the largest share. {_OF_WINDOW}",
+        f"Share of dead units in the activation that has the largest share. {_OF_SILENCE}",
         "0. `layer_dead` shows which layer it is, and what helps.",
     ),
     Summary[Entry](

@@ -1,7 +1,7 @@
 """Accumulators of what layers put out.
 
 Every accumulator is a sum or a maximum. The result is therefore exact over calls, micro-batches, steps and ranks. The
-accumulators lie on the device and are read once, when a sample is closed. A layer takes 33 kB, and 32 bytes for each of
+accumulators lie on the device and are read once, when a sample is closed. A layer takes 33 kB, and 40 bytes for each of
 its units.
 """
 
@@ -25,7 +25,7 @@ Number = float | Tensor
 _SAFE = 1e-10
 _LARGEST_SHIFT = 2.0**100
 
-_NONZERO, _MAGNITUDE, _LOW, _HIGH = range(4)
+_NONZERO, _MAGNITUDE, _FIRED, _LOW, _HIGH = range(5)
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ class UnitSums:
         samples: Number of samples: the sizes of the batches, added up.
         nonzero: Number of values that are not zero. Non-finite values count as non-zero.
         magnitude: Sum of the absolute finite values.
+        fired: Number of samples with a value that is not zero at any position.
         low: Number of finite values below the activation's limits. Zeros for an unbounded activation.
         high: Number of finite values above the activation's limits, likewise.
     """
@@ -84,6 +85,7 @@ class UnitSums:
     samples: int
     nonzero: NDArray[np.float64]
     magnitude: NDArray[np.float64]
+    fired: NDArray[np.float64]
     low: NDArray[np.float64]
     high: NDArray[np.float64]
 
@@ -197,7 +199,7 @@ class _Row:
         self.seen = False
         real = real_dtype(device)
         self.bins = torch.zeros(NUM_BINS, dtype=torch.int64, device=device)
-        number = 0 if not key.units else 4 if key.limits else 2
+        number = 0 if not key.units else 5 if key.limits else 3
         self.units = torch.zeros(number, key.units, dtype=real, device=device)
         self._unit_sums = self.units.unbind()
         shapes = {each: each.shape(key) for each in sums}
@@ -258,7 +260,12 @@ class _Row:
         nonzero = magnitude.sign_()
         if values.finite is not None:
             nonzero = torch.where(values.finite, nonzero, 1.0)
-        self._unit_sums[_NONZERO].add_(values.sum_by_unit(nonzero))
+        by_sample = values.sum_by_sample(nonzero)
+        number = values.sum_of_samples(by_sample)
+        self._unit_sums[_NONZERO].add_(number)
+        # Without positions, every sample has one value for a unit.
+        fired = number if by_sample is nonzero else values.sum_of_samples(by_sample.clamp_(max=1.0))
+        self._unit_sums[_FIRED].add_(fired)
         if self.key.limits is not None:
             low, high = self.key.limits
             between = values.fill((max(low, -1e30) + min(high, 1e30)) / 2)
@@ -299,6 +306,7 @@ class CallValues:
             x = self._made_contiguous(x)
         self.x = x
         self._others = [dim for dim in range(x.dim()) if dim != self.unit_dim]
+        self._positions = self._others[1:]
         self.finite: Tensor | None = None
         self.num_finite: Number = x.numel()
         self.minimum: Number
@@ -341,10 +349,20 @@ class CallValues:
 
     def sum_by_unit(self, values: Tensor) -> Tensor:
         """Sums over all dimensions but that of the units, shape ``(units,)``."""
+        return values.sum(self._others, dtype=self._dtype_of_counts())
+
+    def sum_by_sample(self, values: Tensor) -> Tensor:
+        """Sums over the positions of each sample, shape ``(samples, units)``."""
+        return values.sum(self._positions) if self._positions else values
+
+    def sum_of_samples(self, values: Tensor) -> Tensor:
+        """Sums over the samples of counts by sample and unit, shape ``(units,)``."""
+        return values.sum(0, dtype=self._dtype_of_counts())
+
+    def _dtype_of_counts(self) -> torch.dtype | None:
         # float32 holds counts up to 2^24 exactly.
-        if values.numel() > 2**24 * values.shape[self.unit_dim]:
-            return values.sum(self._others, dtype=real_dtype(values.device))
-        return values.sum(self._others)
+        is_large = self.x.numel() > 2**24 * self.x.shape[self.unit_dim]
+        return real_dtype(self.x.device) if is_large else None
 
     def _made_contiguous(self, x: Tensor) -> Tensor:
         if x.dim() > 3 and x.movedim(1, -1).is_contiguous():
@@ -435,8 +453,8 @@ def _packed(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
 
 def _unit_sums(sums: NDArray[np.float64], observations: int, samples: int) -> UnitSums:
     nothing = np.zeros_like(sums[0])
-    low, high = (sums[_LOW], sums[_HIGH]) if len(sums) > 2 else (nothing, nothing)
-    return UnitSums(observations, samples, sums[_NONZERO], sums[_MAGNITUDE], low, high)
+    low, high = (sums[_LOW], sums[_HIGH]) if len(sums) > _LOW else (nothing, nothing)
+    return UnitSums(observations, samples, sums[_NONZERO], sums[_MAGNITUDE], sums[_FIRED], low, high)
 
 
 def _taker(packed: NDArray[np.float64]) -> Callable[[torch.Size], NDArray[np.float64]]:

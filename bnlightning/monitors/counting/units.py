@@ -11,8 +11,7 @@ from bnlightning.monitors.counting.layers import LayerKey, UnitSums
 class RecentUnits:
     """Sums of each layer's units over its last ``samples`` samples, or up to twice as many.
 
-    It takes many samples to tell that a unit is dead. Two generations of at least ``samples`` samples are kept. The
-    older one is dropped when the younger one is complete.
+    Two generations of at least ``samples`` samples are kept. The older one is dropped when the younger one is complete.
 
     Args:
         samples: Least number of samples of a generation, of all ranks together.
@@ -58,7 +57,7 @@ _GENERATIONS = ("_younger", "_older")
 
 
 def _packed(key: LayerKey, units: UnitSums) -> dict[str, Any]:
-    sums = torch.from_numpy(np.stack([units.nonzero, units.magnitude, units.low, units.high]))
+    sums = torch.from_numpy(np.stack([units.nonzero, units.magnitude, units.fired, units.low, units.high]))
     return {**vars(key), "observations": units.observations, "samples": units.samples, "sums": sums}
 
 
