@@ -49,7 +49,7 @@ def exceeds(threshold: Threshold, record: Record, needed: int) -> str | None:
     Args:
         threshold: The number and its limit.
         record: The record of a sampled step or of an evaluation.
-        needed: Least number of samples that a number must be over to be believed.
+        needed: Least number of samples that a number over the window must be over to be believed.
     """
     ill = {path: layer for path, layer in record.layers.items() if _is_ill(layer, threshold, needed)}
     if not ill:
@@ -65,7 +65,8 @@ def exceeds(threshold: Threshold, record: Record, needed: int) -> str | None:
 
 def _is_ill(layer: Entry, threshold: Threshold, needed: int) -> bool:
     share = layer.numbers.get(threshold.statistic, 0.0)
-    return layer.is_activation and layer.units > 0 and layer.samples >= needed and share > threshold.limit
+    is_believed = layer.samples >= needed or not threshold.alarm.needs_window
+    return layer.is_activation and layer.units > 0 and is_believed and share > threshold.limit
 
 
 def _listed(paths: Sequence[str]) -> str:

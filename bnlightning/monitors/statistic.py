@@ -56,10 +56,12 @@ class Alarm:
         meaning: The words behind the share, such as ``"of the units were zero for the last {samples} samples"``. The
             number of samples of the window takes the place of ``{samples}``.
         cures: The usual cures, as a list within a sentence.
+        needs_window: Whether the number is believed only once it is over a whole window of samples.
     """
 
     meaning: str
     cures: str
+    needs_window: bool = False
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def sampled(monitor, module, *batches, step=0, phase="train"):
 
 
 def test_a_plain_loop_against_numpy():
-    module, batches = network(), [normal(32, 4), normal(8, 4, seed=1)]
+    module, batches = network(), [normal(452, 4), normal(8, 4, seed=1)]
     monitor = Activations()
     monitor.attach(module)
     record = sampled(monitor, module, *batches, step=7)
@@ -44,7 +44,7 @@ def test_a_plain_loop_against_numpy():
     assert (record.step, record.phase, list(record.layers)) == (7, "train", ["1", "3"])
     for path, output in outputs.items():
         values, entry = output.detach().double().numpy(), record.layers[path]
-        assert (entry.units, entry.samples, entry.is_activation) == (values.shape[1], 40, True)
+        assert (entry.units, entry.samples, entry.is_activation) == (values.shape[1], 460, True)
         assert entry.numbers["mean"] == pytest.approx(values.mean(), rel=1e-5)
         assert entry.numbers["dead"] == (values == 0).all(axis=0).mean()
         assert entry.histograms["hist"].counts.sum() == values.size == entry.bins.sum()
@@ -139,7 +139,7 @@ def test_a_tap_is_a_layer():
     monitor.attach(network())
     monitor.open(0)
     monitor.observe()
-    tap(torch.zeros(5, 3), "shown")
+    tap(torch.zeros(500, 3), "shown")
     assert monitor.close().layers["shown"].numbers["dead"] == 1.0
     monitor.detach()
 

@@ -159,7 +159,8 @@ class Firing:
 
     def _before(self, key: LayerKey) -> _Units:
         known = self._layers.get(key)
-        return _Units(*np.zeros((3, key.units)), total=np.zeros(())) if known is None else known
+        nothing = np.zeros(key.units)
+        return _Units(nothing, nothing, nothing, np.zeros(())) if known is None else known
 
     def _after(self, before: _Units, units: UnitSums) -> _Units:
         fires, silence = units.fired > 0, before.silent + units.samples

@@ -33,8 +33,8 @@ _OF_WINDOW = (
 )
 _OF_SILENCE = (
     "A unit that used to fire for a share f of the samples is dead after n silent samples in a row, with (1 - f)^n "
-    "below 1 %. One that has never fired is dead after 459. In an evaluation of at least 459 samples the dead units are "
-    "those that are zero for all of them. All ranks together."
+    "below 1 %. One that has never fired is dead after 459. In an evaluation of at least 459 samples, a unit is dead "
+    "that is zero for all of them. All ranks together."
 )
 
 
@@ -180,9 +180,10 @@ class _WithDead:
     which: Callable[[UnitSums], NDArray[np.bool_]]
 
     def __call__(self, layer: LayerCounts) -> float | None:
-        if layer.units is None or layer.dead is None:
+        if layer.units is None:
             return None
-        return _share(self.which(layer.units) | layer.dead)
+        marked = self.which(layer.units)
+        return _share(marked if layer.dead is None else marked | layer.dead)
 
 
 @dataclass(frozen=True)
@@ -294,6 +295,7 @@ def layer_statistics(tau: float = 0.025) -> list[Statistic[LayerCounts]]:
                 "the layer's",
                 "a lower learning rate, a normalisation in front of the activation, or setting these units' weights "
                 "anew",
+                needs_window=True,
             ),
         ),
         Statistic(

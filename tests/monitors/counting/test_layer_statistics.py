@@ -1,3 +1,6 @@
+import dataclasses
+
+import numpy as np
 import pytest
 import torch
 
@@ -18,7 +21,7 @@ def counts_of(x, **key):
     accumulators, key = LayerAccumulators(), LayerKey("layer", **key)
     accumulators.update(key, x)
     sums = accumulators.reduce(CPU)[key]
-    return LayerCounts(key, sums, sums.units)
+    return LayerCounts(key, sums, sums.units, None if sums.units is None else sums.units.fired == 0)
 
 
 def test_health_of_several_layers():
@@ -50,6 +53,14 @@ def test_gradients_have_the_numbers_that_any_values_have():
     numbers = gradient_catalogue().numbers(counts_of(x, is_gradient=True))
     assert numbers.keys() == {f"grad_{name}" for name in ("mean", "std", "min", "max", "zero", "nonfinite")}
     assert numbers["grad_mean"] == pytest.approx(float(x.mean()), rel=1e-5)
+
+
+def test_dead_units_are_dormant_and_rarely_active_at_once():
+    """Also while the window still holds samples for which they fired."""
+    counts = counts_of(torch.rand(10, 4, generator=torch.Generator().manual_seed(0)), is_activation=True, units=4)
+    counts = dataclasses.replace(counts, dead=np.array([True, False, True, False]))
+    numbers = layer_catalogue().numbers(counts)
+    assert (numbers["dead"], numbers["dormant"], numbers["rarely_active"]) == (0.5, 0.5, 0.5)
 
 
 def test_tau_says_which_units_are_dormant():

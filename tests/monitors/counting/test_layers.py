@@ -76,7 +76,6 @@ def expected_statistics(x, dim, tau):
         "saturated": np.mean(np.abs(finite) > np.float32(0.99)),
         "saturated_low": np.mean(finite < -np.float32(0.99)),
         "saturated_high": np.mean(finite > np.float32(0.99)),
-        "dead": np.mean((matrix == 0).all(axis=0)),
         "dormant": np.mean((magnitude <= tau * magnitude.mean()) & ~broken),
         "rarely_active": np.mean((matrix != 0).mean(axis=0) < 0.01),
         "saturated_units": np.mean(beyond.mean(axis=0) >= 0.95),
@@ -94,6 +93,9 @@ def test_numbers_against_numpy_in_float64(name, dim):
         window.update(key, part, dim)
     layer = window.reduce(CPU)[key]
     found = statistics(key, layer, layer.units, tau=0.7)
+    by_sample = as_matrix(x.numpy() != 0, dim).reshape(len(x), -1, layer.units.nonzero.size) if x.dim() > 1 else None
+    if by_sample is not None:
+        assert layer.units.fired.tolist() == by_sample.any(axis=1).sum(axis=0).tolist()
     expected = expected_statistics(x, dim, tau=0.7)
     assert found.keys() == expected.keys()
     scale = float(x[x.isfinite()].abs().max())
@@ -145,7 +147,8 @@ def test_a_layer_without_a_finite_value():
     window.update(key, x)
     layer = window.reduce(CPU)[key]
     found = statistics(key, layer, layer.units, 0.025)
-    assert found == {"nonfinite": 1.0, "dead": 0.0, "dormant": 0.0, "rarely_active": 0.0, "saturated_units": 0.0}
+    assert found == {"nonfinite": 1.0, "dormant": 0.0, "rarely_active": 0.0, "saturated_units": 0.0}
+    assert layer.units.fired.tolist() == [4, 4, 4]
     assert layer.minimum > layer.maximum
 
 
@@ -154,7 +157,7 @@ def test_a_layer_of_zeros_is_dormant_all_over():
     window.update(key, torch.zeros(5, 3))
     layer = window.reduce(CPU)[key]
     found = statistics(key, layer, layer.units, 0.0)
-    assert (found["dead"], found["dormant"], found["rarely_active"], found["zero"]) == (1.0, 1.0, 1.0, 1.0)
+    assert (found["dormant"], found["rarely_active"], found["zero"]) == (1.0, 1.0, 1.0)
 
 
 def test_a_reset_window_knows_nothing():
