@@ -72,10 +72,13 @@ class ActivationMonitor(MonitorCallback):
     unit is a channel of 4-D and 5-D outputs, otherwise an entry of the last dimension. Normalisations, linear and
     convolutional layers have no units. Padding counts like any other value.
 
-    **The window.** In training the numbers of units are over the last ``window_samples`` samples of the sampled steps,
-    or up to twice as many. A unit that died within the window still counts as alive. With batches of 50 and a sampled
-    step every 10 steps, the default window reaches back 200 to 400 steps. An evaluation is a window of its own, without
-    that delay.
+    **Dead units.** A unit that used to fire for a share f of the samples is dead after n silent samples in a row, with
+    (1 - f)^n below 1 %. That is 7 samples for a unit that fired for half of them. A unit that has never fired is dead
+    after 459. A layer that has never fired is told earlier. :mod:`bnlightning.monitors.counting.firing` derives it.
+
+    **The window.** In training the other numbers of units are over the last ``window_samples`` samples of the sampled
+    steps, or up to twice as many. With batches of 50 and a sampled step every 10 steps, the default window reaches back
+    200 to 400 steps. An evaluation is a window of its own.
 
     **Calls.** A second call of a module within a batch is ``<path>#1``, further ones ``#2`` to ``#15``. The last stands
     for all that follow. A tensor in a tuple, mapping or dataclass is ``<path>:0`` or ``<path>:logits``. Activations
@@ -86,7 +89,7 @@ class ActivationMonitor(MonitorCallback):
     order of the modules' paths. A sampled step has a graph of its own. What was compiled before the fit is compiled
     again (:func:`torch.compiler.reset`), since it would not call the hooks.
 
-    **Memory.** A layer takes 33 kB of the device's memory in each phase, and 32 bytes for each unit. It takes at most 3
+    **Memory.** A layer takes 33 kB of the device's memory in each phase, and 40 bytes for each unit. It takes at most 3
     kB of the event file at each sampled step. The pictures keep at most 128 sampled steps, and distributions of 16
     layers.
 
@@ -98,7 +101,8 @@ class ActivationMonitor(MonitorCallback):
         check_finite_every_n_steps: Distance between two training steps that are checked for NaN and infinities, until
             one is found. ``None``: no step is checked. Only 1, the default, finds the very first one. The check covers
             all modules without submodules that could make one, watched or not. A mask of infinities is among them.
-        window_samples: Least number of samples, of all ranks together, that the numbers of units are over.
+        window_samples: Least number of samples, of all ranks together, that the numbers of units are over. How often a
+            unit used to fire is known from up to twice as many.
         tau: A unit is dormant up to this share of the layer's mean magnitude.
         output_gradients: Whether to log the gradients of the outputs in sampled training steps: ``layer_grad_hist``,
             ``layer_grad_mean``, ``_std``, ``_min``, ``_max``, ``_zero`` and ``_nonfinite``. They are gradients of the
@@ -110,9 +114,8 @@ class ActivationMonitor(MonitorCallback):
         statistics: Further numbers of every layer, declared as
             :class:`~bnlightning.monitors.statistic.Statistic` describes. By default none.
         max_layers: Largest number of watched layers. A warning says which are left out.
-        warn_dead_above: Share of dead units in an activation above which to warn, once. It must be over at least
-            ``window_samples`` samples. ``None``: never.
-        warn_dormant_above: The same for the share of dormant units.
+        warn_dead_above: Share of dead units in an activation above which to warn, once. ``None``: never.
+        warn_dormant_above: The same for the share of dormant units, once it is over ``window_samples`` samples.
         warn_saturated_above: The same for the share of saturated outputs.
         stop_on_nonfinite: Whether the first NaN or infinity stops the training. A CPU alone stops in the same step. A
             GPU or several ranks stop at the next sampled step. There is a warning in any case.

@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import pickle
+import re
 from unittest.mock import patch
 
 import lightning
@@ -854,3 +855,62 @@ def test_an_evaluation_at_the_start_of_a_second_fit_stands_where_that_fit_is(tmp
 
     quiet_trainer(tmp_path / "second", max_steps=1, callbacks=[monitor]).fit(EvaluatesFirst(), loader())
     assert list(scalar(read_events(tmp_path / "second"), "layer_val_mean/body.2")) == [0]
+
+
+class Truth(lightning.Callback):
+    """Keeps the share of units that are zero for the whole training set, with the weights of each sampled step."""
+
+    def __init__(self, x, every):
+        self.x, self.every, self.dead = x, every, {}
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step % self.every == 0:
+            one, _, two, *_ = pl_module.net
+            with torch.no_grad():
+                hidden = torch.relu(nn.functional.linear(self.x, one.weight, one.bias))
+                output = torch.relu(nn.functional.linear(hidden, two.weight, two.bias))
+            self.dead[trainer.global_step] = float((output == 0).all(dim=0).double().mean())
+
+
+class Dying(lightning.LightningModule):
+    """A learning rate that is far too high kills most of the second layer within 300 steps."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
+
+    def training_step(self, batch):
+        x, y = batch
+        return nn.functional.cross_entropy(self.net(x), y)
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_share_of_dead_units_follows_the_truth(seed, tmp_path):
+    torch.manual_seed(seed)
+    x = torch.randn(2000, 20)
+    data = DataLoader(TensorDataset(x, (x[:, 0] * x[:, 1] > 0).long()), batch_size=32, shuffle=True)
+    truth = Truth(x, every=10)
+    monitor = ActivationMonitor(every_n_steps=10, warn_dead_above=0.5)
+    with pytest.warns(UserWarning, match="of the units are dead") as caught:
+        quiet_trainer(tmp_path, max_steps=500, callbacks=[monitor, truth]).fit(Dying(), data)
+    told, true = scalar(read_events(tmp_path), "layer_dead/net.3"), truth.dead
+    assert told.keys() == true.keys()
+    # A unit that has died is told at the next sampled step or the one after, unless it fired seldom before.
+    assert np.mean([abs(told[step] - true[step]) for step in true]) <= 0.1
+    assert told[490] == pytest.approx(true[490], abs=0.05)
+    (message,) = [str(warning.message) for warning in caught if "are dead" in str(warning.message)]
+    warned_at = int(re.search(r"training at step (\d+):", message)[1])
+    assert warned_at <= min(step for step in true if true[step] > 0.5) + 20
+
+
+def test_a_layer_that_is_dead_from_the_start_is_told_at_the_start(tmp_path):
+    module = Dying()
+    nn.init.constant_(module.net[2].bias, -100.0)
+    x = torch.randn(320, 20, generator=torch.Generator().manual_seed(0))
+    data = DataLoader(TensorDataset(x, torch.zeros(320, dtype=torch.long)), batch_size=32)
+    monitor = ActivationMonitor(warn_dead_above=0.5)
+    with pytest.warns(UserWarning, match=r"net\.3, training at step 0: 100% of the units are dead"):
+        quiet_trainer(tmp_path, max_steps=2, callbacks=[monitor]).fit(module, data)

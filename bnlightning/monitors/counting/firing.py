@@ -18,8 +18,11 @@ larger, since ``k/m`` is then hardly known.
 unit of a layer has ever fired, the silent samples of all units are added up. Twice as many are asked for then, since
 units may fire for the same samples.
 
-A unit that fires for the share :data:`RAREST` can be called dead in both ways. The chance of the second is taken off
-that of the first, so that at most 1 % of such units are called dead at any time.
+**A unit that has fired for very few samples.** Its share is hardly known, so ``p`` asks for very many silent samples.
+In a layer that has seen enough, such a unit is dead after 459, too, if ``(1 - k/m)^z`` is below half of :data:`CHANCE`.
+
+A unit that fires for the share :data:`RAREST` can be called dead in all of these ways. The chance of the second is
+taken off that of the first, so that at most 1 % of such units are called dead at any time.
 """
 
 import math
@@ -42,8 +45,8 @@ SAMPLES_OF_SILENCE = math.ceil(math.log(CHANCE) / math.log1p(-RAREST))
 
 # Half of what is known of a unit is forgotten while it fires so often.
 _FIRES = 70.0
-# Halved three times, a single fire is a matter of the past.
-_FORGOTTEN = 1 / 8
+# Halved once, a single fire is a matter of the past.
+_FORGOTTEN = 1 / 2
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,13 @@ class _Units:
             return never
         is_late = ~never & (self.total >= SAMPLES_OF_SILENCE)
         by_never_firing = np.where(is_late, (1 - RAREST) ** self.total, 0.0)
-        found: NDArray[np.bool_] = self.chances() <= CHANCE - by_never_firing
+        dead: NDArray[np.bool_] = self.chances() <= CHANCE - by_never_firing
+        return dead | (~never & self._silent_for_long())
+
+    def _silent_for_long(self) -> NDArray[np.bool_]:
+        is_long = (self.total >= 3 * SAMPLES_OF_SILENCE) & (self.silent >= SAMPLES_OF_SILENCE)
+        # (1 - f)^silent is below half of CHANCE, for f = fires / samples. The other half is for chances above.
+        found: NDArray[np.bool_] = is_long & (self.silent * self.fires >= -math.log(CHANCE / 2) * self.samples)
         return found
 
 
@@ -120,7 +129,7 @@ class Firing:
         Returns:
             bool of shape ``(units,)``.
         """
-        known = self._layers[key] = self._after(self._before(key), units)
+        known = self._layers[key] = self._with_step(self._before(key), units)
         return known.dead()
 
     def of_evaluation(self, key: LayerKey, units: UnitSums) -> NDArray[np.bool_]:
@@ -162,7 +171,7 @@ class Firing:
         nothing = np.zeros(key.units)
         return _Units(nothing, nothing, nothing, np.zeros(())) if known is None else known
 
-    def _after(self, before: _Units, units: UnitSums) -> _Units:
+    def _with_step(self, before: _Units, units: UnitSums) -> _Units:
         fires, silence = units.fired > 0, before.silent + units.samples
         # What a unit did before it died tells nothing of a unit that has come back. Silence by chance is no death.
         goes_on = ~fires | (before.chances() > CHANCE**2)

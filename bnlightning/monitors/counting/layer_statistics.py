@@ -217,7 +217,7 @@ class _OverLayers:
         return sum(values) / len(values) if values else None
 
 
-def _dead(layer: LayerCounts) -> float | None:
+def _share_of_dead(layer: LayerCounts) -> float | None:
     return None if layer.dead is None else _share(layer.dead)
 
 
@@ -271,7 +271,7 @@ def layer_statistics(tau: float = 0.025) -> list[Statistic[LayerCounts]]:
         ),
         Statistic(
             "dead",
-            _dead,
+            _share_of_dead,
             f"Share of the dead units: they put out exactly zero. A unit is one channel or one feature. {_OF_SILENCE}",
             "0. A dead unit learns nothing more. Try a lower learning rate, a normalisation in front of the "
             "activation, or `leaky_relu`.",
