@@ -1,28 +1,27 @@
-r"""Which units are dead, told from how often each of them fires.
+"""Which units are dead, told from how often each of them fires.
 
 A unit *fires* for a sample if it puts out anything but exactly zero at any position of that sample. A unit is dead if
 it fires for no sample of the training set. A monitor sees only a part of the samples. So it calls a unit dead when it
-has been silent for so many samples in a row that a unit which is alive would be so by a chance below :data:`CHANCE`.
+has been silent for so many samples in a row that the chance of it is below 1 % for a unit that is alive.
 
 **A unit that has fired.** It fired for ``k`` of ``m`` samples, and has been silent for the ``z`` samples since. If it
 fires as ever, then all orders of these ``m + z`` samples are equally likely. The last ``z`` of them hold none of the
-``k`` with the probability
+``k`` with the probability::
 
-.. math:: p = \binom{m}{k} \Big/ \binom{m + z}{k} = \prod_{i=1}^{z} \Big(1 - \frac{k}{m + i}\Big).
+    p = (m choose k) / (m + z choose k) = (1 - k / (m + 1)) (1 - k / (m + 2)) ... (1 - k / (m + z))
 
 This holds for any share of samples for which the unit fires. With many samples it is ``(1 - k/m)^z``. With few it is
 larger, since ``k/m`` is then hardly known.
 
-**A unit that has never fired** is taken as one that fires for the share :data:`RAREST` of the samples. It is dead after
-459 samples, the smallest ``z`` with ``(1 - RAREST)^z`` below :data:`CHANCE`. Until then it counts as alive. Where no
-unit of a layer has ever fired, the silent samples of all units are added up. Twice as many are asked for then, since
-units may fire for the same samples.
+**A unit that has never fired** is taken as one that fires for 1 % of the samples. It is dead after 459 samples, the
+smallest ``z`` with ``0.99^z`` below 1 %. Until then it counts as alive. Where no unit of a layer has ever fired, the
+silent samples of all units are added up. Twice as many are asked for then, since units may fire for the same samples.
 
-**A unit that has fired for very few samples.** Its share is hardly known, so ``p`` asks for very many silent samples.
-In a layer that has seen enough, such a unit is dead after 459, too, if ``(1 - k/m)^z`` is below half of :data:`CHANCE`.
+**A unit that has fired for very few samples.** Its rate is hardly known, so ``p`` asks for very many silent samples.
+In a layer that has seen enough, such a unit is dead after 459, too, if ``(1 - k/m)^z`` is below half of 1 %.
 
-A unit that fires for the share :data:`RAREST` can be called dead in all of these ways. The chance of the second is
-taken off that of the first, so that at most 1 % of such units are called dead at any time.
+A unit that fires for 1 % of the samples can be called dead in all of these ways. The chance of the second is taken off
+that of the first, so that at most 1 % of such units are called dead at any time.
 """
 
 import math
@@ -79,10 +78,15 @@ class _Units:
         never = self.fires < _FORGOTTEN
         if never.all() and self.silent.min() * len(never) >= 2 * SAMPLES_OF_SILENCE:
             return never
-        is_late = ~never & (self.total >= SAMPLES_OF_SILENCE)
-        by_never_firing = np.where(is_late, (1 - RAREST) ** self.total, 0.0)
-        dead: NDArray[np.bool_] = self.chances() <= CHANCE - by_never_firing
+        allowed = np.where(never, CHANCE, self._allowed_after_fires())
+        dead: NDArray[np.bool_] = self.chances() <= allowed
         return dead | (~never & self._silent_for_long())
+
+    def _allowed_after_fires(self) -> float:
+        """:data:`CHANCE`, less the chance that a unit of share :data:`RAREST` has never fired in so many samples."""
+        late = float(self.total) - SAMPLES_OF_SILENCE
+        # Halving the exponent keeps the sum of both chances below CHANCE by more than its sampling error.
+        return CHANCE if late < 0 else CHANCE * (1 - (1 - RAREST) ** (late / 2))
 
     def _silent_for_long(self) -> NDArray[np.bool_]:
         is_long = (self.total >= 3 * SAMPLES_OF_SILENCE) & (self.silent >= SAMPLES_OF_SILENCE)
