@@ -60,9 +60,10 @@ class ActivationMonitor(MonitorCallback):
     - ``layer_saturated_units``: share of the units that are saturated for 95 % of the samples or more.
     - ``health/dead``, ``health/dormant``: share of all units of all activations. ``health/dead_max``: the worst layer.
       ``health/saturated``, ``health/nonfinite``: mean over the activations.
-    - ``health/first_nonfinite_layer``, a text: the first module in the order of execution that made a NaN or an
-      infinity. ``input``: it came with the batch. ``before <module>`` or ``after <module>``: an operation that is no
-      module made it. ``loss``: the loss was the first.
+    - ``health/first_nonfinite_layer``, a text: where the first NaN or infinity was that made a loss non-finite. It is
+      the module that put it out. ``before <module>`` or ``after <module>``: an operation that is no module made it.
+      ``input:<entry>``: the batch held it. ``parameter <path>`` or ``buffer <path>``: they held it, as after a gradient
+      that was not finite. ``loss``: no module was called.
     - ``health/watched``, a text: the layers that are watched, and the modules that cannot be.
     - ``health/values_by_step``, ``health/layers_by_step``, pictures: the outputs and the numbers of every layer at
       every sampled training step. Drawn at the end of the epochs 1, 2, 4, 8, ... and of the training.
@@ -100,7 +101,8 @@ class ActivationMonitor(MonitorCallback):
             activations and normalisations that are modules of their own.
         check_finite_every_n_steps: Distance between two training steps that are checked for NaN and infinities, until
             one is found. ``None``: no step is checked. Only 1, the default, finds the very first one. The check covers
-            all modules without submodules that could make one, watched or not. A mask of infinities is among them.
+            all modules without submodules that could make one, watched or not. It tells only of what makes a loss
+            non-finite: the infinities of a mask do no harm. Where no loss is seen, the last output decides.
         window_samples: Least number of samples, of all ranks together, that the numbers of units are over. How often a
             unit used to fire is known from up to twice as many.
         tau: A unit is dormant up to this share of the layer's mean magnitude.
@@ -207,7 +209,7 @@ class ActivationMonitor(MonitorCallback):
             self._opened_at[TRAIN] = trainer.global_step
             self._monitor.open(self._axis.batch, grad_scale=_grad_scale(trainer) if self.output_gradients else None)
         if self._is_checking and self._checking.is_due(trainer.global_step):
-            self._monitor.begin_check(self._axis.batch)
+            self._monitor.begin_check(self._axis.batch, batch, batch_idx)
         self._monitor.observe()
 
     def on_before_zero_grad(
@@ -215,6 +217,11 @@ class ActivationMonitor(MonitorCallback):
     ) -> None:
         # An optimizer that evaluates the loss several times in a step runs all of training_step again.
         self._monitor.start_pass()
+
+    def on_before_optimizer_step(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self._monitor.expect_new_parameters()
 
     def on_before_backward(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, loss: torch.Tensor
@@ -386,7 +393,7 @@ class ActivationMonitor(MonitorCallback):
             return
         self._is_checking = False
         step, _, place = found
-        self._write(trainer, Record(step, texts={"first_nonfinite_layer": place}))
+        self._write(trainer, Record(step, texts={"first_nonfinite_layer": str(place)}))
         consequence = (
             "training stops" if self.stop_on_nonfinite else "training goes on (stop_on_nonfinite=True stops it)"
         )
@@ -404,9 +411,15 @@ class ActivationMonitor(MonitorCallback):
         """The record, with a text on what is watched if it is the first one."""
         # On rank 0, which writes, nothing may have run. So the record's layers count as seen, too.
         seen = list(dict.fromkeys([*self._monitor.observer.seen, *record.layers]))
+        unreadable = self._monitor.observer.unreadable
         if "watched" in self._told:
+            # Such as nested tensors, which layers of torch put out in evaluations only.
+            if not self._told.issuperset(unreadable):
+                described = [f"{label} ({kind})" for label, kind in unreadable.items() if label not in self._told]
+                rank_zero_info(f"ActivationMonitor leaves out what it cannot count: {', '.join(described[:20])}.")
+                self._told.update(unreadable)
             return record
-        self._told.add("watched")
+        self._told.update(["watched", *unreadable])
         if not seen and not self._monitor.observer.watched:
             self._warn_of_nothing(
                 "modules",

@@ -401,7 +401,7 @@ def _notes(name: str, runs: Sequence[Run]) -> list[str]:
     step, layer = _earliest(found)
     who = name if len(runs) == 1 else f"{name} ({len(found)} of {len(runs)} runs)"
     steps = "1 training step" if step == 1 else f"{step} training steps"
-    text = f"{who} diverged: after {steps} {layer} put out the first NaN or infinity. "
+    text = f"{who} diverged: after {steps} the first NaN or infinity was in {layer}. "
     nonfinite, dead = _share(runs, "nonfinite"), _share(runs, "dead")
     if "-" not in (nonfinite, dead):
         text += f"At the end {nonfinite} of its values are not finite and {dead} of its units are dead. "

@@ -26,7 +26,7 @@ from bnlightning.monitors.catching.finite_check import FiniteCheck, Found, make_
 from bnlightning.monitors.catching.observer import Observer
 from bnlightning.monitors.catching.selection import Choice, device_of
 from bnlightning.monitors.counting.firing import Firing
-from bnlightning.monitors.counting.histogram import Histogram, TypicalRanges, finite_histogram
+from bnlightning.monitors.counting.histogram import Histogram, TypicalRanges, finite_histogram, narrowed
 from bnlightning.monitors.counting.layer_statistics import (
     LayerCounts,
     gradient_catalogue,
@@ -100,6 +100,7 @@ class Activations:
         self._device = device_of(module) if device is None else device
         self._observer.attach(module, checks, self._device)
         self._check = make_check(self._device)
+        self._check.hold(module)
 
     def detach(self) -> None:
         """Take all hooks away. The window and the ranges stay, for the network may be attached again."""
@@ -171,11 +172,22 @@ class Activations:
         health = self._outputs.health([entry for entry in entries.values() if entry.is_activation])
         return Record(step, phase, layers=entries, health=health)
 
-    def begin_check(self, step: int) -> None:
-        """Begin a training step in which modules are checked for NaN and infinities."""
+    def begin_check(self, step: int, batch: Any = None, batch_idx: int | None = None) -> None:
+        """Begin a training step in which modules are checked for NaN and infinities.
+
+        Args:
+            step: Number of the step.
+            batch: What the step is given. ``None``: it is not known, and cannot be the origin.
+            batch_idx: Number of the batch.
+        """
         if self._check is not None:
-            self._check.begin(step)
+            self._check.begin(step, batch, batch_idx)
             self._observer.check = self._check
+
+    def expect_new_parameters(self) -> None:
+        """Take note that an optimizer steps, for the check."""
+        if self._observer.check is not None:
+            self._observer.check.expect_new_parameters()
 
     def check_loss(self, loss: Tensor) -> None:
         """Check the loss, which comes behind all modules."""
@@ -221,7 +233,7 @@ class Activations:
         return Entry(
             numbers=catalogue.numbers(LayerCounts(key, sums, units, dead)),
             histograms=self._histograms(key, sums, phase),
-            bins=None if key.is_gradient else sums.bins,
+            bins=None if key.is_gradient else narrowed(sums.bins),
             units=key.units,
             samples=units.samples if units is not None else 0,
             is_activation=key.is_activation,

@@ -18,7 +18,7 @@ class Entry:
         numbers: The numbers, by name of the statistic.
         histograms: The histograms, by name, as loggers show them. Far outliers are counted in the outermost bin.
         bins: Counts by :func:`~bnlightning.monitors.counting.histogram.count_values`, int64 of shape ``(NUM_BINS,)``.
-            ``None`` where they are not kept.
+            Values beyond the range of float32 are in its outermost bins. ``None`` where they are not kept.
         units: Number of units of a layer. 0 where units are not looked at.
         samples: Number of samples that the numbers of the units are over. 0 where units are not looked at.
         is_activation: Whether the layer counts as an activation, and so under ``health/``.

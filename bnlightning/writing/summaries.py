@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
 _TEXTS = {
     "watched": "The layers that are watched, and the modules that cannot be watched.",
-    "first_nonfinite_layer": "The module that made the first NaN or infinity of the training, at the step at which it "
-    "did. `input`: it came with the batch. `before` or `after` a module: an operation that is no module made it. "
+    "first_nonfinite_layer": "Where the first NaN or infinity was that made a training loss non-finite, at its step: "
+    "the module that put it out. `before` or `after` a module: an operation that is no module made it. "
+    "`input:<entry>`: it came with the batch. `parameter` or `buffer`: it was there before the step. "
     "Healthy: This text does not exist. Try a lower learning rate, a warm-up, or gradient clipping.",
 }
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from bnlightning import ActivationMonitor, LitRegressor, SyntheticRegressionDataModule, tap
+from bnlightning.monitors.catching.finite_check import make_check
 from bnlightning.monitors.counting.layers import Sum
 from bnlightning.monitors.statistic import Look, Statistic
 from bnlightning.writing.pictures import draw_surfaces
@@ -203,7 +204,7 @@ class Diverging(Net):
     def training_step(self, batch):
         if self.global_step == self.bad_step:
             with torch.no_grad():
-                self.body[3].weight.mul_(1e38).mul_(1e38)
+                self.body[3].weight.sign_().mul_(3e38)
         return super().training_step(batch)
 
 
@@ -381,10 +382,13 @@ def test_a_batch_with_nan_is_blamed_on_the_input(tmp_path):
     data = loader()
     data.dataset.tensors[0][19] = float("nan")
     monitor = ActivationMonitor(check_finite_every_n_steps=1)
-    with pytest.warns(UserWarning, match="the batch of step 2 holds a NaN or an infinity; training goes on"):
+    with pytest.warns(
+        UserWarning,
+        match=r"step 2 \(batch_idx=2\) holds a NaN or an infinity in its entry 0; training goes on",
+    ):
         quiet_trainer(tmp_path, max_epochs=1, callbacks=[monitor]).fit(Net(), data)
     (found,) = read_events(tmp_path).Tensors("health/first_nonfinite_layer/text_summary")
-    assert found.step == 2 and found.tensor_proto.string_val[0].decode() == "input"
+    assert found.step == 2 and found.tensor_proto.string_val[0].decode() == "input:0"
 
 
 def test_says_nothing_of_a_healthy_run(tmp_path):
@@ -587,7 +591,10 @@ def test_a_batch_with_nan_stops_training_on_request(tmp_path):
     data = loader()
     data.dataset.tensors[0][19] = float("nan")
     trainer = quiet_trainer(tmp_path, max_epochs=2, callbacks=[ActivationMonitor(stop_on_nonfinite=True)])
-    with pytest.warns(UserWarning, match="the batch of step 2 holds a NaN or an infinity; training stops"):
+    with pytest.warns(
+        UserWarning,
+        match=r"step 2 \(batch_idx=2\) holds a NaN or an infinity in its entry 0; training stops",
+    ):
         trainer.fit(Net(), data)
     assert trainer.global_step == 3
 
@@ -914,3 +921,131 @@ def test_a_layer_that_is_dead_from_the_start_is_told_at_the_start(tmp_path):
     monitor = ActivationMonitor(warn_dead_above=0.5)
     with pytest.warns(UserWarning, match=r"net\.3, training at step 0: 100% of the units are dead"):
         quiet_trainer(tmp_path, max_steps=2, callbacks=[monitor]).fit(module, data)
+
+
+class Scored(nn.Module):
+    """Attention with a mask, however it is given."""
+
+    def __init__(self, give):
+        super().__init__()
+        self.scores, self.maker, self.softmax = nn.Linear(3, 3), Masked(), nn.Softmax(-1)
+        self.attention, self.head, self.give = Attention(), nn.Linear(3, 1), give
+
+    def forward(self, x):
+        mask = torch.full((len(x), len(x)), float("-inf")).triu(1)
+        if self.give == "module":
+            x = self.softmax(self.maker(self.scores(x)))
+        else:
+            args, kwargs = {
+                "position": ((x, mask), {}),
+                "keyword": ((x,), {"mask": mask}),
+                "mapping": ((x,), {"mask": {"causal": [mask]}}),
+            }[self.give]
+            x = self.attention(*args, **kwargs)
+        return self.head(x)
+
+
+class Masked(nn.Module):
+    def forward(self, x):
+        return x.masked_fill(torch.eye(*x.shape, dtype=torch.bool), float("-inf"))
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(3))
+
+    def forward(self, x, mask):
+        mask = mask["causal"][0] if isinstance(mask, dict) else mask
+        return torch.softmax(x @ self.weight @ x.T + mask, -1) @ x
+
+
+@pytest.fixture(params=["cpu", "meta"], ids=["immediate", "deferred"])
+def each_check(request, monkeypatch):
+    """The check of a CPU, or that of other devices."""
+    monkeypatch.setattr(
+        "bnlightning.monitors.activations.make_check", lambda device: make_check(torch.device(request.param))
+    )
+
+
+class Plain(lightning.LightningModule):
+    """A loss and a network, and nothing else."""
+
+    def __init__(self, net, loss=lambda net, x: net(x).square().mean()):
+        super().__init__()
+        self.net, self.loss = net, loss
+
+    def training_step(self, batch):
+        return self.loss(self.net, *batch)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.usefixtures("each_check")
+@pytest.mark.parametrize("give", ["position", "keyword", "mapping", "module"])
+def test_a_healthy_training_with_a_mask_goes_on(give, tmp_path):
+    trainer = quiet_trainer(tmp_path, max_epochs=2, callbacks=[ActivationMonitor(1, stop_on_nonfinite=True)])
+    # Warnings are errors.
+    trainer.fit(Plain(Scored(give)), loader())
+    assert trainer.global_step == 10
+
+
+def perceptron():
+    return nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 1))
+
+
+def standardised(net, x):
+    x = torch.cat([x[:, :2], torch.ones(len(x), 1)], 1)
+    return net((x - x.mean(0)) / x.std(0)).mean()
+
+
+def between(net, x):
+    return net[2](torch.log(-net[1](net[0](x)).abs() - 1)).mean()
+
+
+@pytest.mark.usefixtures("each_check")
+@pytest.mark.parametrize(
+    ("loss", "step", "place"),
+    [
+        (standardised, 0, "before net.0"),
+        (between, 0, "before net.2"),
+        (lambda net, x: torch.log(net(x) * 0).mean(), 0, "after net.2"),
+        # The loss is finite, and its gradient is not.
+        (lambda net, x: torch.sqrt(net(x) * 0).mean(), 1, "parameter net.0.weight"),
+    ],
+    ids=["before the first module", "between modules", "behind the last module", "in the gradient"],
+)
+def test_where_a_value_that_is_not_finite_was_made(loss, step, place, tmp_path):
+    with pytest.warns(UserWarning, match="ActivationMonitor: at step"):
+        quiet_trainer(tmp_path, max_epochs=1, callbacks=[ActivationMonitor(1)]).fit(Plain(perceptron(), loss), loader())
+    (found,) = read_events(tmp_path).Tensors("health/first_nonfinite_layer/text_summary")
+    assert (found.step, found.tensor_proto.string_val[0].decode()) == (step, place)
+
+
+@pytest.mark.usefixtures("each_check")
+def test_an_update_within_a_batch_is_blamed(tmp_path):
+    class Adversarial(Plain):
+        def __init__(self):
+            super().__init__(nn.ModuleDict({"generator": perceptron(), "critic": nn.Linear(1, 1)}))
+            self.automatic_optimization = False
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(part.parameters(), lr=0.1) for part in self.net.values()]
+
+        def training_step(self, batch):
+            for optimizer, loss in zip(self.optimizers(), (self.first, self.second), strict=True):
+                optimizer.zero_grad()
+                self.manual_backward(loss(batch[0]))
+                optimizer.step()
+
+        def first(self, x):
+            return torch.sqrt(self.net["generator"](x) * 0).mean()
+
+        def second(self, x):
+            return self.net["critic"](self.net["generator"](x)).mean()
+
+    with pytest.warns(UserWarning, match="ActivationMonitor: at step"):
+        quiet_trainer(tmp_path, max_epochs=1, callbacks=[ActivationMonitor(1)]).fit(Adversarial(), loader())
+    (found,) = read_events(tmp_path).Tensors("health/first_nonfinite_layer/text_summary")
+    assert (found.step, found.tensor_proto.string_val[0].decode()) == (0, "parameter net.generator.0.weight")

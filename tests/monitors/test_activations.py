@@ -157,7 +157,7 @@ def test_the_check_names_the_module_that_made_the_first_nonfinite_value():
         with torch.no_grad():
             module[2].weight[0, 0] = float("inf")
     step, _, place = monitor.first_nonfinite()
-    assert (step, place) == (1, "2")
+    assert (step, str(place)) == (1, "parameter 2.weight")
 
 
 def test_training_is_the_same_with_and_without():

@@ -1,24 +1,57 @@
 """Checks that find where the first non-finite value of a training came from.
 
-The output of every module that may make a non-finite value is looked at. So is the input of such a module, unless it is
-the output that was looked at just before. The loss comes last. The first value in the order of execution that is not
-finite is the origin.
+The output of every module that may make a non-finite value is looked at, and so is what such a module takes in. The
+loss comes last, and it decides: an infinity that a softmax takes for a mask does no harm, and neither does a NaN that
+nothing follows from. Only a step whose loss is not finite is a fault. Then the first bad value in the order of
+execution is its origin, unless the batch or a parameter was bad before.
 """
 
 import math
 import weakref
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from bnlightning.monitors.catching.contents import UnreadableError, tensors_in, values_of
+from bnlightning.monitors.catching.selection import user_path
 from bnlightning.monitors.counting.precision import real_dtype
 
-_NEVER = torch.iinfo(torch.int64).max
+# What is the worst among some values. A mask is made of minus infinities, and so is the logarithm of zeros.
+_FINITE, _LOW, _HIGH, _NAN = range(4)
+# Steps whose results lie on the device before they are read, where no monitor publishes.
+_MAX_PENDING = 1000
 
-Found = tuple[int, int, str]
-"""The step, the number of places before, and the place: a module, ``before`` or ``after`` one, ``input``, ``loss``."""
+
+class Place(NamedTuple):
+    """Where the first non-finite value was.
+
+    Args:
+        kind: ``"output"`` or ``"before"`` for the output or the input of a module, ``"first"`` for the input of the
+            first module, ``"after"`` for the loss behind a module, ``"loss"`` without any, ``"batch"``,
+            ``"parameter"`` or ``"buffer"``.
+        path: Path of the module, the parameter or the buffer, or place in the batch.
+        batch_idx: Number of the batch, where the batch is the place.
+
+    Example:
+        >>> str(Place("before", "net.1")), str(Place("output", "net.1"))
+        ('before net.1', 'net.1')
+    """
+
+    kind: str
+    path: str = ""
+    batch_idx: int | None = None
+
+    def __str__(self) -> str:
+        words = {"output": self.path, "first": f"before {self.path}", "loss": "loss", "batch": f"input{self.path}"}
+        return words.get(self.kind, f"{self.kind} {self.path}")
+
+
+Found = tuple[int, int, Place]
+"""The step, the number of calls before, and the place."""
 
 
 class FiniteCheck(Protocol):
@@ -30,181 +63,479 @@ class FiniteCheck(Protocol):
 
     is_immediate: bool
 
-    def begin(self, step: int) -> None:
-        """Begin a training step: the forward passes that follow are looked at."""
+    def hold(self, module: nn.Module) -> None:
+        """Have the parameters and buffers of a network looked at, too."""
 
-    def update(self, name: str, args: tuple[Any, ...], output: Tensor) -> None:
+    def begin(self, step: int, batch: Any = None, batch_idx: int | None = None) -> None:
+        """Begin a training step: the forward passes that follow are looked at.
+
+        Args:
+            step: Number of the step.
+            batch: What the step is given.
+            batch_idx: Number of the batch.
+        """
+
+    def update(self, path: str, given: Any, output: Any) -> None:
         """Look at one call of a module.
 
         Args:
-            name: Path of the module.
-            args: What the module took in.
-            output: One floating tensor that it put out.
+            path: Path of the module.
+            given: What the module took in, its data first.
+            output: What it put out.
         """
 
-    def update_sums(self, names: Sequence[str], inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    def update_sums(self, paths: Sequence[str], inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         """Look at the sums of what compiled modules took in and put out.
 
         Args:
-            names: Paths of the modules, in order.
+            paths: Paths of the modules, in order.
             inputs: The sum over the inputs of each, tensors without dimensions.
             outputs: The sum over the outputs of each, likewise.
         """
 
     def update_loss(self, loss: Tensor) -> None:
-        """Look at the loss, which comes behind all modules."""
+        """Look at a loss, which comes behind all modules that were called so far."""
+
+    def expect_new_parameters(self) -> None:
+        """Take note that an optimizer steps: parameters are looked at again."""
 
     def end(self) -> None:
         """End the training step."""
 
     def found(self) -> Found | None:
-        """What this rank found. ``None`` if every value was finite."""
+        """What this rank found. ``None`` if nothing was wrong."""
 
 
 def make_check(device: torch.device) -> FiniteCheck:
     """The check for values on ``device``."""
-    return _ImmediateCheck() if device.type == "cpu" else _DeferredCheck(device)
+    return _ImmediateCheck(device) if device.type == "cpu" else _DeferredCheck(device)
+
+
+class _Trial:
+    """One step, in which what was seen is told in order, and the verdict on it.
+
+    Args:
+        step: Number of the step.
+        usual: The bad values that earlier steps had although their loss was finite, and how bad they were.
+        batch_idx: Number of the batch.
+    """
+
+    def __init__(self, step: int, usual: dict[Place, int], batch_idx: int | None = None) -> None:
+        self.step = step
+        self.usual = usual
+        self.batch_idx = batch_idx
+        self.held: Mapping[Place, int] = {}
+        self.batch: Mapping[str, int] | None = None
+        self.suspect: Place | None = None
+        self.verdict: Found | None = None
+        self.saw_loss = False
+        self._state = self._origin = self._last_state = _FINITE
+        self._order = self._calls = 0
+        self._last = ""
+        self._called: set[str] = set()
+        self._bad: dict[Place, int] = {}
+
+    def call(self, path: str, out: int, first: int = _FINITE, others: int = _FINITE) -> None:
+        """Tell of a call: how bad the output was, the first tensor that was given, and the others."""
+        order, self._calls = self._calls, self._calls + 1
+        self._last, self._last_state = path, out
+        self._called.add(_without_call(path))
+        if out == _FINITE:
+            # Masks and scores of minus infinity end here, in a softmax.
+            if self._state == _LOW:
+                self.suspect, self._state = None, _FINITE
+            return
+        # Behind the data come masks: they may hold minus infinities.
+        came_in = max(first, others if others > _LOW else _FINITE)
+        place = Place("before" if came_in else "output", path)
+        state = max(out, came_in)
+        self._bad[place] = max(state, self._bad.get(place, _FINITE))
+        if state <= self.usual.get(place, _FINITE):
+            return
+        is_new_fault = self._state == _LOW and state > _LOW and first == _FINITE
+        if self.suspect is None or is_new_fault:
+            self.suspect, self._order, self._origin = place, order, came_in or out
+        self._state = max(state, self._state)
+
+    def loss(self, state: int) -> None:
+        """Tell of a loss. One that is not finite is a fault."""
+        self.saw_loss = True
+        if state != _FINITE and self.verdict is None:
+            self._decide(state)
+
+    def end(self, batch: Mapping[str, int] | None) -> None:
+        """End the step. Without a loss that was seen, the last output decides.
+
+        Args:
+            batch: How bad the entries of the batch are, where they count as usual if nothing is wrong.
+        """
+        if not self.saw_loss and self._last_state > _LOW and self.suspect is not None:
+            self._decide(self._last_state)
+        if self.verdict is None and self.saw_loss:
+            self._bad |= {Place("batch", entry): state for entry, state in (batch or {}).items()}
+            for place, state in self._bad.items():
+                self.usual[place] = max(state, self.usual.get(place, _FINITE))
+
+    def _decide(self, state: int) -> None:
+        if self.suspect is None:
+            self._origin, self._order = state, self._calls
+        place = self.suspect or (Place("after", self._last) if self._last else Place("loss"))
+        self.verdict = self.step, self._order, self._cause(place)
+
+    def _cause(self, place: Place) -> Place:
+        """What made the bad value at a place: a parameter or the batch may have been bad before."""
+        if place.kind == "output":
+            owner = _without_call(place.path)
+            return next((each for each in self.held if _owner(each) == owner), place)
+        for entry, state in sorted((self.batch or {}).items(), key=lambda each: -each[1]):
+            is_usual = state <= self.usual.get(Place("batch", entry), _FINITE)
+            if not is_usual and (state > _LOW or self._origin == _LOW):
+                return Place("batch", entry, self.batch_idx)
+        # Not those of modules whose outputs were finite.
+        held = next((each for each in self.held if _owner(each) not in self._called), None)
+        if held is not None:
+            return held
+        return Place("first", place.path) if place.kind == "before" and self._order == 0 else place
+
+
+class _Calls:
+    """Tells the calls of one module in one step apart, as tags do."""
+
+    def __init__(self) -> None:
+        self._calls: dict[str, int] = {}
+
+    def label(self, path: str) -> str:
+        """The path with the number of the call, from the second on."""
+        number = self._calls[path] = self._calls.get(path, -1) + 1
+        return f"{path}#{number}" if number else path
 
 
 class _ImmediateCheck:
-    """The check on a CPU, where reading a value costs no waiting."""
+    """The check on a CPU, where reading a value costs no waiting. What is healthy is looked at once, by its sum."""
 
     is_immediate = True
 
-    def __init__(self) -> None:
-        self._step = 0
-        self._order = 0
-        self._last = ""
+    def __init__(self, device: torch.device) -> None:
+        self._held = _Held(None)
+        self._usual: dict[Place, int] = {}
+        self._trial: _Trial | None = None
+        self._calls = _Calls()
+        self._batch: list[tuple[str, Tensor, int]] = []
+        self._early: dict[str, int] | None = None
+        self._is_first = True
+        self._changes_batch = False
+        self._are_new = True
         self._found: Found | None = None
 
-    def begin(self, step: int) -> None:
-        self._step, self._order = step, 0
+    def hold(self, module: nn.Module) -> None:
+        self._held = _Held(module)
 
-    def update(self, name: str, args: tuple[Any, ...], output: Tensor) -> None:
-        order, self._order, self._last = self._order, self._order + 1, name
-        # A sum is the cheapest test. It is not finite if a value is not, but also if it overflows: hence the second
-        # look.
-        if self._found is not None or math.isfinite(output.detach().sum().item()) or _is_finite(output):
-            return
-        came_in = any(not _is_finite(x) for x in _floating(args) if x is not output)
-        place = name if not came_in else f"before {name}" if order else "input"
-        self._found = self._step, order, place
+    def begin(self, step: int, batch: Any = None, batch_idx: int | None = None) -> None:
+        self._close()
+        self._trial, self._calls, self._are_new = _Trial(step, self._usual, batch_idx), _Calls(), True
+        self._batch = [(entry, x, _version(x)) for entry, x in tensors_in(batch)]
+        # The step may change its batch in place. Whether it does so, the first one tells.
+        self._early = self._batch_states() if self._is_first or self._changes_batch else None
 
-    def update_sums(self, names: Sequence[str], inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-        self._last = names[-1]
-        if self._found is not None:
+    def update(self, path: str, given: Any, output: Any) -> None:
+        trial = self._trial
+        if trial is None or self._found is not None:
             return
-        finite = torch.stack([*inputs, *outputs]).isfinite().view(2, -1)
-        if not finite[1].all():
-            order = finite[1].tolist().index(False)
-            place = names[order] if finite[0, order] else f"before {names[order]}" if order else "input"
-            self._found = self._step, order, place
+        label = self._calls.label(path)
+        out = _worst(tensors_in(output)) if type(output) is not Tensor else _state(output)
+        if out == _FINITE:
+            trial.call(label, out)
+            return
+        states = [_state(x) for _, x in tensors_in(given) if x is not output]
+        before = trial.suspect
+        trial.call(label, out, states[0] if states else _FINITE, max(states[1:], default=_FINITE))
+        if trial.suspect is not before:
+            self._look_at_parameters(trial)
+
+    def update_sums(self, paths: Sequence[str], inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        if self._trial is None or self._found is not None:
+            return
+        sums = torch.stack([*inputs, *outputs]).view(2, -1).tolist()
+        for path, total_in, total_out in zip(paths, *sums, strict=True):
+            self._trial.call(path, _state_of_sum(total_out), _state_of_sum(total_in))
+        if self._trial.suspect is not None:
+            self._look_at_parameters(self._trial)
 
     def update_loss(self, loss: Tensor) -> None:
-        if self._found is None and not (math.isfinite(loss.sum().item()) or _is_finite(loss)):
-            self._found = self._step, self._order, _behind(self._last)
+        if self._trial is not None and self._found is None:
+            state = _state(loss)
+            if state != _FINITE:
+                self._gather(self._trial)
+            self._trial.loss(state)
+            self._found = self._trial.verdict
+
+    def expect_new_parameters(self) -> None:
+        self._are_new = True
 
     def end(self) -> None:
-        pass
+        self._close()
 
     def found(self) -> Found | None:
+        self._close()
         return self._found
+
+    def _close(self) -> None:
+        trial, self._trial = self._trial, None
+        if trial is None:
+            return
+        if self._found is None:
+            if not trial.saw_loss and trial.suspect is not None:
+                self._gather(trial)
+            trial.end(self._early if self._is_first else None)
+            self._found = trial.verdict
+        self._changes_batch = self._changes_batch or any(_version(x) != version for _, x, version in self._batch)
+        self._is_first, self._batch = False, []
+
+    def _gather(self, trial: _Trial) -> None:
+        if trial.suspect is None:
+            self._look_at_parameters(trial)
+        trial.batch = self._batch_states() if self._early is None else self._early
+
+    def _look_at_parameters(self, trial: _Trial) -> None:
+        if self._are_new:
+            self._are_new = False
+            trial.held = self._held.bad({place: _state(x) for place, x in self._held.tensors()})
+
+    def _batch_states(self) -> dict[str, int]:
+        return {entry: state for entry, x, _ in self._batch if (state := _state(x)) != _FINITE}
 
 
 class _DeferredCheck:
-    """The check on a GPU, whose results are read only when a monitor publishes."""
+    """The check on a GPU, whose results are read only when a monitor publishes.
+
+    What happens in a step is written down, with the numbers of the sums that were taken. The sums stay on the device.
+    """
 
     is_immediate = False
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._step = 0
-        self._last = ""
-        self._places: dict[str, int] = {}
-        self._sums: dict[int, Tensor] = {}
-        self._first: Tensor | None = None
-        self._previous: tuple[weakref.ref[Tensor], int] | None = None
+        self._held = _Held(None)
+        self._usual: dict[Place, int] = {}
+        self._notes: _Notes | None = None
+        self._pending: list[_Notes] = []
+        self._are_new = True
+        self._is_first = True
+        self._found: Found | None = None
 
-    def begin(self, step: int) -> None:
-        self._collect()
-        self._step, self._previous = step, None
+    def hold(self, module: nn.Module) -> None:
+        self._held = _Held(module)
 
-    def update(self, name: str, args: tuple[Any, ...], output: Tensor) -> None:
-        # In a chain the input is the previous output. That has been looked at, unless it was changed since.
-        if not (args and isinstance(args[0], Tensor) and self._is_previous(args[0])):
-            place = f"before {name}" if self._previous is not None else "input"
-            for x in _floating(args):
-                if x is not output:
-                    self._look(place, x)
-        self._look(name, output)
-        self._last = name
-        self._previous = weakref.ref(output), _version(output)
+    def begin(self, step: int, batch: Any = None, batch_idx: int | None = None) -> None:
+        self._close()
+        self._notes, self._are_new = _Notes(step, batch_idx, self._is_first), True
+        self._is_first = False
+        for entry, x in tensors_in(batch):
+            self._notes.batch[entry] = self._notes.look(x)
 
-    def update_sums(self, names: Sequence[str], inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-        for order, (name, total_in, total_out) in enumerate(zip(names, inputs, outputs, strict=True)):
-            self._look(f"before {name}" if order else "input", total_in)
-            self._look(name, total_out)
-        self._last = names[-1]
+    def update(self, path: str, given: Any, output: Any) -> None:
+        if self._notes is None:
+            return
+        self._look_at_parameters()
+        # An output that was changed in place is what came in, too.
+        inputs = [self._notes.look(x) for _, x in tensors_in(given) if x is not output]
+        outputs = [self._notes.look(x) for _, x in tensors_in(output)]
+        self._notes.call(path, outputs, inputs)
+
+    def update_sums(self, paths: Sequence[str], inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        if self._notes is None:
+            return
+        self._look_at_parameters()
+        for path, total_in, total_out in zip(paths, inputs, outputs, strict=True):
+            self._notes.call(path, [self._notes.add(total_out)], [self._notes.add(total_in)])
 
     def update_loss(self, loss: Tensor) -> None:
-        self._look(_behind(self._last), loss)
+        if self._notes is not None:
+            self._look_at_parameters()
+            self._notes.events.append(("loss", self._notes.look(loss)))
+
+    def expect_new_parameters(self) -> None:
+        self._are_new = True
 
     def end(self) -> None:
-        self._collect()
+        self._close()
 
     def found(self) -> Found | None:
-        self._collect()
-        if self._first is None:
+        self._close()
+        pending, self._pending = self._pending, []
+        for notes in pending:
+            if self._found is None:
+                self._found = notes.verdict(self._usual)
+        return self._found
+
+    def _close(self) -> None:
+        notes, self._notes = self._notes, None
+        if notes is not None and self._found is None:
+            notes.close()
+            self._pending.append(notes)
+            if len(self._pending) > _MAX_PENDING:
+                self.found()
+
+    def _look_at_parameters(self) -> None:
+        if self._are_new and self._notes is not None:
+            self._are_new = False
+            self._notes.hold(self._held)
+
+
+class _Notes:
+    """What happened in one step, with sums that lie on the device."""
+
+    def __init__(self, step: int, batch_idx: int | None, is_first: bool) -> None:
+        self.step = step
+        self.batch_idx = batch_idx
+        self.is_first = is_first
+        self.batch: dict[str, int | None] = {}
+        self.events: list[tuple[Any, ...]] = []
+        self._calls = _Calls()
+        self._sums: list[Tensor] = []
+        self._known: dict[int, tuple[weakref.ref[Tensor], int, int | None]] = {}
+        self._packed: list[tuple[list[int], Tensor]] = []
+
+    def look(self, x: Tensor) -> int | None:
+        """Take the sum of a tensor, unless it was taken already. Returns its number."""
+        known = self._known.get(id(x))
+        version = _version(x)
+        if known is not None and known[0]() is x and known[1] == version:
+            return known[2]
+        values = _plain(x)
+        index = None if values is None else self.add(_device_sum(values))
+        self._known[id(x)] = weakref.ref(x), version, index
+        return index
+
+    def add(self, total: Tensor) -> int:
+        """Keep a sum. Returns its number."""
+        self._sums.append(total)
+        return len(self._sums) - 1
+
+    def call(self, path: str, outputs: Sequence[int | None], inputs: Sequence[int | None]) -> None:
+        """Note a call of a module."""
+        self.events.append(("call", self._calls.label(path), tuple(outputs), tuple(inputs)))
+
+    @torch.no_grad()
+    def hold(self, held: "_Held") -> None:
+        """Look at parameters and buffers: one number for each, in few operations."""
+        places, tensors = zip(*held.tensors(), strict=True) if held.tensors() else ((), ())
+        if tensors:
+            norms = torch._foreach_norm(list(tensors), math.inf)
+            self.events.append(("held", held, places, tuple(self.add(norm) for norm in norms)))
+
+    @torch.no_grad()
+    def close(self) -> None:
+        """Put the sums together, without waiting for the device."""
+        alike = defaultdict(list)
+        for index, total in enumerate(self._sums):
+            alike[total.device, total.dtype].append(index)
+        # Evaluations run in inference mode.
+        with torch.inference_mode(False):
+            self._packed = [
+                (indices, torch.stack([self._sums[index] for index in indices])) for indices in alike.values()
+            ]
+        self._sums, self._known = [], {}
+
+    def verdict(self, usual: dict[Place, int]) -> Found | None:
+        """Read the sums, and tell a trial what happened."""
+        read = {
+            index: number
+            for indices, packed in self._packed
+            for index, number in zip(indices, packed.tolist(), strict=True)
+        }
+
+        def worst(indices: Sequence[int | None]) -> int:
+            return max((_state_of_sum(read[index]) for index in indices if index is not None), default=_FINITE)
+
+        trial = _Trial(self.step, usual, self.batch_idx)
+        trial.batch = {entry: state for entry, index in self.batch.items() if (state := worst([index])) != _FINITE}
+        for kind, *event in self.events:
+            if kind == "held":
+                held, places, indices = event
+                trial.held = held.bad({place: worst([index]) for place, index in zip(places, indices, strict=True)})
+            elif kind == "loss":
+                trial.loss(worst(event))
+            else:
+                label, outputs, inputs = event
+                trial.call(label, worst(outputs), worst(inputs[:1]), worst(inputs[1:]))
+        trial.end(trial.batch if self.is_first else None)
+        return trial.verdict
+
+
+class _Held:
+    """The parameters and buffers of a network."""
+
+    def __init__(self, module: nn.Module | None) -> None:
+        self._module = module
+        self._tensors: list[tuple[Place, Tensor]] | None = None
+
+    def tensors(self) -> list[tuple[Place, Tensor]]:
+        """The dense floating ones with their places. Of sharded ones, the part of this rank."""
+        if self._module is None:
+            return []
+        if self._tensors is None:
+            every: list[tuple[Place, Tensor]]
+            every = [(Place("parameter", user_path(name)), x) for name, x in self._module.named_parameters()]
+            every += [(Place("buffer", user_path(name)), x) for name, x in self._module.named_buffers()]
+            self._tensors = every
+        found = ((place, _plain(x)) for place, x in self._tensors if not is_lazy(x))
+        return [(place, x) for place, x in found if x is not None]
+
+    def bad(self, states: Mapping[Place, int]) -> dict[Place, int]:
+        """Those that are bad. The infinities of a buffer are a mask's."""
+        return {
+            place: state
+            for place, state in states.items()
+            if state == _NAN or (state != _FINITE and place.kind == "parameter")
+        }
+
+
+def _owner(place: Place) -> str:
+    return place.path.rpartition(".")[0]
+
+
+def _without_call(label: str) -> str:
+    path, mark, number = label.rpartition("#")
+    return path if mark and number.isdecimal() else label
+
+
+def _plain(x: Tensor) -> Tensor | None:
+    """The values of a tensor as a dense real one. ``None`` if there are none that could be read."""
+    if type(x) is not Tensor or x.layout is not torch.strided or x.is_complex() or x.is_nested or x.is_meta:
+        if not (x.is_floating_point() or x.is_complex()):
             return None
-        steps = self._first.tolist()
-        step = min(steps)
-        if step == _NEVER:
+        try:
+            x = values_of(x).x
+        except UnreadableError:
             return None
-        # The places are in the order of execution.
-        order = steps.index(step)
-        return step, order, list(self._places)[order]
-
-    def _is_previous(self, x: Tensor) -> bool:
-        return self._previous is not None and self._previous[0]() is x and self._previous[1] == _version(x)
-
-    def _look(self, place: str, x: Tensor) -> None:
-        index = self._places.setdefault(place, len(self._places))
-        # No sum of float32 values overflows in float64. Apple's GPUs have no float64: there the extrema are looked at.
-        is_wide = real_dtype(x.device) is torch.float64
-        total = x.detach().sum(dtype=torch.float64) if is_wide else torch.stack(torch.aminmax(x)).sum()
-        before = self._sums.get(index)
-        self._sums[index] = total if before is None else before + total
-
-    def _collect(self) -> None:
-        """Keep for every place the first step at which it was not finite, on the device and without waiting for it."""
-        if not self._sums:
-            return
-        # Evaluations run in inference mode, whose tensors could not be changed when the fit goes on.
-        with torch.no_grad(), torch.inference_mode(False):
-            # Not by indices: bringing them to a GPU would wait for it.
-            nothing = torch.zeros((), dtype=next(iter(self._sums.values())).dtype, device=self._device)
-            sums = torch.stack([self._sums.get(index, nothing) for index in range(len(self._places))])
-            now = torch.where(sums.isfinite(), _NEVER, self._step)
-            if self._first is not None:
-                known = len(self._first)
-                now[:known] = torch.minimum(now[:known], self._first)
-            self._first = now
-        self._sums = {}
+    return x.detach() if x.is_floating_point() and x.numel() else None
 
 
-def _behind(name: str) -> str:
-    return f"after {name}" if name else "loss"
+def _device_sum(x: Tensor) -> Tensor:
+    """A number without dimensions that is NaN or infinite as the values are. Nothing waits for the device."""
+    # No sum of float32 values overflows in float64. Apple's GPUs have no float64: there the extrema are looked at.
+    if x.dtype is not torch.float64 and real_dtype(x.device) is torch.float64:
+        return x.sum(dtype=torch.float64)
+    return (torch.stack(torch.aminmax(x)) / 2).sum()
 
 
-def _is_finite(x: Tensor) -> bool:
-    if not x.numel():
-        return True
-    low, high = torch.aminmax(x.detach())
-    return math.isfinite(low.item()) and math.isfinite(high.item())
+def _state_of_sum(total: float) -> int:
+    if math.isfinite(total):
+        return _FINITE
+    return _NAN if math.isnan(total) else _HIGH if total > 0 else _LOW
 
 
-def _floating(args: tuple[Any, ...]) -> Iterator[Tensor]:
-    return (x for x in args if isinstance(x, Tensor) and x.is_floating_point())
+def _worst(found: Iterator[tuple[str, Tensor]]) -> int:
+    return max((_state(x) for _, x in found), default=_FINITE)
+
+
+def _state(x: Tensor) -> int:
+    values = _plain(x)
+    # A sum is the cheapest test. It is not finite if a value is not, but also if it overflows: hence the second look.
+    if values is None or math.isfinite(values.sum().item()):
+        return _FINITE
+    low, high = torch.aminmax(values)
+    return _state_of_sum(low.item() / 2 + high.item() / 2)
 
 
 def _version(x: Tensor) -> int:

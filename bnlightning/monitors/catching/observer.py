@@ -1,8 +1,7 @@
 """The observer: hooks on the modules of a network, and what they do while a monitor looks."""
 
-import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from bnlightning.monitors.catching.compiled import add_receiver, is_compiled, observe, observe_tap, remove_receiver
+from bnlightning.monitors.catching.contents import UnreadableError, Values, tensors_in, values_of
 from bnlightning.monitors.catching.finite_check import FiniteCheck
 from bnlightning.monitors.catching.hooks import NoHook, is_recomputation
 from bnlightning.monitors.catching.selection import (
@@ -25,14 +25,13 @@ from bnlightning.monitors.catching.selection import (
     user_path,
 )
 from bnlightning.monitors.counting.layers import LayerAccumulators, LayerKey, Limits
-from bnlightning.monitors.counting.precision import real_dtype
+from bnlightning.monitors.counting.precision import counted_dtype, real_dtype
 from bnlightning.nn.tap import add_listener, remove_listener
 
 MAX_CALLS = 16
 """Largest number of calls of one module that are told apart. Further ones count as the last of them."""
 # A layer whose number of units keeps changing, such as attention over sequences, has no units.
 _MAX_NUMBERS_OF_UNITS = 4
-_MAX_DEPTH_OF_OUTPUT = 4
 
 
 @dataclass(frozen=True)
@@ -75,6 +74,7 @@ class Observer:
         modules: The modules that have a hook.
         refused: Paths of modules that take no hook.
         without_tensor: Type of the output, by path, of modules that put out no floating tensor.
+        unreadable: Kind of tensor, by layer, of what cannot be counted.
         left_out: Layers beyond ``max_layers``.
     """
 
@@ -87,6 +87,7 @@ class Observer:
         self.modules: list[ModuleInfo] = []
         self.refused: list[str] = []
         self.without_tensor: dict[str, str] = {}
+        self.unreadable: dict[str, str] = {}
         self.left_out: dict[str, None] = {}
         self._labels: dict[str, set[int]] = {}
         self._calls: dict[str, int] = {}
@@ -115,12 +116,16 @@ class Observer:
         """
         paths = {label.partition("#")[0].partition(":")[0] for label in seen}
         sentences = [f"{len(seen)} layer{'s are' if len(seen) != 1 else ' is'} watched: {_listed(seen)}."]
-        unseen = [path for path in self.watched if path not in paths and path not in self.without_tensor]
+        paths |= self.without_tensor.keys() | {label.partition("#")[0].partition(":")[0] for label in self.unreadable}
+        unseen = [path for path in self.watched if path not in paths]
         if unseen:
             sentences.append(f"Not called so far: {_listed(unseen)}.")
         if self.without_tensor:
             described = [f"{path} ({kind})" for path, kind in self.without_tensor.items()]
             sentences.append(f"They put out no floating tensor: {_listed(described)}.")
+        if self.unreadable:
+            described = [f"{label} ({kind})" for label, kind in self.unreadable.items()]
+            sentences.append(f"They are left out, for they cannot be counted: {_listed(described)}.")
         if self.refused:
             sentences.append(f"Compiled by TorchScript, which takes no hooks: {_listed(self.refused)}.")
         sentences.append(
@@ -160,7 +165,7 @@ class Observer:
             remove_receiver(self._number)
         self.accumulators = self.check = self._features = self._number = None
         self.is_sampling = self._is_compiled = False
-        for names in (self.refused, self.without_tensor, self.left_out, self._labels, self._calls):
+        for names in (self.refused, self.without_tensor, self.unreadable, self.left_out, self._labels, self._calls):
             names.clear()
         for hooks in (self._handles, self._hooks, self.modules):
             hooks.clear()
@@ -217,13 +222,13 @@ class Observer:
         self._record(info, [(f":{position}" if position >= 0 else "", x)], is_new_call=position <= 0)
 
     def _receive_tap(self, name: str, x: Tensor, limits: Limits | None) -> None:
-        if self.accumulators is not None and not is_recomputation() and _is_dense(x):
+        if self.accumulators is not None and not is_recomputation():
             self._record(ModuleInfo(name, True, False, True, True, limits, None), [("", x)])
 
     def _hook(self, info: ModuleInfo, module: nn.Module, device: torch.device) -> None:
         hook = _Hook(self, info, len(self.modules), device)
         try:
-            handle = module.register_forward_hook(hook)
+            handle = module.register_forward_hook(hook, with_kwargs=True)
         except RuntimeError:
             # Compiled by TorchScript.
             self.refused.append(info.path)
@@ -244,8 +249,13 @@ class Observer:
         call = min(calls, MAX_CALLS) - 1
         for suffix, tensor in found:
             label = info.path + (f"#{call}" if call else "") + suffix
+            try:
+                values = values_of(tensor)
+            except UnreadableError as kind:
+                self.unreadable.setdefault(label, str(kind))
+                continue
             if self._has_room(label):
-                self._update(info, label, tensor)
+                self._update(info, label, tensor, values)
 
     def _has_room(self, label: str) -> bool:
         if label not in self._labels and len(self._labels) >= self.max_layers:
@@ -253,19 +263,20 @@ class Observer:
             return False
         return True
 
-    def _update(self, info: ModuleInfo, label: str, tensor: Tensor) -> None:
+    def _update(self, info: ModuleInfo, label: str, tensor: Tensor, values: Values) -> None:
         numbers = self._labels.setdefault(label, set())
-        dim = unit_dim(tensor.shape, self._features)
-        units = (tensor.shape[dim] if tensor.dim() > 1 else 1) if info.has_units else 0
+        dim = unit_dim(values.shape, self._features)
+        units = (values.shape[dim] if len(values.shape) > 1 else 1) if info.has_units else 0
         if units not in numbers and len(numbers) >= _MAX_NUMBERS_OF_UNITS:
             units = 0
         numbers.add(units)
         accumulators = self.accumulators
         assert accumulators is not None
-        key = LayerKey(label, info.is_activation, units, info.limits if units else None)
-        accumulators.update(key, tensor, dim)
+        is_wide = counted_dtype(values.x) is torch.float64
+        key = LayerKey(label, info.is_activation, units, info.limits if units else None, is_wide=is_wide)
+        accumulators.update(key, values.x, dim, values.samples)
         if self.grad_scale is not None and tensor.requires_grad:
-            tensor.register_hook(_GradHook(self, accumulators, LayerKey(label, is_gradient=True)))
+            tensor.register_hook(_GradHook(self, accumulators, LayerKey(label, is_gradient=True, is_wide=is_wide)))
 
 
 class _Hook:
@@ -283,16 +294,14 @@ class _Hook:
             zeros = torch.zeros(2, dtype=real_dtype(device), device=device) if info.is_checked else torch.zeros(0)
             self.sums = [zero.clone() for zero in zeros]
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if torch.compiler.is_compiling():
             self._trace(args, output)
             return
         observer = self.observer
         if self.is_checked and observer.check is not None:
             # Recomputations need not be told apart: they find nothing that the first computation did not.
-            for _, tensor in [("", output)] if type(output) is Tensor else tensors_in(output):
-                if tensor.is_floating_point():
-                    observer.check.update(self.info.path, args, tensor)
+            observer.check.update(self.info.path, (args, kwargs) if kwargs else args, output)
         if observer.is_sampling:
             observer.on_call(self.info, output)
 
@@ -324,42 +333,13 @@ class _GradHook:
     def __call__(self, grad: Tensor) -> None:
         scale = self.observer.grad_scale
         if self.observer.accumulators is self.accumulators and scale is not None:
-            self.accumulators.update(self.key, grad.detach().float() * scale)
-
-
-def tensors_in(output: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """The dense floating tensors in what a module returned, each with its place.
-
-    The place is ``""`` for a plain tensor, otherwise such as ``":1.0"`` or ``":logits"``. Tuples, lists, mappings and
-    dataclasses are looked into, four levels deep.
-    """
-    if isinstance(output, Tensor):
-        if output.is_floating_point() and _is_dense(output):
-            # For a distributed tensor, only the part of this rank.
-            yield path, output.to_local() if hasattr(output, "to_local") else output
-        return
-    if depth == _MAX_DEPTH_OF_OUTPUT:
-        return
-    for name, value in _members(output):
-        yield from tensors_in(value, f"{path}.{name}" if path else f":{name}", depth + 1)
+            values = values_of(grad).x
+            self.accumulators.update(self.key, values.to(counted_dtype(values)) * scale)
 
 
 def _listed(names: Sequence[str]) -> str:
     shown = ", ".join(names[:20])
     return shown if len(names) <= 20 else f"{shown} and {len(names) - 20} more"
-
-
-def _is_dense(x: Tensor) -> bool:
-    return x.layout is torch.strided and not x.is_nested and not x.is_meta
-
-
-def _members(output: Any) -> Iterator[tuple[Any, Any]]:
-    if isinstance(output, Mapping):
-        yield from output.items()
-    elif isinstance(output, tuple | list):
-        yield from enumerate(output)
-    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
-        yield from ((field.name, getattr(output, field.name)) for field in dataclasses.fields(output))
 
 
 def _module_info(

@@ -2,7 +2,7 @@
 
 Bins are logarithmic, eight an octave. The number of a value's bin is made of the sign, the exponent and the first three
 bits of the mantissa of its float32. Zero and the smallest denormals have a bin of their own. Infinities and NaN are
-beyond the last finite bin.
+beyond the last finite bin. Values of float64 have eight times as many bins, made likewise of their own bits.
 """
 
 from dataclasses import dataclass
@@ -15,8 +15,10 @@ from torch import Tensor
 
 _SHIFT = 20
 NUM_BINS = 1 << (32 - _SHIFT)
-_HALF = NUM_BINS // 2
 _FINITE = 0x7F800000 >> _SHIFT
+_WIDE_SHIFT = 49
+NUM_WIDE_BINS = 1 << (64 - _WIDE_SHIFT)
+_WIDE_FINITE = 0x7FF0000000000000 >> _WIDE_SHIFT
 # Magnitudes below this share of the largest one are put together in a published histogram. TensorBoard draws 30 bins
 # over the range of all steps, and finer bins would take most of the file.
 _RESOLUTION = 2.0**-5
@@ -26,23 +28,42 @@ def count_values(x: Tensor) -> Tensor:
     """Count the values that fall into each bin.
 
     Args:
-        x: float32 of any shape. It may hold non-finite values.
+        x: float32 or float64 of any shape. It may hold non-finite values.
 
     Returns:
-        int64 of shape ``(NUM_BINS,)``: negative values by ascending magnitude, then the others likewise.
+        int64 of shape ``(NUM_BINS,)``, or ``(NUM_WIDE_BINS,)`` for float64: negative values by ascending magnitude,
+        then the others likewise.
     """
+    is_wide = x.dtype is torch.float64
+    bits, shift, bins = (torch.int64, _WIDE_SHIFT, NUM_WIDE_BINS) if is_wide else (torch.int32, _SHIFT, NUM_BINS)
     # The shift is arithmetic, so negative values have negative numbers.
-    number = (x.contiguous().view(torch.int32).view(-1) >> _SHIFT).add_(_HALF)
+    number = (x.contiguous().view(bits).view(-1) >> shift).add_(bins // 2)
     if x.device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
         # On CUDA bincount waits for the device. histc counts integers just as exactly. Older versions of torch refuse
         # it all the same when they are told to be deterministic.
-        return torch.histc(number, bins=NUM_BINS, min=0, max=NUM_BINS - 1).to(torch.int64)
-    return torch.bincount(number, minlength=NUM_BINS)
+        return torch.histc(number, bins=bins, min=0, max=bins - 1).to(torch.int64)
+    return torch.bincount(number, minlength=bins)
 
 
 def num_zero(bins: NDArray[np.int64]) -> int:
-    """The number of values that are zero or below 2^-129 in magnitude, which only denormals are."""
-    return int(bins[0] + bins[_HALF])
+    """The number of values that are zero or denormal, below 2^-129 in magnitude or below 2^-1025 of float64."""
+    return int(bins[0] + bins[len(bins) // 2])
+
+
+def narrowed(bins: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The bins of float64 as those of float32. Values beyond the range of float32 are in its outermost bins.
+
+    Args:
+        bins: Sums of what :func:`count_values` returned.
+
+    Returns:
+        int64 of shape ``(NUM_BINS,)``. The bins themselves, if they are those of float32.
+    """
+    if len(bins) == NUM_BINS:
+        return bins
+    return np.bincount(np.tile(_NARROW, 2) + np.repeat([0, NUM_BINS // 2], len(_NARROW)), bins, NUM_BINS).astype(
+        np.int64
+    )
 
 
 @dataclass(frozen=True)
@@ -68,18 +89,19 @@ def finite_histogram(
     """The finite bins in ascending order of their values. Bins too near to zero to be told apart are put together.
 
     Args:
-        bins: Sums of what :func:`count_values` returned, int64 of shape ``(NUM_BINS,)``, with a finite value or more.
+        bins: Sums of what :func:`count_values` returned, with a finite value or more.
         minimum: Smallest finite value.
         maximum: Largest finite value.
         total: Sum of the finite values.
         total_squares: Sum of the squares of the finite values.
     """
-    extent = max(abs(minimum), abs(maximum))
+    extent, half = max(abs(minimum), abs(maximum)), len(bins) // 2
+    all_magnitudes = MAGNITUDES if len(bins) == NUM_BINS else _WIDE_MAGNITUDES
     # The bins from the resolution up to the extent. The bins below the first of them are put together.
-    first, stop = np.searchsorted(MAGNITUDES, [extent * _RESOLUTION, extent], side="right").tolist()
-    first, stop = max(first - 1, 1), min(stop, _FINITE)
-    magnitudes = MAGNITUDES[first : stop + 1]
-    negative, positive = bins[:stop], bins[_HALF : _HALF + stop]
+    first, stop = np.searchsorted(all_magnitudes, [extent * _RESOLUTION, extent], side="right").tolist()
+    first, stop = max(first - 1, 1), min(stop, len(all_magnitudes) - 1)
+    magnitudes = all_magnitudes[first : stop + 1]
+    negative, positive = bins[:stop], bins[half : half + stop]
     edges = np.concatenate([-magnitudes[::-1], [0.0], magnitudes])
     counts = np.concatenate(
         [negative[first:][::-1], [negative[:first].sum(), positive[:first].sum()], positive[first:]]
@@ -94,8 +116,28 @@ def _magnitudes() -> NDArray[np.float64]:
     return edges
 
 
+def _wide_magnitudes() -> NDArray[np.float64]:
+    edges = (np.arange(_WIDE_FINITE + 1, dtype=np.uint64) << np.uint64(_WIDE_SHIFT)).view(np.float64).copy()
+    edges[-1] = np.finfo(np.float64).max
+    return edges
+
+
 # The edges of the finite bins of one sign: the lower edge of each, and the upper edge of the last.
 MAGNITUDES = _magnitudes()
+_WIDE_MAGNITUDES = _wide_magnitudes()
+
+
+def _narrow_numbers() -> NDArray[np.int64]:
+    """The number of the narrow bin, of one sign, for each wide bin: the same octave and eighth, as far as there are."""
+    numbers = np.searchsorted(MAGNITUDES, _WIDE_MAGNITUDES[:-1], side="right") - 1
+    # Zero has a bin of its own, which no other value may get into.
+    numbers = np.clip(numbers, 1, _FINITE - 1)
+    numbers[0] = 0
+    beyond = NUM_WIDE_BINS // 2 - _WIDE_FINITE
+    return np.concatenate([numbers, np.full(beyond, _FINITE)])
+
+
+_NARROW = _narrow_numbers()
 
 
 def _fit(

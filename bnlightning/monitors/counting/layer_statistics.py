@@ -65,7 +65,7 @@ def std(layer: LayerSums) -> float | None:
     """Population standard deviation of the finite values."""
     if not layer.finite:
         return None
-    return math.sqrt(max(layer.sum_squares / layer.finite - (layer.sum / layer.finite) ** 2, 0.0))
+    return math.sqrt(layer.squares_about_mean / layer.finite)
 
 
 def minimum(layer: LayerSums) -> float | None:
@@ -79,7 +79,7 @@ def maximum(layer: LayerSums) -> float | None:
 
 
 def zero(layer: LayerSums) -> float | None:
-    """Share of zeros among the finite values. A magnitude below 2^-129 counts as zero."""
+    """Share of zeros among the finite values. A magnitude below 2^-129 counts as zero, or below 2^-1025 of float64."""
     return num_zero(layer.bins) / layer.finite if layer.finite else None
 
 

@@ -2,28 +2,44 @@
 
 Every accumulator is a sum or a maximum. The result is therefore exact over calls, micro-batches, steps and ranks. The
 accumulators lie on the device and are read once, when a sample is closed. A layer takes 33 kB, and 40 bytes for each of
-its units.
+its units. One of float64 takes 262 kB.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bnlightning.monitors.counting.histogram import NUM_BINS, count_values
+from bnlightning.monitors.counting.histogram import NUM_BINS, NUM_WIDE_BINS, count_values
 from bnlightning.monitors.counting.precision import real_dtype
 from bnlightning.monitors.counting.ranks import all_keys, reduce_maxima, reduce_sums
 
 Limits = tuple[float, float]
 Number = float | Tensor
+Scalar = TypeVar("Scalar", np.int64, np.float64)
 
-# Magnitudes from this to its inverse have squares that float32 adds up without loss.
-_SAFE = 1e-10
-_LARGEST_SHIFT = 2.0**100
+
+@dataclass(frozen=True)
+class _Range:
+    """What values of a dtype can stand.
+
+    Args:
+        safe: Magnitudes from this to its inverse have squares that are added up without loss.
+        shift: Largest shift, which may be subtracted from any value.
+        exponent: Smallest exponent of two that has an inverse.
+    """
+
+    safe: float
+    shift: float
+    exponent: int
+
+
+_RANGES = {torch.float32: _Range(1e-10, 2.0**100, -120), torch.float64: _Range(1e-140, 2.0**1000, -1000)}
 
 _NONZERO, _MAGNITUDE, _FIRED, _LOW, _HIGH = range(5)
 
@@ -38,6 +54,7 @@ class LayerKey:
         units: Number of units. 0 where units are not looked at.
         limits: The values beyond which an output counts as saturated. ``None`` for an unbounded activation.
         is_gradient: Whether the values are gradients of the layer's output, not the output itself.
+        is_wide: Whether the values are counted in float64, because float32 cannot hold them.
     """
 
     label: str
@@ -45,6 +62,7 @@ class LayerKey:
     units: int = 0
     limits: Limits | None = None
     is_gradient: bool = False
+    is_wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,11 +118,13 @@ class LayerSums:
     """The sums over a layer's values, over one sample of the monitor and all ranks.
 
     Args:
-        bins: Counts by :func:`bnlightning.monitors.counting.histogram.count_values`, int64 of shape ``(NUM_BINS,)``.
+        bins: Counts by :func:`bnlightning.monitors.counting.histogram.count_values`.
         numel: Number of values.
         finite: Number of finite values.
         sum: Sum of the finite values.
         sum_squares: Sum of the squares of the finite values.
+        squares_about_mean: Sum of the squares of their distances from their mean. It keeps the digits of a small
+            variance.
         minimum: Smallest finite value. Infinity if there is none.
         maximum: Largest finite value. Minus infinity if there is none.
         units: Sums of each unit. ``None`` where units are not looked at.
@@ -116,6 +136,7 @@ class LayerSums:
     finite: int
     sum: float
     sum_squares: float
+    squares_about_mean: float
     minimum: float
     maximum: float
     units: UnitSums | None
@@ -148,13 +169,14 @@ class LayerAccumulators:
         for row in self._rows.values():
             row.reset()
 
-    def update(self, key: LayerKey, values: Tensor, unit_dim: int = -1) -> None:
+    def update(self, key: LayerKey, values: Tensor, unit_dim: int = -1, samples: int | None = None) -> None:
         """Add the values of one call of a layer.
 
         Args:
             key: The layer.
             values: Any shape and floating dtype.
             unit_dim: Dimension of the units, if the key has any. By default the last.
+            samples: Number of samples. ``None``: the size of the first dimension.
         """
         row = self._rows.get(key)
         if row is None:
@@ -162,7 +184,7 @@ class LayerAccumulators:
             with torch.inference_mode(False):
                 row = self._rows[key] = _Row(key, values.device, self._sums)
         if values.numel():
-            row.update(CallValues(values, unit_dim))
+            row.update(CallValues(values, unit_dim, torch.float64 if key.is_wide else torch.float32, samples))
 
     def reduce(self, device: torch.device) -> dict[LayerKey, LayerSums]:
         """The sums over all ranks, for every layer that ran on any rank. All ranks get the same.
@@ -177,16 +199,16 @@ class LayerAccumulators:
             return {}
         with torch.no_grad(), torch.inference_mode(False):
             rows = [self._rows.get(key) or _Row(key, device, self._sums) for key in keys]
-            bins = torch.stack([row.bins for row in rows])
-            counts = _table([[row.finite, row.samples, row.numel] for row in rows], torch.int64, device)
-            moments = _moments(rows, real_dtype(device), device)
             # The minimum with its sign turned, so that both are maxima.
             extrema = _table([[-row.minimum, row.maximum] for row in rows], real_dtype(device), device)
             units = torch.cat([row.units.flatten() for row in rows])
-            own = _packed([row.sums[each.name] for row in rows for each in row.own if not each.is_maximum], units)
             largest = _packed([row.sums[each.name] for row in rows for each in row.own if each.is_maximum], units)
-            bins, counts, moments, units, own = reduce_sums([bins, counts, moments, units, own])
             extrema, largest = reduce_maxima([extrema, largest])
+            bins = torch.cat([row.bins for row in rows])
+            counts = _table([[row.finite, row.samples, row.numel] for row in rows], torch.int64, device)
+            moments = _moments(rows, extrema, device)
+            own = _packed([row.sums[each.name] for row in rows for each in row.own if not each.is_maximum], units)
+            bins, counts, moments, units, own = reduce_sums([bins, counts, moments, units, own])
         read = (each.cpu().numpy() for each in (bins, counts, moments, extrema, units, own, largest))
         return _split(keys, rows, *read)
 
@@ -198,7 +220,7 @@ class _Row:
         self.key = key
         self.seen = False
         real = real_dtype(device)
-        self.bins = torch.zeros(NUM_BINS, dtype=torch.int64, device=device)
+        self.bins = torch.zeros(NUM_WIDE_BINS if key.is_wide else NUM_BINS, dtype=torch.int64, device=device)
         number = 0 if not key.units else 5 if key.limits else 3
         self.units = torch.zeros(number, key.units, dtype=real, device=device)
         self._unit_sums = self.units.unbind()
@@ -286,7 +308,8 @@ class CallValues:
     """The values of one call of a layer, ready to be counted.
 
     Attributes:
-        x: The values, contiguous float32 of two or more dimensions and at least one value.
+        x: The values, contiguous, of two or more dimensions and at least one value. float32, or float64 where the
+            layer puts that out.
         unit_dim: Dimension of the units in ``x``.
         samples: Size of the batch.
         finite: Which values are finite, bool of the shape of ``x``. ``None`` if all are known to be.
@@ -295,12 +318,15 @@ class CallValues:
         maximum: Largest finite value.
     """
 
-    def __init__(self, values: Tensor, unit_dim: int) -> None:
-        x = values.detach().float()
+    def __init__(
+        self, values: Tensor, unit_dim: int, dtype: torch.dtype = torch.float32, samples: int | None = None
+    ) -> None:
+        x = values.detach().to(dtype)
         if x.dim() < 2:
             # A single unit, with as many samples as values.
             x, unit_dim = x.reshape(-1, 1), 1
-        self.samples = len(x)
+        self.samples = len(x) if samples is None else samples
+        self.range = _RANGES[dtype]
         self.unit_dim = unit_dim % x.dim()
         if not x.is_contiguous():
             x = self._made_contiguous(x)
@@ -331,16 +357,16 @@ class CallValues:
         return self.x if self.finite is None else torch.where(self.finite, self.x, value)
 
     def scale(self) -> Number | None:
-        """A power of two that brings the values near to 1, so that squares neither overflow nor vanish in float32.
+        """A power of two that brings the values near to 1, so that squares neither overflow nor vanish in their dtype.
 
         ``None`` on a CPU if there is no need.
         """
         extent = _larger(self.maximum, -self.minimum)
         if isinstance(extent, float):
-            if _SAFE < extent < 1 / _SAFE or not 0 < extent < math.inf:
+            if self.range.safe < extent < 1 / self.range.safe or not 0 < extent < math.inf:
                 return None
-            return math.ldexp(1.0, -max(math.frexp(extent)[1], -120))
-        exponent = torch.frexp(extent.nan_to_num(posinf=1.0, neginf=1.0).clamp_min(2.0**-120))[1]
+            return math.ldexp(1.0, -max(math.frexp(extent)[1], self.range.exponent))
+        exponent = torch.frexp(extent.nan_to_num(posinf=1.0, neginf=1.0).clamp_min(2.0**self.range.exponent))[1]
         return torch.ldexp(torch.ones_like(extent), -exponent)
 
     def by_unit(self, values: Tensor) -> Tensor:
@@ -373,10 +399,10 @@ class CallValues:
 
 
 def _middle(values: CallValues) -> Number:
-    """A float32 near the mean of the finite values. 0 if there are none."""
+    """A number near the mean of the finite values. 0 if there are none."""
     # The sum may overflow. So may a value minus the shift, if the shift is huge.
     mean = (values.fill(0.0).sum() / values.num_finite).nan_to_num(nan=0.0)
-    return values.read(mean.clamp(-_LARGEST_SHIFT, _LARGEST_SHIFT))
+    return values.read(mean.clamp(-values.range.shift, values.range.shift))
 
 
 def _smaller(one: Number, other: Number) -> Number:
@@ -401,12 +427,19 @@ def _column(numbers: Sequence[Number], dtype: torch.dtype, device: torch.device)
     return torch.stack(tensors).to(device, dtype)
 
 
-def _moments(rows: Sequence[_Row], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The sum of the finite values of each row, and of their squares, shape ``(rows, 2)``."""
+def _moments(rows: Sequence[_Row], extrema: Tensor, device: torch.device) -> Tensor:
+    """The sums of the finite values of each row and of their squares, about the row's centre, shape ``(rows, 2)``."""
     numbers = [[row.finite, 0.0 if row.shift is None else row.shift, row.total, row.squares] for row in rows]
-    finite, shift, total, squares = _table(numbers, dtype, device).unbind(1)
-    # Each rank has chosen a shift of its own, so sums about the shift become sums about zero. float64 loses nothing.
+    finite, shift, total, squares = _table(numbers, extrema.dtype, device).unbind(1)
+    # Each rank has chosen a shift of its own. The centre is the same on all, and lies among the values.
+    shift = shift - _centre(extrema)
     return torch.stack([total + finite * shift, squares + 2 * shift * total + finite * shift**2], dim=1)
+
+
+def _centre(extrema: Tensor) -> Tensor:
+    """The middle between minimum and maximum of each row, shape ``(rows,)``. 0 where there is no finite value."""
+    low, high = extrema.unbind(1)
+    return torch.nan_to_num(high / 2 - low / 2, 0.0, 0.0, 0.0)
 
 
 def _split(
@@ -420,18 +453,20 @@ def _split(
     own: NDArray[np.float64],
     largest: NDArray[np.float64],
 ) -> dict[LayerKey, LayerSums]:
-    take_units, take_own, take_largest = _taker(units), _taker(own), _taker(largest)
+    take_units, take_own, take_largest, take_bins = _taker(units), _taker(own), _taker(largest), _taker(bins)
     finite, samples, numel = counts.T.tolist()
     (total, squares), (low, high) = moments.T.tolist(), extrema.T.tolist()
+    centres = _centre(torch.from_numpy(extrema)).tolist()
     layers = {}
     for index, (key, row) in enumerate(zip(keys, rows, strict=True)):
-        sums = take_units(row.units.shape)
+        sums, centre = take_units(row.units.shape), centres[index]
         layers[key] = LayerSums(
-            bins=bins[index],
+            bins=take_bins(row.bins.shape),
             numel=numel[index],
             finite=finite[index],
-            sum=total[index],
-            sum_squares=squares[index],
+            sum=total[index] + finite[index] * centre,
+            sum_squares=squares[index] + 2 * centre * total[index] + finite[index] * centre * centre,
+            squares_about_mean=max(squares[index] - total[index] * (total[index] / max(finite[index], 1)), 0.0),
             minimum=-low[index],
             maximum=high[index],
             units=_unit_sums(sums, numel[index] // key.units, samples[index]) if key.units else None,
@@ -457,11 +492,11 @@ def _unit_sums(sums: NDArray[np.float64], observations: int, samples: int) -> Un
     return UnitSums(observations, samples, sums[_NONZERO], sums[_MAGNITUDE], sums[_FIRED], low, high)
 
 
-def _taker(packed: NDArray[np.float64]) -> Callable[[torch.Size], NDArray[np.float64]]:
+def _taker(packed: NDArray[Scalar]) -> Callable[[torch.Size], NDArray[Scalar]]:
     """A function that takes one array after another, each of a given shape, from a packed one."""
     position = 0
 
-    def take(shape: torch.Size) -> NDArray[np.float64]:
+    def take(shape: torch.Size) -> NDArray[Scalar]:
         nonlocal position
         part = packed[position : position + shape.numel()].reshape(shape)
         position += shape.numel()

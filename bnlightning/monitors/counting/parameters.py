@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from bnlightning.monitors.counting.histogram import NUM_BINS, Histogram, count_values, finite_histogram
-from bnlightning.monitors.counting.precision import where_float64_is
+from bnlightning.monitors.counting.histogram import NUM_BINS, NUM_WIDE_BINS, Histogram, count_values, finite_histogram
+from bnlightning.monitors.counting.precision import counted_dtype, where_float64_is
 from bnlightning.monitors.counting.ranks import is_sharded, own_part, reduce_maxima, reduce_sums
 
 # In a sum of squares above this, squares that underflow in float32 do not matter.
@@ -69,9 +69,12 @@ class ParameterAccumulators:
         self._sums = np.zeros((len(self._paths), 5))
         # The minimum with its sign turned, so that both are maxima.
         self._extrema = np.full((len(self._paths), 2), -np.inf)
-        watched = [row for row, path in enumerate(self._paths) if path in with_histogram]
-        self._bins_index = {row: index for index, row in enumerate(watched)}
-        self._bins = torch.zeros(len(watched), NUM_BINS, dtype=torch.int64, device=device)
+        self._num_bins = {
+            row: NUM_WIDE_BINS if counted_dtype(parameter) is torch.float64 else NUM_BINS
+            for row, (path, parameter) in enumerate(parameters.items())
+            if path in with_histogram
+        }
+        self._bins: dict[int, Tensor] = {}
         self._before: dict[int, tuple[nn.Parameter, Tensor]] = {}
 
     def record(self, parameters: Iterable[nn.Parameter], scale: float = 1.0) -> None:
@@ -90,7 +93,8 @@ class ParameterAccumulators:
             gradient, weight = own_part(parameter.grad, parameter), own_part(parameter)
             if gradient is None or weight is None:
                 continue
-            values = _values(gradient).float()
+            values = _values(gradient)
+            values = values.to(counted_dtype(values))
             # A sparse gradient may have no value stored.
             if len(values) > 0:
                 gradients[row] = values if scale == 1.0 else values / scale
@@ -113,13 +117,13 @@ class ParameterAccumulators:
         for row, values, one in zip(rows, gradients, total, strict=True):
             if not np.isfinite(one):
                 self._take_down_finite(row, values)
-            if row in self._bins_index:
-                self._bins[self._bins_index[row]] = count_values(values)
+            if row in self._num_bins:
+                self._bins[row] = count_values(values).to(self._device)
 
     def _take_down_finite(self, row: int, values: Tensor) -> None:
         """Take down the moments of the finite values alone. It is needed in a run that diverges.
 
-        The sum of the values is then not finite, because a value is not or because float32 cannot hold the sum.
+        The sum of the values is then not finite, because a value is not or because its dtype cannot hold the sum.
         """
         finite = values[values.isfinite()].cpu().double()
         self._counts[row, _NONFINITE] = len(values) - len(finite)
@@ -139,23 +143,31 @@ class ParameterAccumulators:
         if self._is_sharded:
             arrays = (self._counts, self._sums, self._extrema)
             counts, sums, extrema = (torch.from_numpy(array).to(self._device) for array in arrays)
-            counts, sums, self._bins = reduce_sums([counts, sums, self._bins])
+            bins = [self._bins.get(row, self._no_bins(number)) for row, number in self._num_bins.items()]
+            counts, sums, *bins = reduce_sums([counts, sums, *bins])
+            self._bins = dict(zip(self._num_bins, bins, strict=True))
             (extrema,) = reduce_maxima([extrema])
             self._counts, self._sums, self._extrema = (tensor.cpu().numpy() for tensor in (counts, sums, extrema))
 
+    def _no_bins(self, number: int) -> Tensor:
+        return torch.zeros(number, dtype=torch.int64, device=self._device)
+
     def statistics(self) -> dict[str, ParameterCounts]:
         """The statistics of the parameters that were recorded, by path."""
-        bins = self._bins.cpu().numpy()
+        # In one transfer.
+        packed = torch.cat([self._no_bins(0), *self._bins.values()]).cpu().numpy()
+        ends = np.cumsum([len(bins) for bins in self._bins.values()]).tolist()
+        bins = dict(zip(self._bins, np.split(packed, ends), strict=False))
         norms = np.sqrt(self._sums[:, [_GRADIENT, _WEIGHT, _UPDATE]]).tolist()
         found = {}
         for row, (path, (values, nonfinite)) in enumerate(zip(self._paths, self._counts.tolist(), strict=True)):
             if values == 0:
                 continue
             histogram = None
-            if row in self._bins_index and nonfinite < values:
+            if row in bins and nonfinite < values:
                 low, high = self._extrema[row].tolist()
                 squares, total = self._sums[row, [_FINITE, _TOTAL]].tolist()
-                histogram = finite_histogram(bins[self._bins_index[row]], -low, high, total, squares)
+                histogram = finite_histogram(bins[row], -low, high, total, squares)
             norm, weight_norm, update_norm = norms[row]
             found[path] = ParameterCounts(self._dims[row], values, nonfinite, norm, weight_norm, update_norm, histogram)
         return found
@@ -183,7 +195,7 @@ def _at_least_float32(tensor: Tensor) -> torch.dtype:
 def _square_sums(tensors: Sequence[Tensor]) -> NDArray[np.float64]:
     """The sum of the squares of each tensor, over the whole range of its dtype. NaN or infinite if a value is."""
     # Neither norms nor dot products: on a CPU these lose digits over many values, and take longer.
-    squares = _read([tensor.float().square().sum() for tensor in tensors])
+    squares = _read([tensor.to(counted_dtype(tensor)).square().sum() for tensor in tensors])
     # Overflow and underflow are rare, so this may be slow.
     unsafe = np.flatnonzero(~((squares > _SAFE_SQUARES) & np.isfinite(squares))).tolist()
     if unsafe:

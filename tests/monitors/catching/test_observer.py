@@ -1,14 +1,13 @@
 import copy
-from collections import namedtuple
-from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import nn
 
 from bnlightning.monitors.catching.hooks import NoHook
-from bnlightning.monitors.catching.observer import MAX_CALLS, Observer, tensors_in
+from bnlightning.monitors.catching.observer import MAX_CALLS, Observer
 from bnlightning.monitors.counting.layers import LayerAccumulators
+from bnlightning.nn.tap import tap
 
 CPU = torch.device("cpu")
 
@@ -67,30 +66,46 @@ def test_hooks_of_a_copy_do_nothing():
     observer.detach()
 
 
-@dataclass
-class Output:
-    logits: torch.Tensor
-    hidden: tuple
+def test_what_cannot_be_counted_is_told():
+    class Sparse(nn.Module):
+        def forward(self, x):
+            return {"sparse": x.to_sparse(), "dense": x}
+
+    labels, observer = observed(nn.ModuleDict({"a": Sparse()})["a"], torch.eye(3), choices=[Sparse])
+    assert (labels, observer.unreadable) == ([], {})
+    labels, observer = observed(nn.Sequential(Sparse()), torch.eye(3), choices=[Sparse])
+    assert (labels, observer.unreadable) == (["0:dense"], {"0:sparse": "a sparse tensor"})
+    assert "They are left out, for they cannot be counted: 0:sparse (a sparse tensor)." in observer.report(labels)
 
 
-Pair = namedtuple("Pair", ["first", "second"])
-X = torch.ones(2)
+def test_both_parts_of_complex_values_count_in_modules_and_taps():
+    class Complex(nn.Module):
+        def forward(self, x):
+            return tap(torch.complex(x * 0, x), "tap")
+
+    observer, accumulators, network = Observer([Complex], 200), LayerAccumulators(), nn.Sequential(Complex())
+    observer.attach(network, False, CPU)
+    observer.start(accumulators)
+    x = torch.tensor([[1.0, 0.0, 2.0], [3.0, 0.0, -1.0]])
+    network(x)
+    observer.stop()
+    module, tapped = accumulators.reduce(CPU).values()
+    for found in (module, tapped):
+        assert (found.numel, found.minimum, found.maximum) == (12, -1.0, 3.0)
+        assert found.units.samples == 2 and found.units.nonzero.tolist() == [2, 0, 2]
+    observer.detach()
 
 
-@pytest.mark.parametrize(
-    ("output", "paths"),
-    [
-        (X, [""]),
-        ((X, [X, "text"]), [":0", ":1.0"]),
-        ({"a": X, "b": None}, [":a"]),
-        (Output(X, (X, X)), [":logits", ":hidden.0", ":hidden.1"]),
-        (Pair(X, X.long()), [":0"]),
-        ([[[[[X]]]]], []),
-        (X.to_sparse(), []),
-        (torch.ones(2, device="meta"), []),
-        ("text", []),
-    ],
-    ids=["tensor", "nested", "mapping", "dataclass", "named tuple", "too deep", "sparse", "meta", "text"],
-)
-def test_tensors_in_what_a_module_returned(output, paths):
-    assert [path for path, _ in tensors_in(output)] == paths
+def test_nested_tensors_count_without_padding():
+    class Nested(nn.Module):
+        def forward(self, *parts):
+            return torch.nested.nested_tensor(list(parts), layout=torch.jagged)
+
+    observer, accumulators, network = Observer([Nested], 200), LayerAccumulators(), nn.Sequential(Nested())
+    observer.attach(network, False, CPU)
+    observer.start(accumulators)
+    network[0](torch.ones(2, 4), torch.zeros(5, 4))
+    (found,) = accumulators.reduce(CPU).values()
+    assert (found.numel, found.units.samples, found.units.observations) == (28, 2, 7)
+    assert found.sum == pytest.approx(8.0)
+    observer.detach()

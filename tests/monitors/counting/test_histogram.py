@@ -2,7 +2,16 @@ import numpy as np
 import pytest
 import torch
 
-from bnlightning.monitors.counting.histogram import Histogram, TypicalRanges, clip, count_values, finite_histogram
+from bnlightning.monitors.counting.histogram import (
+    NUM_BINS,
+    Histogram,
+    TypicalRanges,
+    clip,
+    count_values,
+    finite_histogram,
+    narrowed,
+    num_zero,
+)
 
 
 def histogram_of(values):
@@ -64,3 +73,19 @@ def test_state_goes_on():
     second.load_state_dict(first.state_dict())
     histogram = histogram_of(normal(scale=1e4))
     assert np.array_equal(first.fit("tag", histogram).edges, second.fit("tag", histogram).edges)
+
+
+def test_bins_of_float64_become_those_of_float32():
+    x = torch.as_tensor(np.concatenate([normal(), normal(scale=1e30), [0.0, -np.inf, np.inf]]))
+    # Rounding to float32 could bring a value into the next bin.
+    x = x.float().double()
+    np.testing.assert_array_equal(narrowed(count_values(x).numpy()), count_values(x.float()).numpy())
+    bins = count_values(x.float()).numpy()
+    assert narrowed(bins) is bins
+
+
+def test_what_float32_cannot_hold_is_neither_zero_nor_infinite():
+    bins = count_values(torch.tensor([1e-60, -1e-60, 1e60, -1e60, 0.0], dtype=torch.float64)).numpy()
+    assert num_zero(bins) == num_zero(narrowed(bins)) == 1
+    finite = finite_histogram(narrowed(bins), -3.4e38, 3.4e38, 0.0, 0.0)
+    assert finite.counts.sum() == 5 and len(narrowed(bins)) == NUM_BINS

@@ -12,7 +12,7 @@ from bnlightning.monitors.counting.layer_statistics import (
     layer_catalogue,
     layer_statistics,
 )
-from bnlightning.monitors.counting.layers import LayerAccumulators, LayerKey, Sum, _moments, _Row, _table
+from bnlightning.monitors.counting.layers import CallValues, LayerAccumulators, LayerKey, Sum, _moments, _Row, _table
 
 CPU = torch.device("cpu")
 LIMITS = (-0.99, 0.99)
@@ -270,11 +270,16 @@ def test_the_numbers_of_all_layers_are_packed_by_few_operations(on_device):
             finite, shift, total, squares = rng.integers(1, 100), *rng.normal(size=3)
             values = [float(each) for each in (finite, shift, total, squares)]
             row.finite, row.shift, row.total, row.squares = map(torch.tensor, values) if on_device else values
+            low, high = sorted(rng.normal(size=2))
+            row.minimum, row.maximum = map(torch.tensor, (low, high)) if on_device else (low, high)
+            shift -= (low + high) / 2
             expected.append((total + finite * shift, squares + 2 * shift * total + finite * shift**2))
+        ends = [[-row.minimum, row.maximum] for row in rows]
         with Operations() as operations:
-            moments = _moments(rows, torch.float64, CPU)
+            extrema = _table(ends, torch.float64, CPU)
+            moments = _moments(rows, extrema, CPU)
             counts = _table([[row.finite, row.samples, row.numel] for row in rows], torch.int64, CPU)
-        np.testing.assert_allclose(moments.numpy(), [*expected, (0.0, 0.0)], rtol=1e-5)
+        np.testing.assert_allclose(moments.numpy(), [*expected, (0.0, 0.0)], rtol=1e-4)
         assert counts.tolist() == [[int(row.finite), 0, 0] for row in rows]
         return operations.number
 
@@ -337,3 +342,50 @@ def test_ranks_together_give_what_one_process_gives(world_size, tmp_path):
                 np.testing.assert_allclose(
                     mine.sums["second_moments"], layer.sums["second_moments"], rtol=1e-5, atol=1e-5
                 )
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        torch.linspace(0.1, 1, 9, dtype=torch.float64) * 1e-60,
+        -torch.linspace(0.1, 1, 9, dtype=torch.float64) * 1e60,
+        torch.linspace(0.1, 1, 9, dtype=torch.float64) + 1e9,
+        torch.tensor([2**24 + 1.0, 2**24 + 3.0, 2**53 - 1.0], dtype=torch.float64),
+        torch.tensor([1e300, -1e300, 0.0, torch.nan, torch.inf], dtype=torch.float64),
+    ],
+    ids=["tiny", "huge", "far from zero", "large integers", "largest"],
+)
+def test_float64_is_counted_as_it_is(values):
+    window, key = LayerAccumulators(), LayerKey("layer", True, 1, is_wide=True)
+    for part in (values[:2], values[2:]):
+        window.update(key, part)
+    layer = window.reduce(CPU)[key]
+    exact = values[values.isfinite()].numpy()
+    assert (layer.numel, layer.finite) == (len(values), len(exact))
+    assert (layer.minimum, layer.maximum) == (exact.min(), exact.max())
+    numbers = statistics(key, layer, layer.units, 0.025)
+    assert numbers["zero"] == (exact == 0).mean() and numbers["dead"] == 0
+    assert numbers["mean"] == pytest.approx(exact.mean(), rel=1e-12, abs=1e-12 * np.abs(exact).max())
+    if np.abs(exact).max() < 1e150:
+        assert numbers["std"] == pytest.approx(exact.std(), rel=1e-6)
+    histogram = finite_histogram(layer.bins, layer.minimum, layer.maximum, layer.sum, layer.sum_squares)
+    assert histogram.counts.sum() == len(exact) and (np.diff(histogram.edges) > 0).all()
+    np.testing.assert_array_equal(histogram.counts, np.histogram(exact, histogram.edges)[0])
+
+
+def test_float32_is_not_counted_in_float64():
+    x = CallValues(normal(3, 4).half(), -1)
+    assert x.x.dtype is torch.float32
+
+
+def _reduce_far_on_rank(rank):
+    window = LayerAccumulators()
+    window.update(LayerKey("far", is_wide=True), 1e9 + torch.linspace(0.1, 1, 8, dtype=torch.float64)[rank::2])
+    (layer,) = window.reduce(CPU).values()
+    return layer.squares_about_mean
+
+
+def test_ranks_keep_the_digits_of_values_far_from_zero(tmp_path):
+    exact = np.linspace(0.1, 1, 8)
+    for squares in run_on_ranks(_reduce_far_on_rank, 2, tmp_path):
+        assert squares == pytest.approx(((exact - exact.mean()) ** 2).sum(), rel=1e-5)
