@@ -98,7 +98,9 @@ class ActivationMonitor(MonitorCallback):
         every_n_steps: Distance between two sampled steps, in optimizer steps.
         modules: The modules to watch: a type, a pattern of paths such as ``"net.act*"``, a function of path and module,
             or a list of these. Patterns find only modules without submodules. An exact path finds any. By default all
-            activations and normalisations that are modules of their own.
+            activations and normalisations that are modules of their own: torch's, ours, and others whose class is named
+            so, such as ``RMSNorm``, ``LayerNorm2d``, ``NewGELUActivation`` or ``QuickGELU``. ``health/watched`` names
+            the classes that do not say what they are.
         check_finite_every_n_steps: Distance between two training steps that are checked for NaN and infinities, until
             one is found. ``None``: no step is checked. Only 1, the default, finds the very first one. The check covers
             all modules without submodules that could make one, watched or not. It tells only of what makes a loss
@@ -426,7 +428,8 @@ class ActivationMonitor(MonitorCallback):
                 self.modules,
                 trainer.lightning_module,
                 "no module is an activation or a normalisation of its own. Make activations modules, choose others by "
-                "`modules`, such as 'net.*', or show tensors by bnlightning.tap(x, 'name').",
+                "`modules`, such as 'net.*', or show tensors by bnlightning.tap(x, 'name'). "
+                + self._monitor.observer.report_unknown(),
             )
             return record
         text = self._monitor.observer.report(seen)

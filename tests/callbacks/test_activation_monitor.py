@@ -768,13 +768,41 @@ def test_bad_taps_are_told_at_once(call, cure):
 def test_tensors_that_are_not_dense_are_passed_over(tmp_path):
     class Sparse(Net):
         def forward(self, x):
-            for made in (x.to_sparse(), x.to("meta"), torch.nested.as_nested_tensor([x, x], layout=torch.jagged)):
+            for made in (x.to_sparse(), x.to("meta")):
                 tap(made, "odd")
             return super().forward(tap(x, "even"))
 
     quiet_trainer(tmp_path, max_steps=1, callbacks=[ActivationMonitor()]).fit(Sparse(), loader())
-    tags = read_events(tmp_path).Tags()["histograms"]
+    events = read_events(tmp_path)
+    tags = events.Tags()["histograms"]
     assert "layer_hist/even" in tags and not any("odd" in tag for tag in tags)
+    (watched,) = events.Tensors("health/watched/text_summary")
+    assert "odd (a sparse tensor), odd#1 (a tensor without values" in watched.tensor_proto.string_val[0].decode()
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype stage:UserWarning")
+def test_layers_that_put_out_nested_tensors_in_evaluations_only(tmp_path):
+    class Padded(Plain):
+        def __init__(self):
+            layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True, activation=nn.ReLU())
+            super().__init__(nn.TransformerEncoder(layer, 1))
+
+        def training_step(self, batch):
+            mask = torch.zeros(8, 5, dtype=torch.bool)
+            mask[:, 3:] = True
+            return self.net(batch[0], src_key_padding_mask=mask).square().mean()
+
+        validation_step = training_step
+
+    data = DataLoader(TensorDataset(torch.randn(8, 5, 4)), 8)
+    quiet_trainer(tmp_path, max_epochs=1, callbacks=[ActivationMonitor(1)]).fit(Padded(), data, data)
+    events = read_events(tmp_path)
+    number = {
+        phase: events.Histograms(f"layer_{phase}hist/net.layers.0.activation")[0].histogram_value.num
+        for phase in ("", "val_")
+    }
+    # With padding, and without.
+    assert number == {"": 8 * 5 * 8, "val_": 8 * 3 * 8}
 
 
 def _four(key):

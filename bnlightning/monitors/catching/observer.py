@@ -19,10 +19,11 @@ from bnlightning.monitors.catching.selection import (
     has_units,
     is_activation,
     is_chosen,
+    is_unknown,
     may_overflow,
+    modules_by_path,
     saturation_limits,
     unit_dim,
-    user_path,
 )
 from bnlightning.monitors.counting.layers import LayerAccumulators, LayerKey, Limits
 from bnlightning.monitors.counting.precision import counted_dtype, real_dtype
@@ -76,6 +77,7 @@ class Observer:
         without_tensor: Type of the output, by path, of modules that put out no floating tensor.
         unreadable: Kind of tensor, by layer, of what cannot be counted.
         left_out: Layers beyond ``max_layers``.
+        unknown: Paths, by class, of modules that are not watched because nothing tells what they are.
     """
 
     def __init__(self, choices: Sequence[Choice] | None, max_layers: int) -> None:
@@ -89,6 +91,7 @@ class Observer:
         self.without_tensor: dict[str, str] = {}
         self.unreadable: dict[str, str] = {}
         self.left_out: dict[str, None] = {}
+        self.unknown: dict[str, list[str]] = {}
         self._labels: dict[str, set[int]] = {}
         self._calls: dict[str, int] = {}
         self._features: tuple[int, bool] | None = None
@@ -126,6 +129,8 @@ class Observer:
         if self.unreadable:
             described = [f"{label} ({kind})" for label, kind in self.unreadable.items()]
             sentences.append(f"They are left out, for they cannot be counted: {_listed(described)}.")
+        if self.unknown:
+            sentences.append(self.report_unknown())
         if self.refused:
             sentences.append(f"Compiled by TorchScript, which takes no hooks: {_listed(self.refused)}.")
         sentences.append(
@@ -133,6 +138,17 @@ class Observer:
             "bnlightning.tap(x, 'name')."
         )
         return " ".join(sentences)
+
+    def report_unknown(self) -> str:
+        """A sentence on the modules that are not watched because nothing tells what they are. Empty without any."""
+        if not self.unknown:
+            return ""
+        described = [f"{name} ({_listed(paths)})" for name, paths in self.unknown.items()]
+        first = next(iter(self.unknown.values()))[0]
+        return (
+            f"Their classes do not say what they are, so they are not watched: {_listed(described)}. If some activate "
+            f"or normalise, choose them and all others by `modules`, such as modules=[{first!r}]."
+        )
 
     def attach(self, module: nn.Module, checks: bool, device: torch.device) -> None:
         """Put hooks on the modules of ``module``.
@@ -149,8 +165,11 @@ class Observer:
             torch.compiler.reset()
         self._number = add_receiver(self._receive, self._receive_tap)
         before = None
-        for name, submodule in module.named_modules():
-            info = _module_info(user_path(name), submodule, self.choices, checks, before)
+        for paths, submodule in modules_by_path(module):
+            path = next((path for path in paths if path and is_chosen(self.choices, path, submodule)), paths[0])
+            info = _module_info(path, submodule, self.choices, checks, before)
+            if path and self.choices is None and not info.is_watched and is_unknown(submodule):
+                self.unknown.setdefault(type(submodule).__name__, []).append(path)
             if info.is_watched or info.is_checked or info.features is not None:
                 self._hook(info, submodule, device)
             before = info.features or before
@@ -165,7 +184,15 @@ class Observer:
             remove_receiver(self._number)
         self.accumulators = self.check = self._features = self._number = None
         self.is_sampling = self._is_compiled = False
-        for names in (self.refused, self.without_tensor, self.unreadable, self.left_out, self._labels, self._calls):
+        for names in (
+            self.refused,
+            self.without_tensor,
+            self.unreadable,
+            self.left_out,
+            self.unknown,
+            self._labels,
+            self._calls,
+        ):
             names.clear()
         for hooks in (self._handles, self._hooks, self.modules):
             hooks.clear()

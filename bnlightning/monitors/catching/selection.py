@@ -1,6 +1,7 @@
 """Which modules a monitor watches, and what is known of them before they run."""
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -25,6 +26,19 @@ NORM_TYPES: tuple[type[nn.Module], ...] = (
     _NormBase,
     *(getattr(torch_normalizations, name) for name in torch_normalizations.__all__),
 )
+# What the names of classes say that are not torch's own, such as RMSNorm, LayerNorm2d, NewGELUActivation or QuickGELU.
+_NORM_NAME = re.compile(r"(Norm|_norm)(alization|alisation)?(\dd)?(Fp\d+)?$")
+_ACTIVATION_WORDS = (
+    *("ReLU", "ReLu", "Relu", "RELU", "GELU", "GeLU", "Gelu", "SiLU", "SiLu", "Silu", "SELU", "CELU", "ELU", "Elu"),
+    *("GLU", "Glu", "Swish", "Mish", "Tanh", "Sigmoid", "Softmax", "Softplus", "SoftPlus", "Softsign"),
+    *("Activation", "Act"),
+)
+# A word ends before a capital, a digit or nothing: an ActionHead is no activation.
+_ACTIVATION_NAME = re.compile(rf"({'|'.join(_ACTIVATION_WORDS)})(?![a-z])")
+_NO_ACTIVATION_NAME = re.compile(r"Loss|Criterion|Metric|Embed|Norm$")
+# Packages whose modules are no layers.
+_NO_LAYERS = ("torch.", "torchmetrics.", "lightning.", "pytorch_lightning.")
+_MAX_PATHS = 16
 # Their values are still to be activated. A unit that is negative there, for example, is at rest behind a ReLU.
 _PRE_ACTIVATION_TYPES = (*NORM_TYPES, _ConvNd, nn.Linear, nn.Bilinear)
 # They turn finite values into finite values, except for the very largest floats.
@@ -69,16 +83,58 @@ def saturation_limits(module: nn.Module) -> tuple[float, float] | None:
     return None
 
 
-def is_activation(module: nn.Module) -> bool:
-    """Whether dead and dormant units count under ``health/``: for torch's activations and for modules not of torch."""
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a normalisation: one of torch's, ours, or one whose class is named so."""
+    return isinstance(module, NORM_TYPES) or (_is_foreign_leaf(module) and bool(_NORM_NAME.search(_class(module))))
+
+
+def is_named_activation(module: nn.Module) -> bool:
+    """Whether a module is an activation: one of torch's, ours, or one whose class is named so.
+
+    A class with a matrix of weights is none, whatever its name: it does more than activate.
+    """
     if isinstance(module, ACTIVATION_TYPES):
         return True
-    return not isinstance(module, _PRE_ACTIVATION_TYPES) and not type(module).__module__.startswith("torch.nn.")
+    name = _class(module)
+    return (
+        _is_foreign_leaf(module)
+        and bool(_ACTIVATION_NAME.search(name))
+        and not _NO_ACTIVATION_NAME.search(name)
+        and not any(parameter.dim() > 1 for parameter in module.parameters())
+    )
+
+
+def is_unknown(module: nn.Module) -> bool:
+    """Whether nothing tells what a module of the user's is: it has no submodules, and no name that says so."""
+    return _is_foreign_leaf(module) and not (
+        isinstance(module, (*ACTIVATION_TYPES, *_PRE_ACTIVATION_TYPES, *_FINITE_TYPES))
+        or is_norm(module)
+        or is_named_activation(module)
+    )
+
+
+def is_activation(module: nn.Module) -> bool:
+    """Whether dead and dormant units count under ``health/``: for activations and for modules not of torch."""
+    if is_named_activation(module):
+        return True
+    return not _is_pre_activation(module) and not type(module).__module__.startswith("torch.nn.")
 
 
 def has_units(module: nn.Module) -> bool:
     """Whether single units are looked at. In front of the activation they are not."""
-    return isinstance(module, ACTIVATION_TYPES) or not isinstance(module, _PRE_ACTIVATION_TYPES)
+    return is_named_activation(module) or not _is_pre_activation(module)
+
+
+def _is_pre_activation(module: nn.Module) -> bool:
+    return isinstance(module, _PRE_ACTIVATION_TYPES) or is_norm(module)
+
+
+def _is_foreign_leaf(module: nn.Module) -> bool:
+    return next(module.children(), None) is None and not type(module).__module__.startswith(_NO_LAYERS)
+
+
+def _class(module: nn.Module) -> str:
+    return type(module).__name__
 
 
 def may_overflow(module: nn.Module) -> bool:
@@ -96,7 +152,8 @@ def features(module: nn.Module) -> tuple[int, bool] | None:
         if isinstance(number, int):
             return number, isinstance(module, _CHANNELS_FIRST)
     shape = getattr(module, "normalized_shape", None)
-    return (shape[-1], False) if shape else None
+    last = shape[-1] if isinstance(shape, tuple | list) and shape else shape
+    return (last, False) if isinstance(last, int) else None
 
 
 def unit_dim(shape: Sequence[int], layer: tuple[int, bool] | None) -> int:
@@ -144,7 +201,7 @@ def is_chosen(choices: Sequence[Choice] | None, name: str, module: nn.Module) ->
     """Whether a module is watched. One with submodules is chosen only by its type, its exact path or a function."""
     is_leaf = next(module.children(), None) is None
     if choices is None:
-        return is_leaf and isinstance(module, (*ACTIVATION_TYPES, *NORM_TYPES))
+        return is_leaf and (is_named_activation(module) or is_norm(module))
     return any(_matches(choice, name, module, is_leaf) for choice in choices)
 
 
@@ -154,6 +211,28 @@ def _matches(choice: Choice, name: str, module: nn.Module, is_leaf: bool) -> boo
     if isinstance(choice, type):
         return isinstance(module, choice)
     return bool(choice(name, module))
+
+
+def modules_by_path(module: nn.Module) -> Iterator[tuple[list[str], nn.Module]]:
+    """Every module once, in the order of ``named_modules``, with all its paths. The first is that of ``named_modules``.
+
+    A module that is shared has several, at most 16.
+    """
+    paths: dict[nn.Module, list[str]] = {}
+    _walk(module, "", paths, ())
+    for name, one in module.named_modules():
+        yield list(dict.fromkeys([user_path(name), *map(user_path, paths.get(one, []))])), one
+
+
+def _walk(module: nn.Module, path: str, paths: dict[nn.Module, list[str]], above: tuple[nn.Module, ...]) -> None:
+    known = paths.setdefault(module, [])
+    # A module may hold one that holds it.
+    if len(known) >= _MAX_PATHS or any(module is one for one in above):
+        return
+    known.append(path)
+    for name, child in module._modules.items():
+        if child is not None:
+            _walk(child, f"{path}.{name}" if path else name, paths, (*above, module))
 
 
 def device_of(module: nn.Module) -> torch.device:

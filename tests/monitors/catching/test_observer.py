@@ -66,6 +66,28 @@ def test_hooks_of_a_copy_do_nothing():
     observer.detach()
 
 
+def test_a_shared_module_is_chosen_by_any_of_its_paths():
+    shared = nn.ReLU()
+    net = nn.ModuleDict({"first": shared, "second": shared, "third": nn.ReLU()})
+    observer = Observer(["second"], 200)
+    observer.attach(net, True, CPU)
+    assert observer.watched == ["second"]
+    observer.detach()
+
+
+def test_classes_that_do_not_say_what_they_are_are_named():
+    class Squash(nn.Module):
+        def forward(self, x):
+            return x / (1 + x.abs())
+
+    labels, observer = observed(nn.Sequential(nn.Linear(3, 3), Squash(), nn.ReLU(), Squash()), torch.ones(2, 3))
+    assert labels == ["2"]
+    report = observer.report(labels)
+    assert "they are not watched: Squash (1, 3). If some activate or normalise" in report and "['1']" in report
+    labels, observer = observed(nn.Sequential(Squash()), torch.ones(2, 3), choices=[Squash])
+    assert labels == ["0"] and "Squash" not in observer.report(labels)
+
+
 def test_what_cannot_be_counted_is_told():
     class Sparse(nn.Module):
         def forward(self, x):

@@ -9,7 +9,9 @@ from bnlightning.monitors.catching.selection import (
     has_units,
     is_activation,
     is_chosen,
+    is_unknown,
     may_overflow,
+    modules_by_path,
     unit_dim,
     user_path,
 )
@@ -116,3 +118,54 @@ def test_bad_choices_are_named(modules):
 
 def test_paths_are_those_of_the_author():
     assert user_path("net._orig_mod.0._fsdp_wrapped_module._checkpoint_wrapped_module.act") == "net.0.act"
+
+
+def named(name, base=nn.Module, parameter=None):
+    """A module of a class that somebody else wrote."""
+    module = type(name, (base,), {"__module__": "somewhere"})()
+    if parameter is not None:
+        module.weight = nn.Parameter(parameter)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("names", "role"),
+    [
+        ("NewGELUActivation QuickGELU FastGELUActivation GELUTanh SiLUActivation ReLUSquaredActivation", "activation"),
+        ("MyRelu Swish HardMish SwiGLU XIELUActivation LaplaceActivation Sigmoid Act", "activation"),
+        ("RMSNorm LlamaRMSNorm T5LayerNorm LayerNorm2d Gemma2RMSNorm ActNorm LayerNormFp32 rms_norm", "norm"),
+        ("ActionHead Prelude Mishap SigmoidFocalLoss LayerScale DropPath Value RotaryEmbedding Normalize", "unknown"),
+    ],
+)
+def test_the_name_of_a_class_tells_what_it_is(names, role):
+    for module in map(named, names.split()):
+        assert is_chosen(None, "path", module) == (role != "unknown"), module
+        assert is_unknown(module) == (role == "unknown"), module
+        # Units are of activations. Nothing is known of others, and they may be.
+        assert is_activation(module) == has_units(module) == (role != "norm"), module
+
+
+def test_a_name_is_not_all():
+    # It multiplies by a matrix, too.
+    assert is_unknown(named("LinearReLU", parameter=torch.eye(2)))
+    assert not is_unknown(named("LearnedSwish", parameter=torch.ones(3)))
+    # It has parts, which are watched themselves.
+    assert not is_chosen(None, "path", named("ConvNormReLU", nn.Sequential).append(nn.ReLU()))
+    assert not is_unknown(nn.Linear(2, 2)) and not is_unknown(nn.Dropout()) and not is_unknown(nn.Identity())
+
+
+@pytest.mark.parametrize("shape", [7, (5, 7), [7]])
+def test_features_of_norms_of_others(shape):
+    module = named("RMSNorm")
+    module.normalized_shape = shape
+    assert features(module) == (7, False)
+
+
+def test_all_paths_of_a_shared_module():
+    inner = nn.Sequential(nn.ReLU())
+    net = nn.ModuleDict({"a": inner, "b": nn.ModuleDict({"c": inner})})
+    # Lightning's loops hold what holds them.
+    net["b"].register_module("back", net)
+    paths = {one: found for found, one in modules_by_path(net)}
+    assert paths[inner] == ["a", "b.c"] and paths[inner[0]] == ["a.0", "b.c.0"]
+    assert [found[0] for found, _ in modules_by_path(net)] == [name for name, _ in net.named_modules()]
