@@ -4,10 +4,12 @@ import math
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal
+from types import FrameType
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm as _TorchBatchNorm
 
@@ -98,6 +100,8 @@ class _ConventionBatchNorm(_TorchBatchNorm):
 
         As in torch, a layer without running statistics normalises by the batch's in evaluation too.
         """
+        if not isinstance(input, Tensor):
+            return cast(Tensor, _traced(self, input))
         # torch has no types for this method.
         check: Callable[[Tensor], None] = self._check_input_dim
         check(input)
@@ -280,6 +284,29 @@ class _ConventionBatchNorm(_TorchBatchNorm):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute 'qconfig'")
         del self.__dict__["qconfig"]
 
+    @property
+    def parametrizations(self) -> Any:
+        """The attribute that ``torch.nn.utils.parametrize`` sets on a module. The layer has none until then.
+
+        Raises:
+            RuntimeError: If torch's ``fuse_modules`` reads it. That function knows torch's own classes only, and would
+                say no more than that it has no method.
+        """
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_code.co_name in (
+            "is_parametrized",
+            "type_before_parametrizations",
+            "<genexpr>",
+        ):
+            frame = frame.f_back
+        if frame is not None and frame.f_code.co_name == "fuse_known_modules":
+            raise RuntimeError(
+                f"fuse_modules cannot fuse {self}: it knows torch's own layers only. Call swap_norm(model, 'torch') "
+                "first."
+            )
+        # nn.Module is asked next, as for any attribute that a class does not have.
+        raise AttributeError("parametrizations")
+
     def extra_repr(self) -> str:
         """Return torch's arguments and our own."""
         sync = ", sync=True" if self.sync else ""
@@ -343,6 +370,14 @@ class BatchNorm3d(_ConventionBatchNorm, nn.BatchNorm3d):
         >>> BatchNorm3d(6)(torch.randn(10, 6, 5, 5, 5)).shape
         torch.Size([10, 6, 5, 5, 5])
     """
+
+
+def _traced(layer: nn.Module, input: Any) -> Any:
+    """The call of a layer as one node of a graph that ``torch.fx`` traces, as for torch's layers."""
+    if not isinstance(input, Proxy):
+        raise ValueError(f"input of {type(layer).__name__} is a {type(input).__name__}: give a tensor.")
+    tracer: Any = input.tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(layer), (input,), {})
 
 
 _UNTRAINED = (

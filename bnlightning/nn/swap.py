@@ -35,6 +35,14 @@ _METHODS: dict[str, tuple[Callable[..., Any], ...]] = {
     "train": (nn.Module.train,),
     "__call__": (nn.Module.__call__,),
 }
+# What a class has without its author's doing, and what has done its work when the layer is built.
+_INERT = frozenset(
+    {
+        *("__module__", "__qualname__", "__doc__", "__dict__", "__weakref__", "__slots__", "__init__", "__new__"),
+        *("__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__", "__static_attributes__"),
+        *("__firstlineno__", "__orig_bases__", "__parameters__", "__constants__", "__abstractmethods__", "_abc_impl"),
+    }
+)
 _OWN_TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 _KEPT_ARGUMENTS = ("num_features", "affine", "track_running_stats", "bias", "device", "dtype")
 # By name, because importing these classes takes longer than a swap.
@@ -166,8 +174,10 @@ def swap_norm(
     Raises:
         ValueError: If an argument is not known. With ``strict``, if a layer cannot be swapped. Such layers override
             ``forward`` or ``train``, are parametrised, lazy without parameters, compiled by TorchScript or sharded, or
-            have an unknown dimension (:class:`torch.nn.SyncBatchNorm`). Layers inside DDP or FSDP and layers with other
-            tensors of their own cannot be swapped to ``"none"`` or a callable. After any error the module is as before.
+            have an unknown dimension (:class:`torch.nn.SyncBatchNorm`). Layers of a subclass with methods, properties
+            or attributes of its own cannot be swapped to another class, which would lose them. Layers inside DDP or
+            FSDP and layers with other tensors or modules of their own cannot be swapped to ``"none"`` or a callable.
+            After any error the module is as before.
 
     Example:
         >>> network = nn.Sequential(nn.Linear(3, 30), nn.BatchNorm1d(30))
@@ -271,6 +281,7 @@ def _planned(
     """Return the change of one layer, not yet made, or ``None`` if the layer is the target already."""
     _refuse_in_any_case(layer)
     if to == "none" or callable(to):
+        _refuse_if_the_class_has_more(layer)
         _refuse_if_parameters_are_in_use(layer, is_under_wrapper)
         return _built(root, layer, to, options) if callable(to) else _to_identity(layer)
     base = next((base for base in _OURS if isinstance(layer, base)), None)
@@ -279,6 +290,8 @@ def _planned(
             f"{type(layer).__name__} does not say its dimension: swap before it is made, or pass a callable"
         )
     change = _to_torch(layer, base, options) if to == "torch" else _to_ours(layer, base, str(to), options)
+    if change.cls is not type(layer):
+        _refuse_if_the_class_has_more(layer)
     now = {name: vars(layer).get(name, Absent) for name in change.attributes}
     return None if change.cls is type(layer) and now == change.attributes else change
 
@@ -299,6 +312,26 @@ def _refuse_in_any_case(layer: nn.Module) -> None:
         )
 
 
+def _refuse_if_the_class_has_more(layer: nn.Module) -> None:
+    own = [
+        name
+        for cls in type(layer).__mro__
+        if not cls.__module__.startswith(("torch.", "bnlightning.nn.", "builtins", "typing", "abc"))
+        for name in vars(cls)
+        if name not in _INERT and name not in _slots(cls)
+    ]
+    if own:
+        raise _RefusedError(
+            f"{type(layer).__name__} has its own {', '.join(dict.fromkeys(own))}, which would be lost: replace the "
+            "layer by hand"
+        )
+
+
+def _slots(cls: type) -> tuple[str, ...]:
+    slots = vars(cls).get("__slots__", ())
+    return (slots,) if isinstance(slots, str) else tuple(slots)
+
+
 def _refuse_if_parameters_are_in_use(layer: nn.Module, is_under_wrapper: bool) -> None:
     if is_under_wrapper:
         raise _RefusedError("inside DDP or FSDP, which hold its parameters: swap before wrapping")
@@ -307,6 +340,9 @@ def _refuse_if_parameters_are_in_use(layer: nn.Module, is_under_wrapper: bool) -
         raise _RefusedError(
             f"holds tensors of its own, which would be lost ({', '.join(sorted(others))}): remove them first"
         )
+    parts = [name for name, _ in layer.named_children()]
+    if parts:
+        raise _RefusedError(f"holds modules of its own, which would be lost ({', '.join(parts)}): remove them first")
 
 
 def _to_identity(layer: nn.Module) -> InPlace:

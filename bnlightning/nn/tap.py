@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from torch import Tensor
+from torch.fx import Proxy
 
 Listener = Callable[[str, Tensor, tuple[float, float] | None], None]
 
@@ -38,6 +39,9 @@ def tap(x: Tensor, name: str, limits: tuple[float, float] | None = None) -> Tens
         >>> Network()(torch.randn(10, 3)).shape
         torch.Size([10, 30])
     """
+    if isinstance(x, Proxy):
+        # A graph is traced, and no value is there to be shown.
+        return x
     if not isinstance(x, Tensor):
         raise ValueError(f"x of tap(x, {name!r}) is a {type(x).__name__}: give a tensor, and each tensor its own name.")
     if limits is not None and not (isinstance(limits, tuple | list) and len(limits) == 2):

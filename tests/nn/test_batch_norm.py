@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from bnlightning import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from bnlightning import BatchNorm1d, BatchNorm2d, BatchNorm3d, swap_norm
 
 PAIRS = [
     (BatchNorm1d, nn.BatchNorm1d, (6, 4)),
@@ -267,3 +267,52 @@ def test_a_momentum_that_looks_like_tensorflows_warns(momentum):
 
 def test_repr_names_the_convention():
     assert "convention='keras', backend='fast'" in repr(BatchNorm1d(2, convention="keras"))
+
+
+def block(norm):
+    return nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.ReLU())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_graph_that_fx_traces_has_the_layer_as_one_node(backend):
+    module = block(BatchNorm2d(4, convention="keras", backend=backend))
+    traced = torch.fx.symbolic_trace(copy.deepcopy(module))
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["0", "1", "2"]
+    for mode in (True, False):
+        x = torch.randn(2, 3, 6, 6)
+        assert torch.equal(traced.train(mode)(x), module.train(mode)(x))
+    assert torch.equal(traced.get_submodule("1").running_var, module[1].running_var)
+
+
+def test_fusion_with_a_convolution_in_evaluation():
+    module, x = block(BatchNorm2d(4)), torch.randn(2, 3, 6, 6)
+    module(x)
+    module.eval()
+    torch.testing.assert_close(torch.nn.utils.fuse_conv_bn_eval(*module[:2])(x), module[:2](x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_fuse_modules_says_what_to_do():
+    # It takes long to import.
+    from torch.ao.quantization import fuse_modules
+
+    module = block(BatchNorm2d(4)).eval()
+    with pytest.raises(RuntimeError, match=r"Call swap_norm\(model, 'torch'\) first"):
+        fuse_modules(module, [["0", "1", "2"]])
+    swap_norm(module, "torch")
+    assert type(fuse_modules(module, [["0", "1", "2"]])[1]) is nn.Identity
+
+
+def test_what_is_no_tensor_is_named():
+    with pytest.raises(ValueError, match="input of BatchNorm1d is a list: give a tensor"):
+        BatchNorm1d(3)([1.0])
+
+
+def test_the_layer_can_be_parametrised():
+    layer = BatchNorm1d(3)
+    assert not hasattr(layer, "parametrizations")
+    nn.utils.parametrize.register_parametrization(layer, "weight", nn.Softplus())
+    assert nn.utils.parametrize.is_parametrized(layer) and "weight" in layer.parametrizations
+    layer(torch.randn(5, 3)).sum().backward()
+    nn.utils.parametrize.remove_parametrizations(layer, "weight")
+    assert not nn.utils.parametrize.is_parametrized(layer)

@@ -104,3 +104,17 @@ def test_impossible_draws_are_named():
 def test_an_unknown_activation_is_named():
     with pytest.raises(ValueError, match="activation='tan' is not known: choose one of elu"):
         get_act_layer("tan")
+
+
+@pytest.mark.parametrize(
+    ("network", "shape"),
+    [
+        (MLP([3, 4, 2], norm_layer=BatchNorm1d, normalize_input=True), (5, 3)),
+        (ConvNet((3, 8, 8), [4], [6], 2, conv_norm_layer=BatchNorm2d, linear_norm_layer=BatchNorm1d), (5, 3, 8, 8)),
+    ],
+    ids=["mlp", "conv net"],
+)
+def test_networks_can_be_traced(network, shape):
+    x = torch.randn(shape)
+    network.eval()
+    assert torch.equal(torch.fx.symbolic_trace(network)(x), network(x))

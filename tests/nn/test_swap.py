@@ -440,7 +440,12 @@ class Frozen(nn.BatchNorm1d):
 
 
 class Plain(nn.BatchNorm1d):
-    """A subclass that only has a name."""
+    """A subclass that only has a name, and a constructor."""
+
+    kept: int
+
+    def __init__(self, num_features):
+        super().__init__(num_features)
 
 
 class Dimensionless(nn.modules.batchnorm._BatchNorm):
@@ -471,7 +476,24 @@ def with_forward():
     return layer
 
 
+def with_more(**more):
+    """A layer of a subclass with methods and attributes of its own."""
+    return lambda num_features: type("More", (nn.BatchNorm1d,), more)(num_features)
+
+
+MORE = {
+    "_check_input_dim": lambda self, input: None,
+    "get_extra_state": lambda self: {"version": 2},
+    "set_extra_state": lambda self, state: None,
+    "_load_from_state_dict": lambda self, *_: None,
+    "reset_parameters": lambda self: None,
+    "extra_repr": lambda self: "mine",
+    "freeze": lambda self: self.eval(),
+    "scale": property(lambda self: self.weight),
+    "_version": 7,
+}
 EVERYTHING = [*IN_PLACE, Float]
+OTHER_CLASS = ["none", "custom", "sync", Float]
 REFUSED = [
     (Activated, EVERYTHING, "Activated has its own forward, which would be lost"),
     (lambda _: with_forward(), EVERYTHING, "BatchNorm1d has its own forward"),
@@ -479,6 +501,7 @@ REFUSED = [
     (lambda _: parametrised(), EVERYTHING, "parametrised: call torch.nn.utils.parametrize.remove_parametrizations"),
     (lambda _: nn.LazyBatchNorm1d(), EVERYTHING, "lazy, with no parameters yet: call the module on a batch first"),
     (lambda _: scripted(), EVERYTHING, "compiled by TorchScript: swap before compiling"),
+    *((with_more(**{name: value}), OTHER_CLASS, f"More has its own {name}, which") for name, value in MORE.items()),
     (nn.SyncBatchNorm, IN_PLACE[1:], "SyncBatchNorm does not say its dimension: swap before it is made"),
     (Dimensionless, IN_PLACE[1:], "Dimensionless does not say its dimension"),
     (lambda _: pruned(), ["none", Float], r"holds tensors of its own, which would be lost (weight_mask, weight_orig)"),
@@ -535,6 +558,27 @@ def test_a_subclass_of_ours_stays_what_it_is():
     assert swap_norm(model, "custom").unchanged == ["1", "4"]
     swap_norm(model, "custom", convention="keras")
     assert (type(model[1]), model[1].convention) == (Mine, CONVENTIONS["keras"])
+
+
+def test_a_subclass_of_ours_with_a_method_of_its_own_cannot_become_torchs():
+    class Mine(BatchNorm1d):
+        def extra_repr(self):
+            return "mine"
+
+    model = network(Mine)
+    with pytest.raises(ValueError, match="Mine has its own extra_repr, which would be lost"):
+        swap_norm(model, "torch")
+    swap_norm(model, "sync")
+    assert type(model[1]) is Mine and model[1].sync
+
+
+def test_a_layer_that_holds_a_module_is_not_replaced():
+    layer = nn.BatchNorm1d(4)
+    layer.act = nn.ReLU()
+    with pytest.raises(ValueError, match=r"holds modules of its own, which would be lost \(act\)"):
+        swap_norm(nn.Sequential(layer), "none")
+    swap_norm(nn.Sequential(layer), "custom")
+    assert isinstance(layer.act, nn.ReLU)
 
 
 def test_an_initialised_lazy_layer_is_an_ordinary_one():

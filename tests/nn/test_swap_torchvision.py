@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 import torchvision
+import torchvision.models.feature_extraction
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.regnet import BlockParams
 
@@ -167,3 +168,12 @@ def test_the_others_have_no_batch_norm():
         with torch.device("meta"):
             model = torchvision.models.get_model(name, weights=None)
         assert not any(isinstance(layer, _BatchNorm) for layer in model.modules()), name
+
+
+def test_features_can_be_extracted_from_a_network_with_our_layers():
+    network, x = torchvision.models.resnet18().eval(), torch.randn(1, 3, 32, 32)
+    nodes = {"bn1": "first", "layer1.0.bn2": "inner", "layer2": "block"}
+    expected = torchvision.models.feature_extraction.create_feature_extractor(network, nodes)(x)
+    swap_norm(network, "custom")
+    found = torchvision.models.feature_extraction.create_feature_extractor(network, nodes)(x)
+    torch.testing.assert_close(found, expected)

@@ -38,3 +38,8 @@ def test_listeners_are_called_until_they_are_removed():
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         tap(*arguments)
+
+
+def test_a_graph_that_fx_traces_goes_past_it():
+    traced = torch.fx.symbolic_trace(lambda x: tap(torch.relu(x), "relu") + 1)
+    assert torch.equal(traced(torch.tensor([-1.0, 2.0])), torch.tensor([1.0, 3.0]))
