@@ -110,7 +110,10 @@ class ActivationMonitor(MonitorCallback):
         tau: A unit is dormant up to this share of the layer's mean magnitude.
         output_gradients: Whether to log the gradients of the outputs in sampled training steps: ``layer_grad_hist``,
             ``layer_grad_mean``, ``_std``, ``_min``, ``_max``, ``_zero`` and ``_nonfinite``. They are gradients of the
-            mean loss over the samples of all ranks, without the scale of a GradScaler.
+            mean loss over the samples of all ranks, without the scale of a GradScaler. Only the backward pass of the
+            loss counts, not one within ``training_step``, such as that of a gradient penalty. In manual optimisation
+            each ``manual_backward`` or ``backward()`` counts, and no ``torch.autograd.grad``. Several of them count
+            like several calls: their gradients are not added to each other.
         effective_rank: Whether to log ``layer_effective_rank``: the exponential of the entropy of a matrix's singular
             values (Roy & Vetterli, 2007). The matrix has samples and positions by units, and is not centred. The number
             needs many more samples than units. It takes 8 bytes times the number of units squared. Layers with more
@@ -212,6 +215,8 @@ class ActivationMonitor(MonitorCallback):
             self._monitor.open(self._axis.batch, grad_scale=_grad_scale(trainer) if self.output_gradients else None)
         if self._is_checking and self._checking.is_due(trainer.global_step):
             self._monitor.begin_check(self._axis.batch, batch, batch_idx)
+        # In manual optimisation, training_step goes backward by itself, perhaps without a word.
+        self._monitor.tell_backward(False if pl_module.automatic_optimization else None)
         self._monitor.observe()
 
     def on_before_zero_grad(
@@ -229,6 +234,12 @@ class ActivationMonitor(MonitorCallback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, loss: torch.Tensor
     ) -> None:
         self._monitor.check_loss(loss)
+        if pl_module.automatic_optimization:
+            self._monitor.tell_backward(True)
+
+    def on_after_backward(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if pl_module.automatic_optimization:
+            self._monitor.tell_backward(False)
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -141,6 +141,14 @@ class Activations:
         """Send the same batch through the network once more. The next call of each module is its first."""
         self._observer.start_pass()
 
+    def tell_backward(self, is_of_loss: bool | None) -> None:
+        """Say whether the loss goes backward from now on. Other backward passes then do not count.
+
+        Args:
+            is_of_loss: ``None``: nobody says. Then each ``backward()`` counts, and no ``torch.autograd.grad``.
+        """
+        self._observer.backwards.is_of_loss = is_of_loss
+
     def pause(self) -> None:
         """End a batch: nothing is observed until the next :meth:`observe`."""
         self._observer.stop()

@@ -1077,3 +1077,34 @@ def test_an_update_within_a_batch_is_blamed(tmp_path):
         quiet_trainer(tmp_path, max_epochs=1, callbacks=[ActivationMonitor(1)]).fit(Adversarial(), loader())
     (found,) = read_events(tmp_path).Tensors("health/first_nonfinite_layer/text_summary")
     assert (found.step, found.tensor_proto.string_val[0].decode()) == (0, "parameter net.generator.0.weight")
+
+
+def penalised(net, x):
+    x = x.clone().requires_grad_()
+    net.hidden = net[1](net[0](x))
+    y = net[2](net.hidden).sum()
+    (gradient,) = torch.autograd.grad(y, x, create_graph=True)
+    return gradient.square().mean() + y.square()
+
+
+def doubled(net, x):
+    x = x.clone().requires_grad_()
+    net.hidden = net[1](net[0](x))
+    y = net[2](net.hidden).sum()
+    y.backward(create_graph=True)
+    return x.grad.square().mean() + y.square()
+
+
+@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True:UserWarning")
+@pytest.mark.parametrize("loss", [penalised, doubled])
+def test_only_the_gradients_of_the_loss_s_own_backward_pass_count(loss, tmp_path):
+    model = Plain(nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)), loss)
+    start = copy.deepcopy(model.state_dict())
+    monitor = ActivationMonitor(1, output_gradients=True)
+    quiet_trainer(tmp_path, max_steps=1, callbacks=[monitor]).fit(model, loader())
+    model.load_state_dict(start)
+    (x,) = next(iter(loader()))
+    (truth,) = torch.autograd.grad(loss(model.net, x), model.net.hidden)
+    events = read_events(tmp_path)
+    assert events.Histograms("layer_grad_hist/net.1")[0].histogram_value.num == truth.numel()
+    assert scalar(events, "layer_grad_std/net.1")[0] == pytest.approx(truth.std(correction=0).item(), rel=1e-4)

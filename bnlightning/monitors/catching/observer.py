@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from bnlightning.monitors.catching.backward import Backwards, leaf_behind
 from bnlightning.monitors.catching.compiled import add_receiver, is_compiled, observe, observe_tap, remove_receiver
 from bnlightning.monitors.catching.contents import UnreadableError, Values, tensors_in, values_of
 from bnlightning.monitors.catching.finite_check import FiniteCheck
@@ -72,6 +73,7 @@ class Observer:
         is_sampling: Whether there are accumulators. Compiled graphs are guarded on it.
         check: The check for non-finite values that is running. ``None`` while none is.
         grad_scale: Factor for the gradients of outputs. ``None``: gradients are not counted.
+        backwards: The backward passes whose gradients count.
         modules: The modules that have a hook.
         refused: Paths of modules that take no hook.
         without_tensor: Type of the output, by path, of modules that put out no floating tensor.
@@ -86,6 +88,7 @@ class Observer:
         self.accumulators: LayerAccumulators | None = None
         self.check: FiniteCheck | None = None
         self.grad_scale: float | None = None
+        self.backwards = Backwards()
         self.modules: list[ModuleInfo] = []
         self.refused: list[str] = []
         self.without_tensor: dict[str, str] = {}
@@ -303,7 +306,8 @@ class Observer:
         key = LayerKey(label, info.is_activation, units, info.limits if units else None, is_wide=is_wide)
         accumulators.update(key, values.x, dim, values.samples)
         if self.grad_scale is not None and tensor.requires_grad:
-            tensor.register_hook(_GradHook(self, accumulators, LayerKey(label, is_gradient=True, is_wide=is_wide)))
+            key = LayerKey(label, is_gradient=True, is_wide=is_wide)
+            tensor.register_hook(_GradHook(self, accumulators, key, leaf_behind(tensor)))
 
 
 class _Hook:
@@ -352,14 +356,17 @@ class _Hook:
 class _GradHook:
     """A tensor's gradient hook. A module's backward hook would break in-place operations behind the module."""
 
-    def __init__(self, observer: Observer, accumulators: LayerAccumulators, key: LayerKey) -> None:
+    def __init__(self, observer: Observer, accumulators: LayerAccumulators, key: LayerKey, leaf: Any) -> None:
         self.observer = observer
         self.accumulators = accumulators
         self.key = key
+        self.leaf = leaf
 
     def __call__(self, grad: Tensor) -> None:
         scale = self.observer.grad_scale
-        if self.observer.accumulators is self.accumulators and scale is not None:
+        if self.observer.accumulators is not self.accumulators or scale is None:
+            return
+        if self.observer.backwards.counts(self.leaf):
             values = values_of(grad).x
             self.accumulators.update(self.key, values.to(counted_dtype(values)) * scale)
 
