@@ -91,6 +91,9 @@ _TIME = re.compile(r"\d{4}-\d\d-\d\d_")
 
 _TAG = re.compile(rf"({'|'.join(KINDS)})_(?:({VAL}|{TEST})_)?([^/]+)/(.+)", re.DOTALL)
 
+# What stands for the number of a call and the place in an output, and what stands for itself in a path.
+_AMBIGUOUS = re.compile(r"[#:]|%(?=23|3A|25)")
+
 
 @dataclass(frozen=True)
 class Tag:
@@ -128,6 +131,16 @@ def parse_tag(tag: str) -> Tag | None:
         return None
     kind, phase, statistic, path = match.groups()
     return Tag(kind, statistic, path, phase or TRAIN)
+
+
+def written(path: str) -> str:
+    """The path of a layer as it stands in tags: it cannot be taken for a call or an output of another one.
+
+    Example:
+        >>> written("acts.{a}"), written("acts.a#1"), written("acts.a:0")
+        ('acts.{a}', 'acts.a%231', 'acts.a%3A0')
+    """
+    return _AMBIGUOUS.sub(lambda match: f"%{ord(match[0]):02X}", path) or "(no name)"
 
 
 def health_tag(name: str, phase: str = TRAIN) -> str:

@@ -12,6 +12,7 @@ A logger of your own takes one function, which you register:
 """
 
 import io
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -93,7 +94,7 @@ def write_to_summary_writer(writer: Any, summaries: Summaries) -> None:
     told = _told(file)
     summary = Summary()
     for tag, value in summaries.scalars.items():
-        summary.value.add(tag=tag, simple_value=value)
+        summary.value.add(tag=tag, simple_value=_as_float32(value))
     for tag, histogram in summaries.histograms.items():
         summary.value.add(tag=tag, histo=_histogram_proto(histogram))
     for tag, draw in summaries.pictures.items():
@@ -156,6 +157,10 @@ _WRITERS: dict[type | str, Write] = {
 }
 
 
+# Of float32.
+_SMALLEST, _LARGEST = 2.0**-149, (2 - 2.0**-23) * 2.0**127
+
+
 @dataclass
 class _Told:
     """The tags with a description, and the charts, that an event file has already."""
@@ -187,6 +192,13 @@ def _histogram_proto(histogram: Any) -> Any:
         bucket_limit=histogram.edges[1:].tolist(),
         bucket=histogram.counts.tolist(),
     )
+
+
+def _as_float32(value: float) -> float:
+    """The nearest that TensorBoard can hold: what is neither zero nor infinite stays so."""
+    if value == 0 or not math.isfinite(value):
+        return value
+    return math.copysign(min(max(abs(value), _SMALLEST), _LARGEST), value)
 
 
 def _text_value(tag: str, text: str) -> Any:

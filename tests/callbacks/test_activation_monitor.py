@@ -1108,3 +1108,25 @@ def test_only_the_gradients_of_the_loss_s_own_backward_pass_count(loss, tmp_path
     events = read_events(tmp_path)
     assert events.Histograms("layer_grad_hist/net.1")[0].histogram_value.num == truth.numel()
     assert scalar(events, "layer_grad_std/net.1")[0] == pytest.approx(truth.std(correction=0).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("values", "statistic", "expected"),
+    [
+        (torch.linspace(0.1, 1, 8).double() * 1e-60, "dead", 0.0),
+        (torch.linspace(0.1, 1, 8).double() * 1e-60, "zero", 0.0),
+        (torch.linspace(0.1, 1, 8).double() * 1e60, "nonfinite", 0.0),
+        (torch.linspace(0.1, 1, 8, dtype=torch.float64) + 1e9, "std", np.linspace(0.1, 1, 8).std()),
+        (torch.complex(torch.zeros(8), torch.linspace(-1, 1, 8)), "max", 1.0),
+        (torch.tensor([2**24 + 1, 2**24 + 2]), "std", 0.5),
+    ],
+    ids=["tiny, dead", "tiny, zero", "huge", "far from zero", "complex", "large integers"],
+)
+def test_values_that_float32_cannot_hold(values, statistic, expected, tmp_path):
+    def loss(net, x):
+        tap(values, "tapped")
+        return net(x).square().mean()
+
+    trainer = quiet_trainer(tmp_path, max_steps=1, precision="64-true", callbacks=[ActivationMonitor(1)])
+    trainer.fit(Plain(perceptron(), loss), loader())
+    assert scalar(read_events(tmp_path), f"layer_{statistic}/tapped")[0] == pytest.approx(expected, abs=1e-6)

@@ -17,6 +17,7 @@ from bnlightning.compare.names import (
     run_directory,
     sort_key,
     title_of,
+    written,
 )
 from bnlightning.nn import NORM_LAYERS
 
@@ -134,3 +135,18 @@ def test_it_imports_the_standard_library_alone():
     imported = [node for node in ast.walk(ast.parse(Path(names.__file__).read_text())) if hasattr(node, "names")]
     modules = [getattr(node, "module", None) or node.names[0].name for node in imported]
     assert "re" in modules and {module.partition(".")[0] for module in modules} <= sys.stdlib_module_names
+
+
+@pytest.mark.parametrize(
+    "path", ["layer{i}", "100%", "a b", "a/b", "$x_$", "a\nb", "ünï", "%s", "a%2", "\\frac{", "..", "*"]
+)
+def test_a_path_of_any_characters_is_found_in_its_tag(path):
+    assert written(path) == path
+    assert parse_tag(str(Tag("layer", "dead", path, "val"))).path == path
+
+
+def test_paths_that_look_like_calls_and_outputs_are_told_apart():
+    paths = ["a", "a#1", "a%231", "a:0", "a%3A0", "a%25", "a%2525", "#", ":", ""]
+    labels = {label for path in paths for label in (written(path), written(path) + "#1", written(path) + ":0")}
+    assert len(labels) == 3 * len(paths)
+    assert all(parse_tag(str(Tag("layer", "dead", label))).path == label for label in labels)

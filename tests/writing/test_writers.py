@@ -66,6 +66,15 @@ def test_tensorboard_gets_everything(tmp_path):
     assert decoded.shape[:2] == (50, 100)
 
 
+def test_numbers_that_tensorboard_cannot_hold_become_neither_zero_nor_infinite(tmp_path):
+    numbers = {"huge": -1e60, "tiny": 1e-60, "zero": 0.0, "inf": float("inf"), "one": 1.0}
+    with SummaryWriter(tmp_path) as writer:
+        write([writer], Summaries(0, numbers))
+    found = {name: scalar(read_events(tmp_path), name)[0] for name in numbers}
+    largest, smallest = float(np.finfo(np.float32).max), float(np.finfo(np.float32).smallest_subnormal)
+    assert found == {"huge": -largest, "tiny": smallest, "zero": 0.0, "inf": float("inf"), "one": 1.0}
+
+
 def test_other_loggers_get_the_scalars(tmp_path):
     loggers = [OtherLogger(), CSVLogger(tmp_path, name="", version="", flush_logs_every_n_steps=1)]
     write(loggers, summaries())

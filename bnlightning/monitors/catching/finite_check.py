@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from bnlightning.compare.names import written
 from bnlightning.monitors.catching.contents import UnreadableError, tensors_in, values_of
 from bnlightning.monitors.catching.selection import user_path
 from bnlightning.monitors.counting.precision import real_dtype
@@ -491,7 +492,9 @@ class _Held:
 
 
 def _owner(place: Place) -> str:
-    return place.path.rpartition(".")[0]
+    """The path of the module that holds it, as calls have it."""
+    path = place.path.rpartition(".")[0]
+    return written(path) if path else path
 
 
 def _without_call(label: str) -> str:

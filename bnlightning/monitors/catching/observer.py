@@ -1,6 +1,7 @@
 """The observer: hooks on the modules of a network, and what they do while a monitor looks."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from bnlightning.compare.names import written
 from bnlightning.monitors.catching.backward import Backwards, leaf_behind
 from bnlightning.monitors.catching.compiled import add_receiver, is_compiled, observe, observe_tap, remove_receiver
 from bnlightning.monitors.catching.contents import UnreadableError, Values, tensors_in, values_of
@@ -34,6 +36,8 @@ MAX_CALLS = 16
 """Largest number of calls of one module that are told apart. Further ones count as the last of them."""
 # A layer whose number of units keeps changing, such as attention over sequences, has no units.
 _MAX_NUMBERS_OF_UNITS = 4
+# Underscores within a word are nothing special.
+_MARKDOWN = re.compile(r"[*<>\[\]`|$\\\n]|\b_|_\b|\W_|_\W")
 
 
 @dataclass(frozen=True)
@@ -253,7 +257,7 @@ class Observer:
 
     def _receive_tap(self, name: str, x: Tensor, limits: Limits | None) -> None:
         if self.accumulators is not None and not is_recomputation():
-            self._record(ModuleInfo(name, True, False, True, True, limits, None), [("", x)])
+            self._record(ModuleInfo(written(name), True, False, True, True, limits, None), [("", x)])
 
     def _hook(self, info: ModuleInfo, module: nn.Module, device: torch.device) -> None:
         hook = _Hook(self, info, len(self.modules), device)
@@ -371,8 +375,13 @@ class _GradHook:
             self.accumulators.update(self.key, values.to(counted_dtype(values)) * scale)
 
 
+def _quoted(name: str) -> str:
+    """A name as text that Markdown does not read as anything else."""
+    return f"`{' '.join(name.replace('`', chr(39)).split())}`" if _MARKDOWN.search(name) else name
+
+
 def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:20])
+    shown = ", ".join(map(_quoted, names[:20]))
     return shown if len(names) <= 20 else f"{shown} and {len(names) - 20} more"
 
 
@@ -385,7 +394,7 @@ def _module_info(
 ) -> ModuleInfo:
     is_leaf = next(module.children(), None) is None
     return ModuleInfo(
-        path=path,
+        path=written(path) if path else path,
         # The LightningModule itself is not called in training.
         is_watched=path != "" and is_chosen(choices, path, module),
         is_checked=checks and is_leaf and may_overflow(module),

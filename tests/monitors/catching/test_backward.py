@@ -26,8 +26,9 @@ def penalty(net, x, y):
 
 
 def hessian_vector(net, x, y):
-    grads = torch.autograd.grad(y, list(net.parameters()), create_graph=True)
-    torch.autograd.grad(sum(grad.square().sum() for grad in grads), list(net.parameters()))
+    weight = net[0].weight
+    (grad,) = torch.autograd.grad(y, weight, create_graph=True)
+    torch.autograd.grad(grad.square().sum(), weight, retain_graph=True)
     y.backward()
 
 

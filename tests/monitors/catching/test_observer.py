@@ -131,3 +131,20 @@ def test_nested_tensors_count_without_padding():
     assert (found.numel, found.units.samples, found.units.observations) == (28, 2, 7)
     assert found.sum == pytest.approx(8.0)
     observer.detach()
+
+
+def test_names_of_any_characters_are_told_apart_and_shown_as_they_are():
+    names = ["a", "a#1", "b", "*b*", "<i>", "layer_1", "_x_", "{", "x$y$", "line\nbreak"]
+    net = nn.ModuleDict({name: nn.ReLU() for name in names})
+    observer, accumulators = Observer(None, 200), LayerAccumulators()
+    observer.attach(net, True, CPU)
+    observer.start(accumulators)
+    for module in (*net.values(), net["a"]):
+        module(torch.ones(2, 3))
+    tap(torch.ones(2, 3), "")
+    labels = [key.label for key in accumulators.reduce(CPU)]
+    assert labels == ["a", "a%231", *names[2:], "a#1", "(no name)"]
+    report = observer.report(labels)
+    assert ": a, a%231, b, `*b*`, `<i>`, layer_1, `_x_`, {, `x$y$`, `line break`, a#1, (no name). " in report
+    assert "Not called" not in report
+    observer.detach()

@@ -50,3 +50,19 @@ def test_what_a_layer_would_refuse_is_passed_over():
         accumulators.update(0, odd)
     accumulators.reduce()
     assert not accumulators.statistics()[0].seen
+
+
+def test_a_tiny_running_variance_of_float64_is_not_zero():
+    layer = nn.BatchNorm1d(2, eps=0.0, dtype=torch.float64)
+    with torch.no_grad():
+        layer.running_var.copy_(torch.tensor([1e-60, 2e-60]))
+    layer.num_batches_tracked += 1
+    accumulators = NormAccumulators([layer], CPU)
+    accumulators.start()
+    x = torch.randn(50, 2, dtype=torch.float64) * 1e-30
+    accumulators.update(0, x)
+    accumulators.reduce()
+    (counts,) = accumulators.statistics()
+    assert counts.min_running_var == 1e-60
+    ratio = (layer.running_var / x.var(0)).log().abs().max().item()
+    assert counts.var_drift == pytest.approx(ratio, rel=1e-6)

@@ -80,3 +80,22 @@ def test_an_empty_gradient_is_passed_over():
     rows.finish()
     found = rows.statistics()
     assert list(found) == ["weight"] and found["weight"].norm == 5.0
+
+
+@pytest.mark.parametrize("scale", [1e-60, 1.0, 1e60])
+def test_float64_is_taken_as_it_is(scale):
+    parameter = nn.Parameter(torch.randn(5, 3, dtype=torch.float64) * scale)
+    parameter.grad = torch.randn(5, 3, dtype=torch.float64) * scale
+    rows = ParameterAccumulators({"weight": parameter}, {"weight"}, torch.device("cpu"))
+    before = parameter.detach().clone()
+    with torch.no_grad():
+        rows.record([parameter])
+        parameter.sub_(0.1 * parameter.grad)
+        rows.finish()
+    found = rows.statistics()["weight"]
+    grad = parameter.grad.numpy()
+    assert found.norm == pytest.approx(np.linalg.norm(grad), rel=1e-9)
+    assert found.weight_norm == pytest.approx(before.norm().item(), rel=1e-9)
+    assert found.update_norm == pytest.approx(0.1 * np.linalg.norm(grad), rel=1e-6)
+    assert found.nonfinite == 0 and found.histogram.counts.sum() == grad.size
+    np.testing.assert_array_equal(found.histogram.counts, np.histogram(grad, found.histogram.edges)[0])
