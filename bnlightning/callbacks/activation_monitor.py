@@ -82,17 +82,21 @@ class ActivationMonitor(MonitorCallback):
     200 to 400 steps. An evaluation is a window of its own.
 
     **Calls.** A second call of a module within a batch is ``<path>#1``, further ones ``#2`` to ``#15``. The last stands
-    for all that follow. A tensor in a tuple, mapping or dataclass is ``<path>:0`` or ``<path>:logits``. Activations
-    that are called as functions have no module: show them by :func:`bnlightning.tap`. A forward pass that activation
-    checkpointing repeats does not count.
+    for all that follow. A tensor in a tuple, mapping, dataclass or class of attrs is ``<path>:0`` or ``<path>:logits``.
+    A ``#`` or ``:`` in a name of the user's is ``%23`` or ``%3A``. Activations that are called as functions have no
+    module: show them by :func:`bnlightning.tap`. A forward pass that activation checkpointing repeats does not count.
+
+    **Values.** float64 and large integers are counted in float64, all others in float32. A complex number is two
+    values. A nested tensor has the values of its parts, without padding. Sparse, quantised and masked tensors do not count, and
+    ``health/watched`` names them.
 
     **torch.compile.** Compiled graphs show no gradients of outputs. The first non-finite value is the first in the
     order of the modules' paths. A sampled step has a graph of its own. What was compiled before the fit is compiled
     again (:func:`torch.compiler.reset`), since it would not call the hooks.
 
-    **Memory.** A layer takes 33 kB of the device's memory in each phase, and 40 bytes for each unit. It takes at most 3
-    kB of the event file at each sampled step. The pictures keep at most 128 sampled steps, and distributions of 16
-    layers.
+    **Memory.** A layer takes 33 kB of the device's memory in each phase, and 40 bytes for each unit. One of
+    float64 takes 262 kB. It takes at most 3 kB of the event file at each sampled step. The pictures keep at most 128
+    sampled steps, and distributions of 16 layers.
 
     Args:
         every_n_steps: Distance between two sampled steps, in optimizer steps.

@@ -50,9 +50,10 @@ class GradientMonitor(MonitorCallback):
     The numbers under ``health/`` are over all parameters that have a gradient at the step, chosen or not. A number that
     is not finite is not written. In a run that diverges, the norms end and the shares of non-finite values rise.
 
-    Gradients are taken as float32, and a complex number as two values. A sparse gradient has the values that it stores,
-    duplicates summed. A shared parameter stands under its first path. If a step evaluates its closure repeatedly
-    (LBFGS), the first evaluation counts. If a parameter is stepped several times within a batch, the last step counts.
+    Gradients of float64 are taken as they are, all others as float32, and a complex number as two values. A sparse
+    gradient has the values that it stores, duplicates summed. A shared parameter stands under its first path. If a step
+    evaluates its closure repeatedly (LBFGS), the first evaluation counts. If a parameter is stepped several times
+    within a batch, the last step counts.
 
     A sampled step holds one more copy of the stepped weights until the end of the batch, and 32 KiB for each histogram.
     With several ranks the first one computes, without communication, since all of them step with the same gradients.

@@ -14,6 +14,7 @@ from bnlightning.monitors.record import Record
 
 _BINS_AN_OCTAVE = 8
 _FINITE = len(MAGNITUDES) - 1
+_LARGEST = float(np.finfo(np.float32).max)
 # Where the bins of either sign begin, counted in the fine bins of `count_values`. They are counted from the octave
 # below whose end 99 % of a sample's magnitudes are. A picture has a linear axis. The octaves that fill it have eight
 # bins each. Below them, bins are about as wide as the finest of those. Above them are only outliers, and bins are whole
@@ -317,7 +318,8 @@ class History:
         row = np.full(len(self._numbers), np.nan, dtype=np.float32)
         for layer, value in values.items():
             if value is not None:
-                row[self._numbers[layer]] = value
+                # A picture need not tell numbers apart that float32 cannot hold.
+                row[self._numbers[layer]] = np.clip(value, -_LARGEST, _LARGEST) if np.isfinite(value) else value
         return row
 
     def _thin(self) -> None:

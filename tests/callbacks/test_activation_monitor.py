@@ -1127,6 +1127,7 @@ def test_values_that_float32_cannot_hold(values, statistic, expected, tmp_path):
         tap(values, "tapped")
         return net(x).square().mean()
 
-    trainer = quiet_trainer(tmp_path, max_steps=1, precision="64-true", callbacks=[ActivationMonitor(1)])
+    # Three steps make pictures, too.
+    trainer = quiet_trainer(tmp_path, max_steps=3, precision="64-true", callbacks=[ActivationMonitor(1)])
     trainer.fit(Plain(perceptron(), loss), loader())
     assert scalar(read_events(tmp_path), f"layer_{statistic}/tapped")[0] == pytest.approx(expected, abs=1e-6)

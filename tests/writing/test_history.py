@@ -309,3 +309,10 @@ def test_evenly():
     assert evenly("abc", 3) == evenly("abc", 9) == ["a", "b", "c"]
     assert evenly("abc", 1) == ["a"]
     assert evenly("", 3) == []
+
+
+def test_numbers_beyond_float32_are_kept_as_the_largest_it_holds():
+    history = History()
+    history.add(0, {}, {"mean": {"a": 1e60, "b": -1e60, "c": 1.0}})
+    largest = np.finfo(np.float32).max
+    assert history.values("mean").flatten().tolist() == [largest, -largest, 1.0]

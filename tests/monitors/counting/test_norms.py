@@ -55,7 +55,7 @@ def test_what_a_layer_would_refuse_is_passed_over():
 def test_a_tiny_running_variance_of_float64_is_not_zero():
     layer = nn.BatchNorm1d(2, eps=0.0, dtype=torch.float64)
     with torch.no_grad():
-        layer.running_var.copy_(torch.tensor([1e-60, 2e-60]))
+        layer.running_var.copy_(torch.tensor([1e-60, 2e-60], dtype=torch.float64))
     layer.num_batches_tracked += 1
     accumulators = NormAccumulators([layer], CPU)
     accumulators.start()
