@@ -87,8 +87,8 @@ class ActivationMonitor(MonitorCallback):
     module: show them by :func:`bnlightning.tap`. A forward pass that activation checkpointing repeats does not count.
 
     **Values.** float64 and large integers are counted in float64, all others in float32. A complex number is two
-    values. A nested tensor has the values of its parts, without padding. Sparse, quantised and masked tensors do not count, and
-    ``health/watched`` names them.
+    values. A nested tensor has the values of its parts, without padding. Sparse, quantised and masked tensors do not
+    count, and ``health/watched`` names them.
 
     **torch.compile.** Compiled graphs show no gradients of outputs. The first non-finite value is the first in the
     order of the modules' paths. A sampled step has a graph of its own. What was compiled before the fit is compiled

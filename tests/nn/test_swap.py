@@ -490,7 +490,7 @@ MORE = {
     "extra_repr": lambda self: "mine",
     "freeze": lambda self: self.eval(),
     "scale": property(lambda self: self.weight),
-    "_version": 7,
+    "limit": 7,
 }
 EVERYTHING = [*IN_PLACE, Float]
 OTHER_CLASS = ["none", "custom", "sync", Float]
