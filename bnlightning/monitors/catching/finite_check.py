@@ -131,24 +131,28 @@ class _Trial:
         self.verdict: Found | None = None
         self.saw_loss = False
         self._state = self._origin = self._last_state = _FINITE
-        self._order = self._calls = 0
-        self._last = ""
-        self._called: set[str] = set()
+        self._order = 0
+        self._called: list[str] = []
         self._bad: dict[Place, int] = {}
+
+    def call_finite(self, path: str) -> None:
+        """Tell of a call whose output was finite."""
+        self._called.append(path)
+        self._last_state = _FINITE
+        # Masks and scores of minus infinity end here, in a softmax.
+        if self._state == _LOW:
+            self.suspect, self._state = None, _FINITE
 
     def call(self, path: str, out: int, first: int = _FINITE, others: int = _FINITE) -> None:
         """Tell of a call: how bad the output was, the first tensor that was given, and the others."""
-        order, self._calls = self._calls, self._calls + 1
-        self._last, self._last_state = path, out
-        self._called.add(_without_call(path))
         if out == _FINITE:
-            # Masks and scores of minus infinity end here, in a softmax.
-            if self._state == _LOW:
-                self.suspect, self._state = None, _FINITE
+            self.call_finite(path)
             return
+        order, self._last_state = len(self._called), out
+        self._called.append(path)
         # Behind the data come masks: they may hold minus infinities.
         came_in = max(first, others if others > _LOW else _FINITE)
-        place = Place("before" if came_in else "output", path)
+        place = Place("before" if came_in else "output", self._last())
         state = max(out, came_in)
         self._bad[place] = max(state, self._bad.get(place, _FINITE))
         if state <= self.usual.get(place, _FINITE):
@@ -177,10 +181,16 @@ class _Trial:
             for place, state in self._bad.items():
                 self.usual[place] = max(state, self.usual.get(place, _FINITE))
 
+    def _last(self) -> str:
+        """The last call: the path, and from the second call on its number, as in tags."""
+        path = self._called[-1]
+        number = self._called.count(path) - 1
+        return f"{path}#{number}" if number else path
+
     def _decide(self, state: int) -> None:
         if self.suspect is None:
-            self._origin, self._order = state, self._calls
-        place = self.suspect or (Place("after", self._last) if self._last else Place("loss"))
+            self._origin, self._order = state, len(self._called)
+        place = self.suspect or (Place("after", self._last()) if self._called else Place("loss"))
         self.verdict = self.step, self._order, self._cause(place)
 
     def _cause(self, place: Place) -> Place:
@@ -199,18 +209,6 @@ class _Trial:
         return Place("first", place.path) if place.kind == "before" and self._order == 0 else place
 
 
-class _Calls:
-    """Tells the calls of one module in one step apart, as tags do."""
-
-    def __init__(self) -> None:
-        self._calls: dict[str, int] = {}
-
-    def label(self, path: str) -> str:
-        """The path with the number of the call, from the second on."""
-        number = self._calls[path] = self._calls.get(path, -1) + 1
-        return f"{path}#{number}" if number else path
-
-
 class _ImmediateCheck:
     """The check on a CPU, where reading a value costs no waiting. What is healthy is looked at once, by its sum."""
 
@@ -220,7 +218,6 @@ class _ImmediateCheck:
         self._held = _Held(None)
         self._usual: dict[Place, int] = {}
         self._trial: _Trial | None = None
-        self._calls = _Calls()
         self._batch: list[tuple[str, Tensor, int]] = []
         self._early: dict[str, int] | None = None
         self._is_first = True
@@ -233,7 +230,7 @@ class _ImmediateCheck:
 
     def begin(self, step: int, batch: Any = None, batch_idx: int | None = None) -> None:
         self._close()
-        self._trial, self._calls, self._are_new = _Trial(step, self._usual, batch_idx), _Calls(), True
+        self._trial, self._are_new = _Trial(step, self._usual, batch_idx), True
         self._batch = [(entry, x, _version(x)) for entry, x in tensors_in(batch)]
         # The step may change its batch in place. Whether it does so, the first one tells.
         self._early = self._batch_states() if self._is_first or self._changes_batch else None
@@ -242,14 +239,13 @@ class _ImmediateCheck:
         trial = self._trial
         if trial is None or self._found is not None:
             return
-        label = self._calls.label(path)
-        out = _worst(tensors_in(output)) if type(output) is not Tensor else _state(output)
+        out = _state(output) if type(output) is Tensor else _worst(tensors_in(output))
         if out == _FINITE:
-            trial.call(label, out)
+            trial.call_finite(path)
             return
         states = [_state(x) for _, x in tensors_in(given) if x is not output]
         before = trial.suspect
-        trial.call(label, out, states[0] if states else _FINITE, max(states[1:], default=_FINITE))
+        trial.call(path, out, states[0] if states else _FINITE, max(states[1:], default=_FINITE))
         if trial.suspect is not before:
             self._look_at_parameters(trial)
 
@@ -391,7 +387,6 @@ class _Notes:
         self.is_first = is_first
         self.batch: dict[str, int | None] = {}
         self.events: list[tuple[Any, ...]] = []
-        self._calls = _Calls()
         self._sums: list[Tensor] = []
         self._known: dict[int, tuple[weakref.ref[Tensor], int, int | None]] = {}
         self._packed: list[tuple[list[int], Tensor]] = []
@@ -414,7 +409,7 @@ class _Notes:
 
     def call(self, path: str, outputs: Sequence[int | None], inputs: Sequence[int | None]) -> None:
         """Note a call of a module."""
-        self.events.append(("call", self._calls.label(path), tuple(outputs), tuple(inputs)))
+        self.events.append(("call", path, tuple(outputs), tuple(inputs)))
 
     @torch.no_grad()
     def hold(self, held: "_Held") -> None:
@@ -457,8 +452,8 @@ class _Notes:
             elif kind == "loss":
                 trial.loss(worst(event))
             else:
-                label, outputs, inputs = event
-                trial.call(label, worst(outputs), worst(inputs[:1]), worst(inputs[1:]))
+                path, outputs, inputs = event
+                trial.call(path, worst(outputs), worst(inputs[:1]), worst(inputs[1:]))
         trial.end(trial.batch if self.is_first else None)
         return trial.verdict
 
