@@ -465,6 +465,10 @@ class _Held:
         self._module = module
         self._tensors: list[tuple[Place, Tensor]] | None = None
 
+    def __reduce__(self) -> Any:
+        # A copy has no part in the training, and must not bring the network along.
+        return _Held, (None,)
+
     def tensors(self) -> list[tuple[Place, Tensor]]:
         """The dense floating ones with their places. Of sharded ones, the part of this rank."""
         if self._module is None:

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 
 import pytest
@@ -250,3 +251,12 @@ def test_results_are_read_now_and_then_even_if_nobody_asks():
     for step in range(2100):
         run(check, step, ("a", 1.0, NAN if step == 3 else 1.0), loss=NAN if step == 3 else 1.0)
     assert len(check._pending) < 1100 and place_of(check) == (3, "a")
+
+
+def test_a_copy_does_not_bring_the_network_along(check):
+    class NotToBeCopied(nn.Linear):
+        def __deepcopy__(self, memo):
+            raise AssertionError
+
+    check.hold(NotToBeCopied(2, 2))
+    run(copy.deepcopy(check), 0, ("a", 1.0, 1.0))
