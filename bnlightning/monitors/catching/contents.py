@@ -21,12 +21,12 @@ class Values:
     Args:
         x: A dense floating tensor. A complex number is two values, in a last dimension of size 2.
         shape: The shape of the tensor without that last dimension.
-        samples: Number of samples, where it is not the size of the first dimension.
+        lengths: Number of rows of each sample, where the first dimension is not the samples.
     """
 
     x: Tensor
     shape: tuple[int, ...]
-    samples: int | None = None
+    lengths: tuple[int, ...] | None = None
 
 
 def tensors_in(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
@@ -74,11 +74,12 @@ def values_of(x: Tensor) -> Values:
 
 
 def _of_parts(x: Tensor) -> Values:
-    parts = [part for part in x.detach().unbind() if part.numel()]
+    every = x.detach().unbind()
+    parts = [part for part in every if part.numel()]
     if not parts or parts[0].dim() == 0 or len({part.shape[1:] for part in parts}) > 1 or parts[0].is_complex():
         raise UnreadableError("a nested tensor whose parts differ in more than their first dimension")
     together = torch.cat(parts)
-    return Values(together, tuple(together.shape), samples=x.size(0))
+    return Values(together, tuple(together.shape), lengths=tuple(len(part) if part.numel() else 0 for part in every))
 
 
 def _members(value: Any) -> list[tuple[Any, Any]]:

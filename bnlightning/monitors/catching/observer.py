@@ -308,7 +308,7 @@ class Observer:
         assert accumulators is not None
         is_wide = counted_dtype(values.x) is torch.float64
         key = LayerKey(label, info.is_activation, units, info.limits if units else None, is_wide=is_wide)
-        accumulators.update(key, values.x, dim, values.samples)
+        accumulators.update(key, values.x, dim, values.lengths)
         if self.grad_scale is not None and tensor.requires_grad:
             key = LayerKey(label, is_gradient=True, is_wide=is_wide)
             tensor.register_hook(_GradHook(self, accumulators, key, leaf_behind(tensor)))

@@ -169,14 +169,14 @@ class LayerAccumulators:
         for row in self._rows.values():
             row.reset()
 
-    def update(self, key: LayerKey, values: Tensor, unit_dim: int = -1, samples: int | None = None) -> None:
+    def update(self, key: LayerKey, values: Tensor, unit_dim: int = -1, lengths: tuple[int, ...] | None = None) -> None:
         """Add the values of one call of a layer.
 
         Args:
             key: The layer.
             values: Any shape and floating dtype.
             unit_dim: Dimension of the units, if the key has any. By default the last.
-            samples: Number of samples. ``None``: the size of the first dimension.
+            lengths: Number of rows of each sample. ``None``: each row is a sample.
         """
         row = self._rows.get(key)
         if row is None:
@@ -184,7 +184,7 @@ class LayerAccumulators:
             with torch.inference_mode(False):
                 row = self._rows[key] = _Row(key, values.device, self._sums)
         if values.numel():
-            row.update(CallValues(values, unit_dim, torch.float64 if key.is_wide else torch.float32, samples))
+            row.update(CallValues(values, unit_dim, torch.float64 if key.is_wide else torch.float32, lengths))
 
     def reduce(self, device: torch.device) -> dict[LayerKey, LayerSums]:
         """The sums over all ranks, for every layer that ran on any rank. All ranks get the same.
@@ -319,13 +319,14 @@ class CallValues:
     """
 
     def __init__(
-        self, values: Tensor, unit_dim: int, dtype: torch.dtype = torch.float32, samples: int | None = None
+        self, values: Tensor, unit_dim: int, dtype: torch.dtype = torch.float32, lengths: tuple[int, ...] | None = None
     ) -> None:
         x = values.detach().to(dtype)
         if x.dim() < 2:
             # A single unit, with as many samples as values.
             x, unit_dim = x.reshape(-1, 1), 1
-        self.samples = len(x) if samples is None else samples
+        self.samples = len(x) if lengths is None else len(lengths)
+        self._lengths = lengths
         self.range = _RANGES[dtype]
         self.unit_dim = unit_dim % x.dim()
         if not x.is_contiguous():
@@ -379,7 +380,10 @@ class CallValues:
 
     def sum_by_sample(self, values: Tensor) -> Tensor:
         """Sums over the positions of each sample, shape ``(samples, units)``."""
-        return values.sum(self._positions) if self._positions else values
+        by_row = values.sum(self._positions) if self._positions else values
+        if self._lengths is None:
+            return by_row
+        return torch.stack([rows.sum(0) for rows in by_row.split(self._lengths)])
 
     def sum_of_samples(self, values: Tensor) -> Tensor:
         """Sums over the samples of counts by sample and unit, shape ``(units,)``."""

@@ -130,6 +130,8 @@ def test_nested_tensors_count_without_padding():
     (found,) = accumulators.reduce(CPU).values()
     assert (found.numel, found.units.samples, found.units.observations) == (28, 2, 7)
     assert found.sum == pytest.approx(8.0)
+    # In one sample of two, at two positions of seven.
+    assert found.units.fired.tolist() == [1] * 4 and found.units.nonzero.tolist() == [2] * 4
     observer.detach()
 
 
