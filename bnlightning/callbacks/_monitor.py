@@ -103,7 +103,7 @@ class MonitorCallback(Callback):
             self._write_warnings(trainer)
         with self._mishaps.forgiven("keep a sample for the pictures"):
             self._gallery.add(record)
-            if self._gallery.is_due_early:
+            if self._gallery.is_due_early and not _is_about_to_end_epoch(trainer):
                 self._draw(trainer)
 
     def _draw(self, trainer: lightning.Trainer) -> None:
@@ -182,3 +182,9 @@ class MonitorCallback(Callback):
             f"{type(self).__name__}({argument}={getattr(self, argument)}) leaves out {len(left_out)} of "
             f"{watched + len(left_out)} {what}{first}: raise {argument}, or choose {cure}"
         )
+
+
+def _is_about_to_end_epoch(trainer: lightning.Trainer) -> bool:
+    """Whether the first epoch, at whose end pictures are drawn, has fewer batches to come than it had."""
+    done = trainer.fit_loop.batch_idx + 1
+    return trainer.current_epoch == 0 and trainer.num_training_batches - done < done

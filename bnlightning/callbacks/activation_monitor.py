@@ -15,6 +15,7 @@ from bnlightning.compare.names import TEST, TRAIN, VAL, health_tag, place_text
 from bnlightning.diagnosis.nonfinite import cures_nonfinite, split_place, where_nonfinite
 from bnlightning.diagnosis.thresholds import make_thresholds
 from bnlightning.monitors.activations import Activations
+from bnlightning.monitors.catching.finite_check import Found
 from bnlightning.monitors.catching.selection import Choice, checked_choices
 from bnlightning.monitors.counting.layer_statistics import EFFECTIVE_RANK, LayerCounts, layer_statistics
 from bnlightning.monitors.counting.ranks import world_size
@@ -366,17 +367,25 @@ class ActivationMonitor(MonitorCallback):
         self._is_checking = False
         if self.stop_on_nonfinite:
             trainer.should_stop = True
+        warning = ""
+        with self._mishaps.forgiven("name where the first NaN or infinity came from"):
+            warning = self._tell_nonfinite(trainer, found)
+        if warning:
+            rank_zero_warn(warning)
+
+    def _tell_nonfinite(self, trainer: lightning.Trainer, found: Found) -> str:
+        """Write where the first NaN or infinity came from, and return the warning."""
         step, _, place = found
+        self._write(trainer, Record(step, texts={"first_nonfinite_layer": place_text(place)}))
         module_of = self._monitor.observer.module_of
         where = where_nonfinite(place, step, module_of)
-        self._write(trainer, Record(step, texts={"first_nonfinite_layer": place_text(place)}))
         path = split_place(place)[1]
         layer = path if place in ("input", "loss") else labelled(path, module_of(path))
-        self._take_down(trainer, _NONFINITE, TRAIN, step, {layer: f"{where[0].upper()}{where[1:]}."})
+        self._take_down(trainer, _NONFINITE, TRAIN, step, {layer: f"{where}."})
         consequence = (
             "training stops" if self.stop_on_nonfinite else "training goes on (stop_on_nonfinite=True stops it)"
         )
-        rank_zero_warn(f"ActivationMonitor: {where}; {consequence}. {cures_nonfinite(place)}")
+        return f"ActivationMonitor: {where}; {consequence}. {cures_nonfinite(place)}"
 
     def _tell_what_is_left_out(self) -> None:
         left_out = list(self._monitor.observer.left_out)
@@ -400,9 +409,11 @@ class ActivationMonitor(MonitorCallback):
                 "`modules`, such as 'net.*', or show tensors by bnlightning.tap(x, 'name').",
             )
             return record
-        text = self._monitor.observer.report(seen)
-        rank_zero_info(f"ActivationMonitor: {text}")
-        return replace(record, texts={**record.texts, "watched": escaped(text)})
+        with self._mishaps.forgiven("report what is watched"):
+            text = self._monitor.observer.report(seen)
+            rank_zero_info(f"ActivationMonitor: {text}")
+            record = replace(record, texts={**record.texts, "watched": escaped(text)})
+        return record
 
 
 _NONFINITE = "NaN and infinities"

@@ -101,7 +101,9 @@ def _numbers(threshold: Threshold, entries: Mapping[str, Entry]) -> dict[str, fl
 def _beside_the_last(threshold: Threshold, entries: Mapping[str, Entry]) -> dict[str, float]:
     numbers = _numbers(threshold, entries)
     positive = [value for value in numbers.values() if 0 < value < math.inf]
-    return {path: value / positive[-1] for path, value in numbers.items()} if positive else {}
+    # Where all are zero, they stay zero.
+    last = positive[-1] if positive else 1.0
+    return {path: value / last for path, value in numbers.items()}
 
 
 def _worst_of(threshold: Threshold, value: float) -> float:

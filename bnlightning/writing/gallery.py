@@ -34,7 +34,7 @@ class Gallery:
     """The pictures of a run so far. The number of times they are drawn grows with the logarithm of its length.
 
     They are drawn after the second sample, at the end of the epochs 1, 2, 4, 8 and so on, and when a fit ends, however
-    it ends. A picture shows at least twice as much as before, so drawing is a vanishing part of a long training.
+    it ends. A picture shows about twice as much as before, so drawing is a vanishing part of a long training.
 
     Args:
         kind: What the rows are: ``"layer"``, ``"param"`` or ``"norm"``.

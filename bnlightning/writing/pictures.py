@@ -81,8 +81,8 @@ _SURFACES = {
     ),
     "param": (
         "The gradient of every layer at every sampled training step",
-        "{shown} in the network's order, the first at the top. White is measured and healthy. Orange is too small "
-        "(vanishing), purple too large (exploding).",
+        "{shown} in the network's order. White is measured and healthy. Orange: too small, "
+        "vanishing. Purple: too large, exploding.",
     ),
     "norm": (
         "The state of every batch norm layer at every sampled step",

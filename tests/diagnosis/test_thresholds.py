@@ -70,8 +70,8 @@ def test_gradients_are_held_against_the_last_weights():
     ((what),) = gradients({"a.weight": 1e6, "c.weight": 0.1}).values()
     assert "is 1e+07 times larger than" in what
     ((what),) = gradients({"a.weight": 0.0, "c.weight": 0.1}).values()
-    assert what == "the gradient is zero, and that of the last layer is not (training, step 5)."
-    assert gradients({"a.weight": 0.0, "c.weight": 0.0}) == {}
+    assert what == "the gradient is zero, so that the layer learns nothing (training, step 5)."
+    assert len(gradients({"a.weight": 0.0, "c.weight": 0.0})) == 2
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def parameter_catalogue() -> Catalogue[ParameterCounts, ParameterCounts]:
                     "the norm of the gradient is {value} times {side} than that of the last layer",
                     "a normalisation, He or Xavier initialisation, or residual connections. If it is larger, clipping "
                     "helps, too",
-                    zero="the gradient is zero, and that of the last layer is not",
+                    zero="the gradient is zero, so that the layer learns nothing",
                 ),
             ),
             Statistic(
