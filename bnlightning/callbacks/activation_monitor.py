@@ -65,7 +65,9 @@ class ActivationMonitor(MonitorCallback):
       module made it. ``loss``: the loss was the first.
     - ``health/watched``, a text: the layers that are watched, and the modules that cannot be.
     - ``health/values_by_step``, ``health/layers_by_step``, pictures: the outputs and the numbers of every layer at
-      every sampled training step. Drawn at the end of the epochs 1, 2, 4, 8, ... and of the training.
+      every sampled training step. White is measured and healthy. Drawn after the second sample, at the end of the
+      epochs 1, 2, 4, 8, ..., and when the fit ends, by an exception as well.
+    - ``health/warnings``, a text: the warnings of all monitors, newest first, each with the step at which it ended.
 
     **Units.** A unit is a feature of the layer before the activation: dimension 1 behind a convolution, the last
     dimension behind a linear layer. All positions of a sample count for its units. If the layer before does not tell, a
@@ -110,10 +112,10 @@ class ActivationMonitor(MonitorCallback):
         statistics: Further numbers of every layer, declared as
             :class:`~bnlightning.monitors.statistic.Statistic` describes. By default none.
         max_layers: Largest number of watched layers. A warning says which are left out.
-        warn_dead_above: Share of dead units in an activation above which to warn, once. It must be over at least
+        warn_dead_above: Share of dead units in an activation above which to warn. It must be over at least
             ``window_samples`` samples. ``None``: never.
         warn_dormant_above: The same for the share of dormant units.
-        warn_saturated_above: The same for the share of saturated outputs.
+        warn_saturated_above: Share of saturated outputs above which to warn, from the first sampled step on.
         stop_on_nonfinite: Whether the first NaN or infinity stops the training. A CPU alone stops in the same step. A
             GPU or several ranks stop at the next sampled step. There is a warning in any case.
 

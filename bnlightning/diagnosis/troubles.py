@@ -139,7 +139,7 @@ def table(troubles: list[Troubles], looked_for: list[str], step: int) -> str:
     kept = sorted(rows, key=lambda row: row.until is not None)[:_MAX_ROWS]
     lines = ["| since step | layer | what | state |", "|---|---|---|---|"]
     for row in sorted(kept, key=lambda row: row.since, reverse=True):
-        state = "**goes on**" if row.until is None else f"ended at step {row.until}"
+        state = "**goes&nbsp;on**" if row.until is None else f"ended at step {row.until}"
         lines.append(f"| {row.since} | {escaped(row.layer)} | {escaped(_capital(row.what))} | {state} |")
     left_out = [f"{len(rows) - len(kept)} more are left out."] if len(rows) > len(kept) else []
     return "\n".join([*lines, "", *left_out, f"As of step {step}. {rules}"])

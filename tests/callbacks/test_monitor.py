@@ -165,7 +165,7 @@ def test_a_warning_stands_in_the_table_of_all_monitors_and_ends(tmp_path):
     rows = [line for line in last.splitlines() if line.startswith("| ")][1:]
     dead = [row for row in rows if "are dead" in row]
     assert len(dead) == 1 and "body.4 (ReLU)" in dead[0] and "ended at step" in dead[0]
-    assert any("body.1 (BatchNorm1d)" in row and "goes on" in row for row in rows)
+    assert any("body.1 (BatchNorm1d)" in row and "goes&nbsp;on" in row for row in rows)
     ended = [call.args[0] for call in info.call_args_list if "warn_dead_above" in call.args[0]]
     assert len(ended) == 1 and "no layer is above the limit any more at step 1" in ended[0]
     # The newest stands first.
@@ -199,7 +199,7 @@ def test_warnings_that_went_on_are_not_told_again_behind_a_checkpoint(tmp_path):
     # A warning would be an error.
     again = quiet_trainer(tmp_path / "second", max_steps=10, callbacks=callbacks())
     again.fit(Dead(), loader(), ckpt_path=tmp_path / "last.ckpt")
-    assert "goes on" in warnings_text(tmp_path / "second")[8]
+    assert "goes&nbsp;on" in warnings_text(tmp_path / "second")[8]
 
 
 def no_latex(*_, **__):

@@ -195,9 +195,11 @@ class LayerAccumulators:
 class _Row:
     """Accumulators of one layer. Numbers are floats on a CPU, and tensors elsewhere, so that nothing waits for them."""
 
-    def __init__(self, key: LayerKey, device: torch.device, sums: Sequence[Sum], mishaps: Mishaps) -> None:
+    def __init__(
+        self, key: LayerKey, device: torch.device, sums: Sequence[Sum], mishaps: Mishaps | None = None
+    ) -> None:
         self.key = key
-        self._mishaps = mishaps
+        self._mishaps = mishaps = mishaps or Mishaps()
         self.seen = False
         real = real_dtype(device)
         self.bins = torch.zeros(NUM_BINS, dtype=torch.int64, device=device)
