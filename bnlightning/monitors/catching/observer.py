@@ -26,6 +26,7 @@ from bnlightning.monitors.catching.selection import (
 )
 from bnlightning.monitors.counting.layers import LayerAccumulators, LayerKey, Limits
 from bnlightning.monitors.counting.precision import real_dtype
+from bnlightning.monitors.words import labelled, listed
 from bnlightning.nn.tap import add_listener, remove_listener
 
 MAX_CALLS = 16
@@ -33,6 +34,9 @@ MAX_CALLS = 16
 # A layer whose number of units keeps changing, such as attention over sequences, has no units.
 _MAX_NUMBERS_OF_UNITS = 4
 _MAX_DEPTH_OF_OUTPUT = 4
+_MAX_LISTED = 20
+TAP = "tap"
+"""What stands in the place of the class for a tensor that :func:`bnlightning.tap` shows."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class ModuleInfo:
         limits: The outputs beyond which it is saturated. ``None`` for an unbounded activation.
         features: The result of :func:`~bnlightning.monitors.catching.selection.features` for it.
         features_before: The same of the last layer before it that tells, in the order of ``named_modules``.
+        module: Name of the module's class. :data:`TAP` for a tap.
     """
 
     path: str
@@ -58,6 +63,7 @@ class ModuleInfo:
     limits: Limits | None
     features: tuple[int, bool] | None
     features_before: tuple[int, bool] | None = None
+    module: str = TAP
 
 
 class Observer:
@@ -89,6 +95,8 @@ class Observer:
         self.without_tensor: dict[str, str] = {}
         self.left_out: dict[str, None] = {}
         self._labels: dict[str, set[int]] = {}
+        self._module_of: dict[str, str] = {}
+        self._sees_activations = False
         self._calls: dict[str, int] = {}
         self._features: tuple[int, bool] | None = None
         self._handles: list[RemovableHandle] = []
@@ -113,21 +121,32 @@ class Observer:
         Args:
             seen: The layers that were seen on any rank.
         """
-        paths = {label.partition("#")[0].partition(":")[0] for label in seen}
-        sentences = [f"{len(seen)} layer{'s are' if len(seen) != 1 else ' is'} watched: {_listed(seen)}."]
+        paths = {_path_of(label) for label in seen}
+        named = listed([labelled(label, self.module_of(label)) for label in seen], _MAX_LISTED)
+        sentences = [f"{len(seen)} layer{'s are' if len(seen) != 1 else ' is'} watched: {named}."]
         unseen = [path for path in self.watched if path not in paths and path not in self.without_tensor]
         if unseen:
-            sentences.append(f"Not called so far: {_listed(unseen)}.")
+            sentences.append(f"These were not called so far: {listed(unseen, _MAX_LISTED)}.")
         if self.without_tensor:
             described = [f"{path} ({kind})" for path, kind in self.without_tensor.items()]
-            sentences.append(f"They put out no floating tensor: {_listed(described)}.")
+            sentences.append(f"These put out no floating tensor: {listed(described, _MAX_LISTED)}.")
         if self.refused:
-            sentences.append(f"Compiled by TorchScript, which takes no hooks: {_listed(self.refused)}.")
-        sentences.append(
-            "What else is called as a function, such as torch.relu(x), cannot be seen: make it a module, or show it by "
-            "bnlightning.tap(x, 'name')."
-        )
+            sentences.append(f"TorchScript compiled these, and takes no hooks: {listed(self.refused, _MAX_LISTED)}.")
+        if not self._sees_activations:
+            sentences.append(
+                "No activation is among them. One that is called as a function, such as torch.relu(x), cannot be seen: "
+                "make it a module, or show it by bnlightning.tap(x, 'name')."
+            )
         return " ".join(sentences)
+
+    def module_of(self, label: str) -> str:
+        """The class of the module that a layer is a call of. :data:`TAP` for a tap.
+
+        Args:
+            label: Path of the module, with the number of the call and the place in the output.
+        """
+        # Another rank may have called a module that this one has not.
+        return self._module_of.get(label) or self._module_of.get(_path_of(label), TAP)
 
     def attach(self, module: nn.Module, checks: bool, device: torch.device) -> None:
         """Put hooks on the modules of ``module``.
@@ -149,6 +168,7 @@ class Observer:
             if info.is_watched or info.is_checked or info.features is not None:
                 self._hook(info, submodule, device)
             before = info.features or before
+            self._module_of[info.path] = info.module
         add_listener(self.on_tap)
 
     def detach(self) -> None:
@@ -160,7 +180,8 @@ class Observer:
             remove_receiver(self._number)
         self.accumulators = self.check = self._features = self._number = None
         self.is_sampling = self._is_compiled = False
-        for names in (self.refused, self.without_tensor, self.left_out, self._labels, self._calls):
+        self._sees_activations = False
+        for names in (self.refused, self.without_tensor, self.left_out, self._labels, self._calls, self._module_of):
             names.clear()
         for hooks in (self._handles, self._hooks, self.modules):
             hooks.clear()
@@ -260,6 +281,8 @@ class Observer:
         if units not in numbers and len(numbers) >= _MAX_NUMBERS_OF_UNITS:
             units = 0
         numbers.add(units)
+        self._module_of[label] = info.module
+        self._sees_activations |= info.is_activation
         accumulators = self.accumulators
         assert accumulators is not None
         key = LayerKey(label, info.is_activation, units, info.limits if units else None)
@@ -344,11 +367,6 @@ def tensors_in(output: Any, path: str = "", depth: int = 0) -> Iterator[tuple[st
         yield from tensors_in(value, f"{path}.{name}" if path else f":{name}", depth + 1)
 
 
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:20])
-    return shown if len(names) <= 20 else f"{shown} and {len(names) - 20} more"
-
-
 def _is_dense(x: Tensor) -> bool:
     return x.layout is torch.strided and not x.is_nested and not x.is_meta
 
@@ -380,4 +398,9 @@ def _module_info(
         limits=saturation_limits(module),
         features=features(module) if is_leaf else None,
         features_before=before,
+        module=type(module).__name__,
     )
+
+
+def _path_of(label: str) -> str:
+    return label.partition("#")[0].partition(":")[0]

@@ -52,8 +52,10 @@ def test_the_report_says_what_is_watched_and_what_is_not():
     module["act"](torch.ones(2, 3))
     module["odd"](torch.ones(2, 3))
     report = observer.report(observer.seen)
-    assert report.startswith("1 layer is watched: act. Not called so far: unused. ")
-    assert "They put out no floating tensor: odd (str)." in report
+    assert report == (
+        "1 layer is watched: act (ReLU). These were not called so far: unused. "
+        "These put out no floating tensor: odd (str)."
+    )
     observer.detach()
     assert not any(part._forward_hooks for part in module.modules())
 
