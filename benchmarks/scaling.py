@@ -133,7 +133,7 @@ class ActivationLoad:
 
     def record(self, step: int) -> Record:
         record = self.monitor.record(step, "train", self.layers)
-        self.history.add_record(record, list(self.catalogues[0].looks()))
+        self.history.add_record(record, self.catalogues[0].looks())
         return record
 
 

@@ -68,6 +68,25 @@ def check_share(name: str, value: Any) -> None:
     raise ValueError(f"{name}={value!r} is not possible: give a share from 0 to below 1, such as 0.5.")
 
 
+def check_limit(name: str, value: Any) -> None:
+    """Raise ``ValueError`` unless ``value`` is a number of at least 0, or ``None``, which is no limit.
+
+    Args:
+        name: Name of the argument, for the message.
+        value: Value to check.
+
+    Example:
+        >>> check_limit("warn_mean_drift_above", "much")
+        Traceback (most recent call last):
+        ...
+        ValueError: warn_mean_drift_above='much' is not possible: give a number of at least 0, or None.
+    """
+    if value is None:
+        return
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0.0 <= float(value) < math.inf:
+        raise ValueError(f"{name}={value!r} is not possible: give a number of at least 0, or None.")
+
+
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
     """Raise ``ValueError`` unless ``value`` is one of ``choices``.
 

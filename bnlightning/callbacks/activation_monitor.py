@@ -11,20 +11,20 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from bnlightning._check import check_integer, check_number, check_share
 from bnlightning.callbacks._monitor import MonitorCallback
 from bnlightning.callbacks._steps import EvaluationCadence, StepAxis
-from bnlightning.compare.names import TEST, TRAIN, VAL, health_tag
+from bnlightning.compare.names import TEST, TRAIN, VAL, health_tag, place_text
 from bnlightning.diagnosis.nonfinite import cures_nonfinite, where_nonfinite
-from bnlightning.diagnosis.thresholds import exceeds, make_thresholds
+from bnlightning.diagnosis.thresholds import make_thresholds
 from bnlightning.monitors.activations import Activations
+from bnlightning.monitors.catching.finite_check import Found
 from bnlightning.monitors.catching.selection import Choice, checked_choices
 from bnlightning.monitors.counting.layer_statistics import EFFECTIVE_RANK, LayerCounts, layer_statistics
 from bnlightning.monitors.counting.ranks import world_size
 from bnlightning.monitors.record import Record
 from bnlightning.monitors.schedule import Schedule
 from bnlightning.monitors.statistic import Statistic
-from bnlightning.writing.history import History
+from bnlightning.monitors.words import escaped, labelled
+from bnlightning.writing.gallery import Picture
 from bnlightning.writing.pictures import draw_distributions, draw_surfaces
-from bnlightning.writing.summaries import Summaries
-from bnlightning.writing.writers import write
 
 
 class ActivationMonitor(MonitorCallback):
@@ -66,7 +66,9 @@ class ActivationMonitor(MonitorCallback):
       that was not finite. ``loss``: no module was called.
     - ``health/watched``, a text: the layers that are watched, and the modules that cannot be.
     - ``health/values_by_step``, ``health/layers_by_step``, pictures: the outputs and the numbers of every layer at
-      every sampled training step. Drawn at the end of the epochs 1, 2, 4, 8, ... and of the training.
+      every sampled training step. White is measured and healthy. Drawn after the second sample, at the end of the
+      epochs 1, 2, 4, 8, ..., and when the fit ends, by an exception as well.
+    - ``health/warnings``, a text: the warnings of all monitors, newest first, each with the step at which it ended.
 
     **Units.** A unit is a feature of the layer before the activation: dimension 1 behind a convolution, the last
     dimension behind a linear layer. All positions of a sample count for its units. If the layer before does not tell, a
@@ -125,9 +127,9 @@ class ActivationMonitor(MonitorCallback):
         statistics: Further numbers of every layer, declared as
             :class:`~bnlightning.monitors.statistic.Statistic` describes. By default none.
         max_layers: Largest number of watched layers. A warning says which are left out.
-        warn_dead_above: Share of dead units in an activation above which to warn, once. ``None``: never.
+        warn_dead_above: Share of dead units in an activation above which to warn. ``None``: never.
         warn_dormant_above: The same for the share of dormant units, once it is over ``window_samples`` samples.
-        warn_saturated_above: The same for the share of saturated outputs.
+        warn_saturated_above: Share of saturated outputs above which to warn, from the first sampled step on.
         stop_on_nonfinite: Whether the first NaN or infinity stops the training. A CPU alone stops in the same step. A
             GPU or several ranks stop at the next sampled step. There is a warning in any case.
 
@@ -179,17 +181,14 @@ class ActivationMonitor(MonitorCallback):
         self.max_layers = max_layers
         self.stop_on_nonfinite = stop_on_nonfinite
         declared = [*layer_statistics(tau), *([EFFECTIVE_RANK] if effective_rank else []), *statistics]
-        self.thresholds = make_thresholds(limits, declared)
         self._monitor = Activations(
             self.modules, window_samples=window_samples, max_layers=max_layers, statistics=declared
         )
-        super().__init__(every_n_steps, self._monitor.catalogues)
-        self._looks = self._monitor.catalogues[0].looks()
+        super().__init__(every_n_steps, self._monitor.catalogues, "layer", _PICTURES, make_thresholds(limits, declared))
+        # One for both, so that nothing is told twice.
+        self._mishaps = self._monitor.mishaps
         self._evaluation = EvaluationCadence(every_n_steps)
         self._checking = Schedule(check_finite_every_n_steps or 1)
-        self._history = History()
-        self._warned: set[str] = set()
-        self._drawn_at = 0
         self._told: set[str] = set()
         self._opened_at: dict[str, int] = {}
         self._axis = StepAxis()
@@ -199,6 +198,7 @@ class ActivationMonitor(MonitorCallback):
     # A fit, from its first hook to its last.
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._check_loggers(trainer)
         self._attach(pl_module)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -257,10 +257,7 @@ class ActivationMonitor(MonitorCallback):
             self._publish(trainer, TRAIN)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        number = trainer.current_epoch + 1
-        # At powers of two a picture shows twice as much as before. Drawing is then a vanishing part of a long training.
-        if number & (number - 1) == 0:
-            self._draw(trainer)
+        self._draw_after_epoch(trainer)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._publish(trainer, TRAIN)
@@ -276,6 +273,7 @@ class ActivationMonitor(MonitorCallback):
         # With several ranks, a rank that has not failed would never join the reduction.
         if world_size() == 1:
             self._report_nonfinite(trainer)
+        self._draw(trainer)
         self._detach()
 
     # Evaluations, within a fit or by themselves.
@@ -320,28 +318,26 @@ class ActivationMonitor(MonitorCallback):
             "schedule": self._schedule.state_dict(),
             "evaluation": self._evaluation.last,
             "monitor": self._monitor.state_dict(),
-            "history": self._history.state_dict(),
             "is_checking": self._is_checking,
-            "warned": sorted(self._warned),
+            **self._shown_state(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._schedule.load_state_dict(state_dict["schedule"])
         self._evaluation.resume(state_dict["evaluation"])
         self._monitor.load_state_dict(state_dict["monitor"])
-        self._history.load_state_dict(state_dict["history"])
         self._is_checking = state_dict["is_checking"]
-        self._warned = set(state_dict["warned"])
+        self._load_shown_state(state_dict)
 
     def _begin_apart(self) -> None:
         """An evaluation outside of a fit, of any network: it knows nothing of a fit, and a fit nothing of it."""
-        monitor, history, is_checking = self._monitor.state_dict(), self._history, self._is_checking
-        warned, drawn_at = self._warned, self._drawn_at
+        monitor, is_checking = self._monitor.state_dict(), self._is_checking
+        gallery, troubles = self._gallery, self._troubles
         self._forget()
 
         def go_back() -> None:
             self._monitor.load_state_dict(monitor)
-            self._history, self._is_checking, self._warned, self._drawn_at = history, is_checking, warned, drawn_at
+            self._is_checking, self._gallery, self._troubles = is_checking, gallery, troubles
 
         self._set_aside = go_back
 
@@ -354,10 +350,8 @@ class ActivationMonitor(MonitorCallback):
     def _forget(self) -> None:
         """Forget all earlier samples: a training begins anew."""
         self._monitor.forget()
-        self._history = History()
+        self._start_showing()
         self._is_checking = self.check_finite_every_n_steps is not None
-        self._warned = set()
-        self._drawn_at = 0
 
     def _attach(self, pl_module: lightning.LightningModule) -> None:
         checks = self.check_finite_every_n_steps is not None
@@ -377,46 +371,49 @@ class ActivationMonitor(MonitorCallback):
             return
         self._tell_what_is_left_out()
         self._write(trainer, self._with_what_is_watched(trainer, record))
-        if phase == TRAIN and trainer.is_global_zero:
-            self._history.add_record(record, list(self._looks))
-        self._warn_of_thresholds(record)
+        self._show(trainer, record, self.window_samples)
+        self._end_nonfinite(trainer, record)
         self._report_nonfinite(trainer)
 
-    def _draw(self, trainer: lightning.Trainer) -> None:
-        """Draw pictures of all samples so far, if there are new ones."""
-        steps = self._history.steps
-        # A single step makes no picture.
-        if not trainer.is_global_zero or len(steps) < 2 or steps[-1] == self._drawn_at:
-            return
-        self._drawn_at = int(steps[-1])
-        pictures = {
-            health_tag("values_by_step"): lambda: draw_distributions(self._history, self._looks),
-            health_tag("layers_by_step"): lambda: draw_surfaces(self._history, self._looks),
-        }
-        write(trainer.loggers, Summaries(self._drawn_at, pictures=pictures, describe=_PICTURES.get))
+    @property
+    def rules(self) -> list[str]:
+        """What the monitor looks for, in words."""
+        return [*super().rules, *([_NONFINITE] if self.check_finite_every_n_steps is not None else [])]
 
-    def _warn_of_thresholds(self, record: Record) -> None:
-        for threshold in self.thresholds:
-            if threshold.argument in self._warned:
-                continue
-            sentence = exceeds(threshold, record, self.window_samples)
-            if sentence is not None:
-                self._warned.add(threshold.argument)
-                rank_zero_warn(f"ActivationMonitor({threshold.argument}={threshold.limit:g}): {sentence}")
+    def _end_nonfinite(self, trainer: lightning.Trainer, record: Record) -> None:
+        """Take down that there are no NaN and infinities any more, if a later sample has none."""
+        shares = [layer.numbers.get("nonfinite", 0.0) for layer in record.layers.values()]
+        since = max((row.since for row in self._troubles.rows if row.rule == _NONFINITE), default=record.step)
+        if not shares or any(shares) or record.phase != TRAIN or record.step <= since:
+            return
+        if self._take_down(trainer, _NONFINITE, TRAIN, record.step, {}).ended:
+            rank_zero_info(f"ActivationMonitor: there are no NaN and infinities any more at step {record.step}.")
 
     def _report_nonfinite(self, trainer: lightning.Trainer) -> None:
         found = self._monitor.first_nonfinite() if self._is_checking and self._monitor.is_attached else None
         if found is None:
             return
         self._is_checking = False
+        if self.stop_on_nonfinite:
+            trainer.should_stop = True
+        warning = ""
+        with self._mishaps.forgiven("name where the first NaN or infinity came from"):
+            warning = self._tell_nonfinite(trainer, found)
+        if warning:
+            rank_zero_warn(warning)
+
+    def _tell_nonfinite(self, trainer: lightning.Trainer, found: Found) -> str:
+        """Write where the first NaN or infinity came from, and return the warning."""
         step, _, place = found
-        self._write(trainer, Record(step, texts={"first_nonfinite_layer": str(place)}))
+        self._write(trainer, Record(step, texts={"first_nonfinite_layer": place_text(str(place))}))
+        module_of = self._monitor.observer.module_of
+        where = where_nonfinite(place, step, module_of)
+        layer = labelled(place.path, module_of(place.path)) if place.is_of_module else str(place)
+        self._take_down(trainer, _NONFINITE, TRAIN, step, {layer: f"{where}."})
         consequence = (
             "training stops" if self.stop_on_nonfinite else "training goes on (stop_on_nonfinite=True stops it)"
         )
-        rank_zero_warn(f"ActivationMonitor: {where_nonfinite(place, step)}; {consequence}. {cures_nonfinite(place)}")
-        if self.stop_on_nonfinite:
-            trainer.should_stop = True
+        return f"ActivationMonitor: {where}; {consequence}. {cures_nonfinite(place)}"
 
     def _tell_what_is_left_out(self) -> None:
         left_out = list(self._monitor.observer.left_out)
@@ -447,18 +444,30 @@ class ActivationMonitor(MonitorCallback):
                 + self._monitor.observer.report_unknown(),
             )
             return record
-        text = self._monitor.observer.report(seen)
-        rank_zero_info(f"ActivationMonitor: {text}")
-        return replace(record, texts={**record.texts, "watched": text})
+        with self._mishaps.forgiven("report what is watched"):
+            text = self._monitor.observer.report(seen)
+            rank_zero_info(f"ActivationMonitor: {text}")
+            record = replace(record, texts={**record.texts, "watched": escaped(text)})
+        return record
 
 
-_PICTURES = {
-    health_tag("values_by_step"): "The distribution of each layer's outputs at every sampled training step, over all "
-    "samples and ranks of the step. At most 16 layers and 128 steps. Healthy: bands that neither shrink nor widen.",
-    health_tag("layers_by_step"): "The numbers of every layer at every sampled training step, over all ranks. Dead and "
-    "dormant units are over the window. At most 128 steps. Healthy: pale. Zeros are no illness: a ReLU has about one "
-    "half.",
-}
+_NONFINITE = "NaN and infinities"
+_PICTURES = (
+    Picture(
+        health_tag("layers_by_step"),
+        draw_surfaces,
+        "The numbers of every layer at every sampled training step, over all ranks. Dead and dormant units are over "
+        "the window. At most 128 steps. Healthy: white, which is measured and within the range under each scale. Up to "
+        "80 % of zeros are healthy. Hatched was not measured.",
+    ),
+    Picture(
+        health_tag("values_by_step"),
+        draw_distributions,
+        "The distribution of each layer's outputs at every sampled training step, over all samples and ranks of the "
+        "step. At most 16 layers and 128 steps. Healthy: bands that neither shrink nor widen. White is where no values "
+        "are. Hatched was not measured.",
+    ),
+)
 
 
 def _grad_scale(trainer: lightning.Trainer) -> float:

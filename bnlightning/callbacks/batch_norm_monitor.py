@@ -1,16 +1,21 @@
 """The callback that logs how far the running statistics of batch norm layers are from those of the batch."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import lightning
 from lightning.pytorch.utilities import rank_zero_warn
 
-from bnlightning._check import check_integer
+from bnlightning._check import check_integer, check_limit
 from bnlightning.callbacks._monitor import MonitorCallback
 from bnlightning.callbacks._steps import logged_step
+from bnlightning.compare.names import health_tag
+from bnlightning.diagnosis.thresholds import make_thresholds
 from bnlightning.monitors.catching.selection import Choice, checked_choices
 from bnlightning.monitors.norms import Norms
+from bnlightning.writing.gallery import Picture
+from bnlightning.writing.pictures import draw_surfaces
 
 
 class BatchNormMonitor(MonitorCallback):
@@ -44,6 +49,10 @@ class BatchNormMonitor(MonitorCallback):
       ``health/norm_min_running_var``: the smallest. ``health/norm_scale_near_zero``, ``health/norm_nonfinite``: over
       the scales and the channels of all layers.
 
+    - ``health/norms_by_step``, a picture: the numbers of every layer at every sampled training step. Drawn after the
+      second sample, at the end of the epochs 1, 2, 4, 8, ..., and when the fit ends.
+    - ``health/warnings``, a text: the warnings of all monitors, newest first.
+
     A number that a layer does not have is not written. Without running statistics there is neither a drift nor a
     smallest variance. Without a scale there is no share of it. Before the first batch has replaced the initial values
     there is no drift. Drifts are never zero: the mean of n independent values is off by about :math:`1 / \sqrt n` by
@@ -59,9 +68,13 @@ class BatchNormMonitor(MonitorCallback):
             not pickle.
         max_layers: Largest number of watched layers. The first ones in the order of ``named_modules`` are taken. Each
             has up to six tags.
+        warn_mean_drift_above: Value of ``norm_mean_drift`` of a layer above which to warn. ``None``: never.
+        warn_var_drift_above: The same for ``norm_var_drift``.
+        warn_nonfinite_above: The same for ``norm_nonfinite``.
 
     Raises:
-        ValueError: If ``every_n_steps`` or ``max_layers`` is below 1, or ``modules`` holds something else.
+        ValueError: If ``every_n_steps`` or ``max_layers`` is below 1, a limit is below 0, or ``modules`` holds
+            something else.
 
     Example:
         >>> import lightning
@@ -74,18 +87,32 @@ class BatchNormMonitor(MonitorCallback):
         every_n_steps: int = 50,
         modules: Choice | Sequence[Choice] | None = None,
         max_layers: int = 200,
+        *,
+        warn_mean_drift_above: float | None = None,
+        warn_var_drift_above: float | None = None,
+        warn_nonfinite_above: float | None = None,
     ) -> None:
         check_integer("max_layers", max_layers, at_least=1)
+        limits = {
+            "mean_drift": warn_mean_drift_above,
+            "var_drift": warn_var_drift_above,
+            "nonfinite": warn_nonfinite_above,
+        }
+        for name, limit in limits.items():
+            check_limit(f"warn_{name}_above", limit)
         self.modules = checked_choices(modules)
         self.max_layers = max_layers
         self._monitor = Norms(self.modules, max_layers=max_layers)
-        super().__init__(every_n_steps, self._monitor.catalogues)
+        catalogues = self._monitor.catalogues
+        thresholds = make_thresholds(limits, catalogues[0].statistics, "norm")
+        super().__init__(every_n_steps, catalogues, "norm", _PICTURES, thresholds)
         # Number of optimizer steps before the sample.
         self._opened_at = 0
         self._is_first = True
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._is_first = True
+        self._check_loggers(trainer)
         self._monitor.attach(pl_module, pl_module.device)
         watched, left_out = self._monitor.watched, self._monitor.left_out
         if not watched:
@@ -98,7 +125,8 @@ class BatchNormMonitor(MonitorCallback):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         # Not earlier: at the start of the fit, Lightning has not yet restored the step at which it goes on.
-        self._schedule.start(trainer.global_step)
+        if not self._schedule.start(trainer.global_step):
+            self._start_showing()
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
@@ -116,8 +144,12 @@ class BatchNormMonitor(MonitorCallback):
         if trainer.global_step > self._opened_at:
             self._publish(trainer)
 
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._draw_after_epoch(trainer)
+
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._publish(trainer)
+        self._draw(trainer)
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         self._monitor.detach()
@@ -125,17 +157,21 @@ class BatchNormMonitor(MonitorCallback):
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
+        self._draw(trainer)
         self._monitor.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"schedule": self._schedule.state_dict()}
+        return {"schedule": self._schedule.state_dict(), **self._shown_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._schedule.load_state_dict(state_dict["schedule"])
+        self._load_shown_state(state_dict)
 
     def _publish(self, trainer: lightning.Trainer) -> None:
         record = self._monitor.close()
         self._write(trainer, record)
+        if record is not None:
+            self._show(trainer, record)
         # Only at the first sample: a later step may well run without these layers.
         if record is not None and self._is_first:
             self._is_first = False
@@ -145,6 +181,16 @@ class BatchNormMonitor(MonitorCallback):
         if self._monitor.saw_nothing:
             watched = self._monitor.watched
             rank_zero_warn(
-                f"BatchNormMonitor sees no input of {watched[0]} or any other of {len(watched)} layer(s): none was "
-                "called, or `layer.forward(x)` was, which calls no hooks: call `layer(x)`."
+                f"BatchNormMonitor sees no input of {watched[0]} or any other of {len(watched)} layer(s). Either none "
+                "was called, or `layer.forward(x)` was, which calls no hooks. Call `layer(x)`."
             )
+
+
+_PICTURES = (
+    Picture(
+        health_tag("norms_by_step"),
+        partial(draw_surfaces, kind="norm"),
+        "The numbers of every batch norm layer at every sampled training step, over all ranks. At most 128 steps. "
+        "Healthy: white, which is measured and within the range under each scale. Hatched was not measured.",
+    ),
+)

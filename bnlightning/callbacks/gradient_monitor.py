@@ -1,6 +1,7 @@
 """The callback that logs how large gradients and updates are, parameter by parameter."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import lightning
@@ -8,10 +9,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim import Optimizer
 
-from bnlightning._check import check_integer
+from bnlightning._check import check_integer, check_limit
 from bnlightning.callbacks._monitor import MonitorCallback
 from bnlightning.callbacks._steps import logged_step
+from bnlightning.compare.names import health_tag
+from bnlightning.diagnosis.thresholds import make_thresholds
 from bnlightning.monitors.gradients import Gradients, ParameterChoice
+from bnlightning.writing.gallery import Picture
+from bnlightning.writing.pictures import draw_surfaces
 
 # Names of classes: importing the classes may need a package that is not installed.
 _REFUSED = {
@@ -46,6 +51,10 @@ class GradientMonitor(MonitorCallback):
     - ``health/grad_zero``: share of these weights whose gradient is zero everywhere.
     - ``health/grad_nonfinite``: share of the parameters whose gradient holds a NaN or an infinity.
     - ``health/update_ratio``: the ratio of the norms over all parameters together.
+    - ``health/gradients_by_step``, a picture: gradient and update of every weight at every sampled step. A gradient is
+      shown beside that of the last weight, so that vanishing and exploding ones are seen. Drawn after the second
+      sample, at the end of the epochs 1, 2, 4, 8, ..., and when the fit ends.
+    - ``health/warnings``, a text: the warnings of all monitors, newest first.
 
     The numbers under ``health/`` are over all parameters that have a gradient at the step, chosen or not. A number that
     is not finite is not written. In a run that diverges, the norms end and the shares of non-finite values rise.
@@ -66,9 +75,13 @@ class GradientMonitor(MonitorCallback):
             require a gradient.
         max_parameters: Largest number of parameters with tags of their own. The first ones are taken, and a warning
             says how many are left out.
+        warn_grad_norm_ratio_above: How many times smaller or larger than the last weight's a weight's gradient norm may
+            be, before there is a warning. 1000 is usual. ``None``: never.
+        warn_grad_nonfinite_above: Share of NaN and infinities in a gradient above which to warn.
+        warn_update_ratio_above: Value of ``param_update_ratio`` above which to warn.
 
     Raises:
-        ValueError: If a number is below 1, or ``parameters`` is something else.
+        ValueError: If a number is below 1, a limit is below 0, or ``parameters`` is something else.
         MisconfigurationException: If a fit starts with FSDP's first version or DeepSpeed.
 
     Example:
@@ -82,13 +95,27 @@ class GradientMonitor(MonitorCallback):
         every_n_steps: int = 50,
         parameters: ParameterChoice = None,
         max_parameters: int = 200,
+        *,
+        warn_grad_norm_ratio_above: float | None = None,
+        warn_grad_nonfinite_above: float | None = None,
+        warn_update_ratio_above: float | None = None,
     ) -> None:
         check_integer("max_parameters", max_parameters, at_least=1)
         _check_parameters(parameters)
+        check_limit("warn_grad_norm_ratio_above", warn_grad_norm_ratio_above)
+        check_limit("warn_grad_nonfinite_above", warn_grad_nonfinite_above)
+        check_limit("warn_update_ratio_above", warn_update_ratio_above)
+        limits = {
+            "grad_norm": warn_grad_norm_ratio_above,
+            "grad_nonfinite": warn_grad_nonfinite_above,
+            "update_ratio": warn_update_ratio_above,
+        }
         self.parameters = parameters
         self.max_parameters = max_parameters
         self._monitor = Gradients(parameters, max_parameters=max_parameters)
-        super().__init__(every_n_steps, self._monitor.catalogues)
+        catalogues = self._monitor.catalogues
+        thresholds = make_thresholds(limits, catalogues[0].statistics, "param")
+        super().__init__(every_n_steps, catalogues, "param", _PICTURES, thresholds)
         self._warned = False
         # Number of steps before the current batch. ``None`` between batches. Then, by optimizer, the number of steps
         # before the last step that was sampled in the batch.
@@ -106,7 +133,9 @@ class GradientMonitor(MonitorCallback):
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if not self._schedule.start(trainer.global_step):
             self._monitor.forget()
+            self._start_showing()
         self._warned = False
+        self._check_loggers(trainer)
         self._monitor.attach(pl_module, pl_module.device)
         self._tell_what_is_left_out()
         if not self._monitor.chosen:
@@ -136,7 +165,16 @@ class GradientMonitor(MonitorCallback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._began_at = None
-        self._write(trainer, self._monitor.close())
+        record = self._monitor.close()
+        if record is not None:
+            self._write(trainer, record)
+            self._show(trainer, record)
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._draw_after_epoch(trainer)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._draw(trainer)
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         self._monitor.detach()
@@ -144,14 +182,20 @@ class GradientMonitor(MonitorCallback):
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
+        self._draw(trainer)
         self._monitor.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"schedule": self._schedule.state_dict(), "monitor": self._monitor.state_dict()}
+        return {
+            "schedule": self._schedule.state_dict(),
+            "monitor": self._monitor.state_dict(),
+            **self._shown_state(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._schedule.load_state_dict(state_dict["schedule"])
         self._monitor.load_state_dict(state_dict["monitor"])
+        self._load_shown_state(state_dict)
 
     def _is_due(self, trainer: lightning.Trainer, optimizer: Optimizer) -> bool:
         """Whether this step is sampled. In a due batch every step is, at the first call of its closure."""
@@ -174,6 +218,18 @@ class GradientMonitor(MonitorCallback):
                 "parameters",
                 "by `parameters`, such as '*.weight'. The numbers under health/ are over all of them.",
             )
+
+
+_PICTURES = (
+    Picture(
+        health_tag("gradients_by_step"),
+        partial(draw_surfaces, kind="param"),
+        "The gradient and the update of every weight of two or more dimensions, at every sampled training step. The "
+        "norm of the gradient is divided by that of the last weight. At most 128 steps. Healthy: white, which is "
+        "measured and within the range under each scale. Orange in the first layers: their gradients vanish. Purple: "
+        "they explode. Hatched was not measured.",
+    ),
+)
 
 
 def _check_parameters(parameters: Any) -> None:

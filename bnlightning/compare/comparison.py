@@ -45,6 +45,7 @@ from bnlightning.compare.runs import (
     read_run,
     worst,
 )
+from bnlightning.writing.canvas import own_settings
 
 Draw = Callable[[Mapping[str, Sequence[Run]], str, str, Sequence[str]], Figure]
 """A function from the runs of each variant, the metric, a title and the notes to the comparison's figure."""
@@ -178,8 +179,9 @@ def compare_runs(directory: str | Path, metric: str = VAL_LOSS, draw: Draw | Non
     curve, agreements = _curve(variants, metric, words)
     notes += agreements
     comparison = Comparison(root, runs, rows, notes, results, curve, root / COMPARISON_FIGURE)
-    figure = (draw or overview.draw)(variants, metric, title_of(root.name, root.parent.name), notes)
-    figure.savefig(comparison.figure)
+    with own_settings():
+        figure = (draw or overview.draw)(variants, metric, title_of(root.name, root.parent.name), notes)
+        figure.savefig(comparison.figure)
     _write_image(root, comparison.figure)
     _write_tables(comparison)
     return comparison

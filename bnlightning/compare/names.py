@@ -168,6 +168,26 @@ def published_tag(metric: str) -> str:
     return f"{PUBLISHED}/{metric}"
 
 
+def place_text(place: str) -> str:
+    """The text :data:`FIRST_NONFINITE_LAYER` for a place, such as a module's path. Markdown shows it as it stands.
+
+    Example:
+        >>> place_text("net.act1"), place_text("net.__act__")
+        ('net.act1', '`net.__act__`')
+    """
+    return place if re.fullmatch(r"[\w .#:]*", place) and "_" not in place else f"`{place}`"
+
+
+def parse_place_text(text: str) -> str:
+    """The place that a text says.
+
+    Example:
+        >>> parse_place_text("`net.__act__`")
+        'net.__act__'
+    """
+    return text.strip("`")
+
+
 @dataclass(frozen=True)
 class RunName:
     """A run's directory name taken apart.

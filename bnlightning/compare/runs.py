@@ -23,6 +23,7 @@ from bnlightning.compare.names import (
     TRAIN_LOSS,
     VAL_LOSS,
     RunName,
+    parse_place_text,
     parse_run_directory,
     published_tag,
 )
@@ -161,7 +162,7 @@ def read_run(path: Path, root: Path) -> Run:
         scalars=scalars,
         histograms={tag: _histograms(events.Histograms(tag)) for tag in tags[ea.HISTOGRAMS]},
         predictions=_tensors(events, tags[ea.TENSORS], PREDICTION),
-        first_nonfinite=_text(events, tags[ea.TENSORS], FIRST_NONFINITE_LAYER),
+        first_nonfinite=_place(_text(events, tags[ea.TENSORS], FIRST_NONFINITE_LAYER)),
         note=note[1] if (note := _text(events, tags[ea.TENSORS], NOTE)) is not None else None,
         seconds=max(times, default=0.0) - min(times, default=0.0),
     )
@@ -321,6 +322,10 @@ def _text(events: Any, tags: Sequence[str], tag: str) -> tuple[int, str] | None:
         return None
     item = events.Tensors(f"{tag}/text_summary")[0]
     return item.step, item.tensor_proto.string_val[0].decode()
+
+
+def _place(found: tuple[int, str] | None) -> tuple[int, str] | None:
+    return None if found is None else (found[0], parse_place_text(found[1]))
 
 
 def _seed(name: RunName, hparams: Mapping[str, Any]) -> int | None:

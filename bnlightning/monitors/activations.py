@@ -37,6 +37,7 @@ from bnlightning.monitors.counting.ranks import first_of_ranks
 from bnlightning.monitors.counting.units import RecentUnits
 from bnlightning.monitors.record import Entry, Record
 from bnlightning.monitors.statistic import Statistic
+from bnlightning.monitors.words import Mishaps
 
 
 class Activations:
@@ -72,6 +73,7 @@ class Activations:
         self._recent = RecentUnits(window_samples)
         self._firing = Firing(window_samples)
         self._ranges = TypicalRanges()
+        self.mishaps = Mishaps("ActivationMonitor")
         self._device = torch.device("cpu")
         self._check: FiniteCheck | None = None
         # The step of each phase that is open. Accumulators that are not open are kept to be used again.
@@ -123,7 +125,7 @@ class Activations:
             phase: ``"train"``, ``"val"`` or ``"test"``.
             grad_scale: Factor for the gradients of outputs. ``None``: gradients are not watched.
         """
-        accumulators = self._accumulators.setdefault(phase, LayerAccumulators(self._sums))
+        accumulators = self._accumulators.setdefault(phase, LayerAccumulators(self._sums, self.mishaps))
         accumulators.reset()
         self._steps[phase] = step
         if phase == TRAIN:
@@ -177,7 +179,7 @@ class Activations:
             entry = self._entry(key, sums, phase)
             before = entries.get(key.label)
             entries[key.label] = entry if before is None else _merged(before, entry)
-        health = self._outputs.health([entry for entry in entries.values() if entry.is_activation])
+        health = self._outputs.health([entry for entry in entries.values() if entry.is_activation], self.mishaps)
         return Record(step, phase, layers=entries, health=health)
 
     def begin_check(self, step: int, batch: Any = None, batch_idx: int | None = None) -> None:
@@ -239,12 +241,13 @@ class Activations:
         units, dead = self._units(key, sums, phase)
         catalogue = self._gradients if key.is_gradient else self._outputs
         return Entry(
-            numbers=catalogue.numbers(LayerCounts(key, sums, units, dead)),
+            numbers=catalogue.numbers(LayerCounts(key, sums, units, dead), self.mishaps),
             histograms=self._histograms(key, sums, phase),
             bins=None if key.is_gradient else narrowed(sums.bins),
             units=key.units,
             samples=units.samples if units is not None else 0,
             is_activation=key.is_activation,
+            module=self._observer.module_of(key.label),
         )
 
     def _units(
@@ -275,4 +278,5 @@ def _merged(one: Entry, other: Entry) -> Entry:
         units=output.units,
         samples=output.samples,
         is_activation=output.is_activation,
+        module=output.module,
     )

@@ -49,6 +49,7 @@ class Gradients:
         self.chosen: dict[str, None] = {}
         self.left_out: dict[str, None] = {}
         self._decided: set[str] = set()
+        self._owners: dict[str, str] = {}
         self._ranges = TypicalRanges()
         self._module: nn.Module | None = None
         self._device = torch.device("cpu")
@@ -66,6 +67,11 @@ class Gradients:
         self._module = module
         self._device = device_of(module) if device is None else device
         self.chosen, self.left_out, self._decided = {}, {}, set()
+        self._owners = {
+            user_path(f"{name}.{own}" if name else own): type(part).__name__
+            for name, part in module.named_modules()
+            for own, _ in part.named_parameters(recurse=False)
+        }
         self._choose(by_path(module))
 
     def detach(self) -> None:
@@ -145,7 +151,8 @@ class Gradients:
 
     def _entry(self, path: str, counts: ParameterCounts) -> Entry:
         drawn = {} if counts.histogram is None else {"grad_hist": self._ranges.fit(path, counts.histogram)}
-        return Entry(self._catalogue.numbers(counts), drawn)
+        owner = self._owners.get(path, "")
+        return Entry(self._catalogue.numbers(counts), drawn, is_weight=counts.dims >= 2, module=owner)
 
     def _choose(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Decide on parameters that require a gradient only now. Earlier decisions stay."""

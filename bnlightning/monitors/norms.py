@@ -46,6 +46,8 @@ class Norms:
         self.catalogues = (self._catalogue,)
         self.watched: list[str] = []
         self.left_out: list[str] = []
+        # The class of each watched layer.
+        self.modules_of: dict[str, str] = {}
         # Whether no layer was called on any rank in the last sample.
         self.saw_nothing = False
         self._handles: list[RemovableHandle] = []
@@ -74,6 +76,7 @@ class Norms:
             # Graphs that were compiled before would not call the hooks.
             torch.compiler.reset()
         watched = [layers[path] for path in self.watched]
+        self.modules_of = {path: type(layers[path]).__name__ for path in self.watched}
         self._catcher = _Catcher(NormAccumulators(watched, device_of(module) if device is None else device))
         self._handles = [
             layer.register_forward_pre_hook(_Hook(self._catcher, index), with_kwargs=True)
@@ -132,7 +135,10 @@ class Norms:
             step: Step of the record, its place on the x-axis.
             layers: The counts by path.
         """
-        entries = {path: Entry(self._catalogue.numbers(counts)) for path, counts in layers.items()}
+        entries = {
+            path: Entry(self._catalogue.numbers(counts), module=self.modules_of.get(path, ""))
+            for path, counts in layers.items()
+        }
         return Record(step, norms=entries, health=self._catalogue.health(list(layers.values())))
 
     def __getstate__(self) -> dict[str, Any]:

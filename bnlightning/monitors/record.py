@@ -22,6 +22,8 @@ class Entry:
         units: Number of units of a layer. 0 where units are not looked at.
         samples: Number of samples that the numbers of the units are over. 0 where units are not looked at.
         is_activation: Whether the layer counts as an activation, and so under ``health/``.
+        is_weight: Whether it is a parameter of two or more dimensions.
+        module: Class of the layer's module, or of the one that a parameter belongs to, such as ``"ReLU"``.
     """
 
     numbers: Mapping[str, float]
@@ -30,6 +32,8 @@ class Entry:
     units: int = 0
     samples: int = 0
     is_activation: bool = False
+    is_weight: bool = False
+    module: str = ""
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,17 @@ more declaration in a catalogue.
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from bnlightning.monitors.counting.layers import Sum
+from bnlightning.monitors.words import Mishaps
 
 Counts = TypeVar("Counts")
 Part = TypeVar("Part")
 
-Palette = Literal["alarm", "neutral", "two_sided"]
+Palette = Literal["alarm", "low", "neutral", "two_sided"]
 _SHARE = {0.0: "0", 0.5: "0.5", 1.0: "1"}
 
 
@@ -25,12 +27,16 @@ class Look:
 
     Args:
         title: Heading of its heat map.
-        palette: ``"alarm"`` where high values are ill, ``"two_sided"`` where both ends are, ``"neutral"`` where neither
-            end is.
+        palette: ``"alarm"`` where high values are ill, ``"low"`` where low ones are, ``"two_sided"`` where both ends
+            are, ``"neutral"`` where neither end is.
         low: Lowest value that the colours tell apart.
         high: Highest value that the colours tell apart.
         ticks: Labels of the colour scale, by value. Without any there is no scale.
         log: Whether the colours follow the logarithm of the value.
+        healthy: The lowest and the highest healthy value. All between them is white. ``None``: only what has the
+            palest colour of the palette.
+        relative: Whether a value is divided by that of the last layer at the same step.
+        absent: The value of a layer that has other numbers but not this one. ``None``: it was not measured.
         word: Name of it in a layer's caption, such as ``"dead units"``. ``None``: captions leave it out.
         word_above: Share above which the caption mentions it.
 
@@ -44,6 +50,9 @@ class Look:
     high: float = 1.0
     ticks: Mapping[float, str] = field(default_factory=lambda: _SHARE)
     log: bool = False
+    healthy: tuple[float, float] | None = None
+    relative: bool = False
+    absent: float | None = None
     word: str | None = None
     word_above: float = 0.005
 
@@ -54,14 +63,17 @@ class Alarm:
 
     Args:
         meaning: The words behind the share, such as ``"of the units were zero for the last {samples} samples"``. The
-            number of samples of the window takes the place of ``{samples}``.
+            number of samples of the window takes the place of ``{samples}``. A number that is no share takes the place
+            of ``{value}``.
         cures: The usual cures, as a list within a sentence.
-        needs_window: Whether the number is believed only once it is over a whole window of samples.
+        zero: The words in the place of ``meaning`` for a zero that is compared with other layers.
+        of_window: Whether the share is over the window, which has to be full first. Otherwise it is of one step.
     """
 
     meaning: str
     cures: str
-    needs_window: bool = False
+    zero: str = ""
+    of_window: bool = True
 
 
 @dataclass(frozen=True)
@@ -158,13 +170,23 @@ class Catalogue(Generic[Counts, Part]):
             if names.count(name) > 1:
                 raise ValueError(f"statistics with the name {name!r} are there twice: give each a name of its own.")
 
-    def numbers(self, counts: Counts) -> dict[str, float]:
-        """The numbers that exist for one layer or parameter, by name."""
-        return _existing((statistic.name, statistic.of(counts)) for statistic in self.statistics)
+    def numbers(self, counts: Counts, mishaps: Mishaps | None = None) -> dict[str, float]:
+        """The numbers that exist for one layer or parameter, by name.
 
-    def health(self, parts: Sequence[Part]) -> dict[str, float]:
-        """The numbers that exist for the whole network, by name."""
-        return _existing((summary.name, summary.of(parts)) for summary in self.summaries)
+        Args:
+            counts: What was counted.
+            mishaps: Tells the error of a statistic, which is then left out. ``None``: the error is raised.
+        """
+        return _existing(self.statistics, counts, mishaps)
+
+    def health(self, parts: Sequence[Part], mishaps: Mishaps | None = None) -> dict[str, float]:
+        """The numbers that exist for the whole network, by name.
+
+        Args:
+            parts: The layers or parameters.
+            mishaps: As in :meth:`numbers`.
+        """
+        return _existing(self.summaries, parts, mishaps)
 
     def description(self, name: str) -> str | None:
         """The description of a number or a histogram. ``None`` if this catalogue does not have it."""
@@ -181,8 +203,16 @@ class Catalogue(Generic[Counts, Part]):
         return {statistic.name: statistic.look for statistic in self.statistics if statistic.look is not None}
 
 
-def _existing(found: Iterable[tuple[str, float | None]]) -> dict[str, float]:
-    return {name: float(value) for name, value in found if value is not None}
+def _existing(
+    declared: Iterable[Statistic[Any] | Summary[Any]], counts: Any, mishaps: Mishaps | None
+) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for one in declared:
+        with nullcontext() if mishaps is None else mishaps.forgiven(f"compute the statistic {one.name!r}"):
+            value = one.of(counts)
+            if value is not None:
+                found[one.name] = float(value)
+    return found
 
 
 def _in_words(declared: Statistic[Counts] | Summary[Part]) -> str:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from bnlightning._check import check_integer
 from bnlightning.monitors.counting.histogram import MAGNITUDES, NUM_BINS
 from bnlightning.monitors.record import Record
+from bnlightning.monitors.statistic import Look
 
 _BINS_AN_OCTAVE = 8
 _FINITE = len(MAGNITUDES) - 1
@@ -149,6 +150,7 @@ class History:
         self._layers: list[str] = []
         self._numbers: dict[str, int] = {}
         self._chosen: list[str] = []
+        self._modules: dict[str, str] = {}
 
     @property
     def layers(self) -> list[str]:
@@ -170,6 +172,10 @@ class History:
         """The statistics that any sample has a value of."""
         names = dict.fromkeys(name for sample in self._samples for name in sample.statistics)
         return [name for name in names if not np.isnan(self.values(name)).all()]
+
+    def module_of(self, layer: str) -> str:
+        """The class of a layer's module. Empty if it is not known."""
+        return self._modules.get(layer, "")
 
     def distributions(self, layer: str) -> list[Distribution | None]:
         """The distribution of a layer in each sample. ``None`` for a sample without one."""
@@ -216,18 +222,26 @@ class History:
             self._coarsen_pending()
         self._thin()
 
-    def add_record(self, record: Record, statistics: Sequence[str]) -> None:
-        """Add a training record: the distributions of all layers, and the statistics of the activations.
+    def add_record(self, record: Record, looks: Mapping[str, Look], kind: str = "layer") -> None:
+        """Add a training record: distributions and statistics of layers, or statistics of parameters or batch norms.
+
+        Of layers, the statistics are those of activations if there are any. Of parameters, they are those of weights:
+        a bias in front of a batch norm has no gradient, and that is healthy.
 
         Args:
             record: The record of a sampled training step.
-            statistics: Names of the statistics to keep.
+            looks: The statistics to keep, by name, with what stands for one that a layer lacks.
+            kind: ``"layer"``, ``"param"`` or ``"norm"``, as in tags.
         """
-        bins = {path: layer.bins for path, layer in record.layers.items() if layer.bins is not None}
-        # With layers that have no units, half of the picture would be empty.
-        shown = [path for path in bins if record.layers[path].is_activation] or list(bins)
-        numbers = {name: {path: record.layers[path].numbers.get(name) for path in shown} for name in statistics}
+        entries = record.entries(kind)
+        bins = {path: entry.bins for path, entry in entries.items() if entry.bins is not None}
+        known = list(bins if kind == "layer" else entries)
+        shown = [path for path in known if entries[path].is_activation or entries[path].is_weight] or known
+        numbers = {
+            name: {path: entries[path].numbers.get(name, look.absent) for path in shown} for name, look in looks.items()
+        }
         self.add(record.step, bins, numbers)
+        self._modules |= {path: entries[path].module for path in known}
 
     def state_dict(self) -> dict[str, Any]:
         """The history as lists, numbers and CPU tensors, which ``torch.load`` accepts as safe."""
@@ -243,6 +257,7 @@ class History:
             "stride": self._stride,
             "layers": self.layers,
             "chosen_layers": self.chosen_layers,
+            "modules": dict(self._modules),
             "indices": [sample.index for sample in self._samples],
             "steps": [sample.step for sample in self._samples],
             "statistics": {name: torch.from_numpy(self.values(name)) for name in self.statistics},
@@ -256,6 +271,7 @@ class History:
         self._layers = list(state["layers"])
         self._numbers = {layer: number for number, layer in enumerate(self._layers)}
         self._chosen = list(state["chosen_layers"])
+        self._modules = dict(state["modules"])
         anchors, shares = state["anchors"].numpy(), state["shares"].numpy()
         tables = {name: table.numpy() for name, table in state["statistics"].items()}
         self._samples, self._pending = [], []

@@ -1,5 +1,7 @@
 """Pictures of a whole run, drawn from its history: how each layer's values move, and which layers are ill when.
 
+White is measured and healthy, a colour is an illness, red is NaN or infinite. What was not measured is hatched.
+
 A figure has few axes, with several images in each. Sixteen axes would take half a second to draw.
 """
 
@@ -12,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnlightning.monitors.statistic import Look, Palette
+from bnlightning.monitors.words import labelled
 from bnlightning.writing.history import Distribution, History, evenly, nonzero_edges, nonzero_shares
 
 Looks = Mapping[str, Look | None]
@@ -31,7 +34,7 @@ _MARGIN = 14
 _GAP = 22
 _HEAD = 94
 _SHORT_HEAD = 56
-_SCALES = 48
+_SCALES = 64
 _FOOT = 46
 _CAPTION = 21
 # Odd, so that zero is in the middle of a row if the range is symmetric.
@@ -41,7 +44,12 @@ _PANELS_A_COLUMN = 8
 _MAX_LABELS = 60
 # This is several screens high. Older versions of matplotlib draw no more than 65535 pixels.
 _MAX_ROWS = 4096
-_MAX_NAME = 34
+_MAX_NAME = 36
+_MAX_MODULE = 20
+# The palest colour of an illness, which white must not be taken for.
+_PALEST = 0.2
+# Illnesses that a caption names.
+_MAX_WORDS = 2
 # A distribution's colours are log(1 + count), with counts as in a layer of so many values.
 _VALUES = 1000
 # A panel's range covers samples whose values are at most this many times as large as is usual in the run.
@@ -52,14 +60,59 @@ NONFINITE = 2.0
 _NEUTRAL_COLORS = ("#ffffff", "#d6e6f4", "#8bc0dd", "#3787c0", "#08488e", "#041c40")
 _ALARM_COLORS = ("#ffffff", "#fee0b6", "#fdae61", "#e8701a", "#a63603", "#5a1c00")
 _TWO_SIDED_COLORS = ("#7f3b08", "#e08214", "#fee0b6", "#ffffff", "#d8daeb", "#8073ac", "#2d004b")
-_PALETTES = {"neutral": _NEUTRAL_COLORS, "alarm": _ALARM_COLORS, "two_sided": _TWO_SIDED_COLORS}
+_PALETTES = {
+    "neutral": _NEUTRAL_COLORS,
+    "alarm": _ALARM_COLORS,
+    "low": _ALARM_COLORS,
+    "two_sided": _TWO_SIDED_COLORS,
+}
 _RED = "#e3001b"
-_GREY = "#d4d4d4"
+_HATCH, _HATCHED = "#8c8c8c", "#efefef"
 _DIM = "#555555"
 _FRAME = "#a0a0a0"
 
 
+# For each kind the title and what the rows and the colours are.
+_SURFACES = {
+    "layer": (
+        "The state of every layer at every sampled training step",
+        "{shown} in forward order, the first at the top. White is measured and healthy, a colour is not. Dead units "
+        "are dormant, too.",
+    ),
+    "param": (
+        "The gradient of every layer at every sampled training step",
+        "{shown} in the network's order. White is measured and healthy. Orange: too small, "
+        "vanishing. Purple: too large, exploding.",
+    ),
+    "norm": (
+        "The state of every batch norm layer at every sampled step",
+        "{shown} in the network's order. White is measured and healthy. With a colour, evaluation may differ from "
+        "training.",
+    ),
+}
+_NAMES = {"layer": "layers", "param": "weights", "norm": "batch norm layers"}
+
+
 def _color(look: Look, values: NDArray[Any]) -> NDArray[np.float64]:
+    """The colours of values in [0, 1]. White, which is healthy, is 0.5 of two sides and 0 otherwise. NaN stays NaN."""
+    place = _place(look, values)
+    if look.palette == "neutral" or (look.healthy is None and look.palette == "two_sided"):
+        return place
+    low, high = look.healthy or {"low": (look.high, np.inf)}.get(look.palette, (-np.inf, look.low))
+    start, end = _place(look, np.array([low, high]))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        below, above = place / start, (place - end) / (1 - end)
+    if look.palette == "two_sided":
+        colors = np.where(values < low, (0.5 - _PALEST / 2) * below, 0.5)
+        colors = np.where(values > high, 0.5 + _PALEST / 2 + (0.5 - _PALEST / 2) * above, colors)
+    elif look.palette == "low":
+        colors = np.where(values < low, 1 - (1 - _PALEST) * below, 0.0)
+    else:
+        colors = np.where(values > high, _PALEST + (1 - _PALEST) * above, 0.0)
+    return np.asarray(np.where(np.isnan(values), np.nan, colors), dtype=np.float64)
+
+
+def _place(look: Look, values: NDArray[Any]) -> NDArray[np.float64]:
     """The places of values on the scale, from 0 at ``look.low`` to 1 at ``look.high``. NaN stays NaN."""
     ends = np.array([look.low, look.high])
     clipped = np.clip(values.astype(np.float64), *ends)
@@ -181,16 +234,33 @@ def _log_color(shares: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def surface_image(history: History, statistic: str, looks: Looks) -> NDArray[np.float64]:
-    """The colours of a statistic, in [0, 1], shape ``(layers, samples)``. NaN where there is no value.
+    """The colours of a statistic, in [0, 1], shape ``(layers, samples)``. NaN where it was not measured.
 
-    ``NONFINITE`` where the value is infinite, or where all of the layer's values were NaN or infinite. A statistic says
-    nothing then.
+    ``NONFINITE`` where the value is infinite, or where there is none for the NaN or infinities among the layer's
+    values. If all of these are NaN or infinite, a statistic says nothing, either.
     """
-    values, nonfinite = history.values(statistic), history.values("nonfinite")
-    image = _color(_look(history, statistic, looks), values)
-    nothing = (nonfinite == 1) & _is_known(values)[:, None]
-    image[np.isinf(values) | nothing | ((values > 0) & (statistic == "nonfinite"))] = NONFINITE
+    values = history.values(statistic)
+    name = next((name for name in looks if _is_nonfinite(name)), "nonfinite")
+    nonfinite = history.values(name)
+    look = _look(history, statistic, looks)
+    image = _color(look, _beside_the_last(values) if look.relative else values)
+    nothing = ((nonfinite == 1) | ((nonfinite > 0) & np.isnan(values))) & _is_known(values)[:, None]
+    image[np.isinf(values) | nothing | ((values > 0) & (statistic == name))] = NONFINITE
     return image
+
+
+def _is_nonfinite(statistic: str) -> bool:
+    return statistic in ("nonfinite", "grad_nonfinite")
+
+
+def _beside_the_last(values: NDArray[np.float32]) -> NDArray[np.float64]:
+    """The values divided by that of the last layer at the same step, of the last one that is neither zero nor NaN."""
+    wide = values.astype(np.float64)
+    is_there = np.isfinite(wide) & (wide > 0)
+    last = len(wide) - 1 - is_there[::-1].argmax(axis=0)
+    found = wide[last, np.arange(wide.shape[1])]
+    # Where all are zero, they stay zero.
+    return np.asarray(wide / np.where(is_there.any(axis=0), found, 1.0), dtype=np.float64)
 
 
 def _is_known(values: NDArray[Any]) -> NDArray[np.bool_]:
@@ -254,7 +324,7 @@ def draw_distributions(history: History, looks: Looks) -> "Figure":
             top = row * (panel_height + _CAPTION) + _CAPTION
             panel = value_panel(history.distributions(layer))
             _draw_panel(axes, panel, step_edges(history), top, top + panel_height)
-            _write_caption(axes, panel, layer, words.get(layer, ""), top, box[2])
+            _write_caption(axes, panel, (layer, history.module_of(layer)), words.get(layer, ""), top, box[2])
         axes.set_ylim(column_height, 0)
         axes.set_yticks([])
         _draw_steps(axes, history, box[2])
@@ -262,6 +332,7 @@ def draw_distributions(history: History, looks: Looks) -> "Figure":
 
 
 def _draw_panel(axes: "Axes", panel: Panel, edges: NDArray[np.float64], top: float, bottom: float) -> None:
+    _hatch(axes, edges, (bottom, top), panel.shares)
     _draw_image(axes, edges, np.linspace(bottom, top, _ROWS + 1), panel.image(), "neutral")
     axes.plot(edges[[0, -1, -1, 0, 0]], [bottom, bottom, top, top, bottom], color=_FRAME, linewidth=0.8, clip_on=False)
     values = [(bottom, panel.low, "bottom"), (top, panel.high, "top")]
@@ -281,27 +352,37 @@ def _draw_panel(axes: "Axes", panel: Panel, edges: NDArray[np.float64], top: flo
         )
 
 
-def _write_caption(axes: "Axes", panel: Panel, layer: str, words: str, top: float, width: float) -> None:
+def _write_caption(axes: "Axes", panel: Panel, layer: tuple[str, str], words: str, top: float, width: float) -> None:
     across = axes.get_yaxis_transform()
-    name = _shortened(layer, int(width / 7.5) - len(words))
+    name = _row_name(*layer, int(width / 7.5) - len(words))
     axes.text(0, top - 3, name, transform=across, fontsize=8.5, weight="bold", parse_math=False)
     color = _RED if panel.nonfinite[-1] else _DIM
-    axes.text(1, top - 3, words, transform=across, fontsize=8.5, color=color, ha="right")
+    axes.text(1, top - 3, words, transform=across, fontsize=8.5, color=color, ha="right", parse_math=False)
 
 
 def _last_words(history: History, looks: Looks) -> dict[str, str]:
-    """For each layer the worst thing that stands out in its last sample, in words."""
-    words: dict[str, str] = {}
+    """For each layer what is ill in its last sample, worst first, in words. Without an illness what stands out."""
+    ill: dict[str, list[str]] = {}
+    well: dict[str, str] = {}
+    broken: set[str] = set()
     for statistic, look in looks.items():
         if look is None or look.word is None:
             continue
         for layer, share in zip(history.layers, history.values(statistic)[:, -1].tolist(), strict=True):
-            if share > look.word_above:
-                words.setdefault(layer, f"{100 * share:.0f} % {look.word}" if share >= 0.01 else f"< 1 % {look.word}")
-    return words
+            if not share > look.word_above:
+                continue
+            words = f"{100 * share:.0f} % {look.word}" if share >= 0.01 else f"< 1 % {look.word}"
+            well.setdefault(layer, words)
+            if share > (look.healthy[1] if look.healthy else look.low):
+                ill.setdefault(layer, []).append(words)
+                # Of other numbers nothing is known then.
+                broken |= {layer} if _is_nonfinite(statistic) else set()
+    return well | {
+        layer: words[0] if layer in broken else ", ".join(words[:_MAX_WORDS]) for layer, words in ill.items()
+    }
 
 
-def draw_surfaces(history: History, looks: Looks) -> "Figure":
+def draw_surfaces(history: History, looks: Looks, kind: str = "layer") -> "Figure":
     """Draw a heat map for each statistic: training steps to the right, layers downwards in forward order.
 
     Statistics without any value are left out. So are layers that have none of the statistics. With thousands of layers,
@@ -311,13 +392,14 @@ def draw_surfaces(history: History, looks: Looks) -> "Figure":
         history: The samples of the run.
         looks: The look of each statistic, in the order of the heat maps. ``None``: a logarithmic scale over its own
             range, for positive values.
+        kind: ``"layer"``, ``"param"`` or ``"norm"``, as in tags.
     """
     shown = [statistic for statistic in looks if _is_known(history.values(statistic)).any()]
     known = np.zeros(len(history.layers), dtype=bool)
     for statistic in shown:
         known |= _is_known(history.values(statistic))
     layers = [layer for layer, is_known in zip(history.layers, known, strict=True) if is_known]
-    shown_of = _number(layers, history)
+    shown_of = _number(layers, history, kind)
     group = max(-(-len(layers) // _MAX_ROWS), 1)
     if group > 1:
         shown_of += f", the worst of every {group} a row,"
@@ -326,16 +408,13 @@ def draw_surfaces(history: History, looks: Looks) -> "Figure":
     # With more layers than labels, a row may be a single pixel, but not less.
     height = max(round(len(layers) * row_height), 36 if len(layers) <= _MAX_LABELS else 720)
     figure, page = _page(_SHORT_HEAD + _SCALES + height + _FOOT)
-    _write_head(
-        page,
-        "The state of every layer at every sampled training step",
-        f"{shown_of} in forward order, the first at the top. "
-        "Pale is healthy; but half of a ReLU's values are zeros. Dead units are dormant, too.",
-    )
+    title, text = _SURFACES[kind]
+    _write_head(page, title, text.format(shown=shown_of), has_white=True)
     if not shown:
         _say_nothing(page)
         return figure
-    names = [_shortened(layer, _MAX_NAME if len(shown) <= 4 else _MAX_NAME - 8) for layer in layers]
+    most = _MAX_NAME if len(shown) <= 4 else _MAX_NAME - 8
+    names = [_row_name(layer, history.module_of(layer), most) for layer in layers]
     left = _MARGIN + 10 + 6.2 * max(len(name) for name in names)
     pitch = (_WIDTH - _MARGIN + _GAP - left) / len(shown)
     for column, statistic in enumerate(shown):
@@ -351,15 +430,29 @@ def _draw_surface(
     page: "Axes", axes: "Axes", box: Box, history: History, look: Look, image: NDArray[np.float64]
 ) -> None:
     left, top, width, _ = box
-    page.text(left, top - 34, look.title, fontsize=9, weight="bold", parse_math=False)
+    page.text(left, top - 50, _drawable(look.title), fontsize=9, weight="bold", parse_math=False)
     if look.ticks:
-        _draw_scale(page, (left, top - 28, width, 7), look)
-    else:
-        page.text(left, top - 18, "red: any", fontsize=7.5, color=_DIM)
+        _draw_scale(page, (left, top - 44, width, 7), look)
+    page.text(left, top - 7, _healthy_in_words(look), fontsize=7.5, color=_DIM)
+    _hatch(axes, step_edges(history), (-0.5, len(image) - 0.5), image)
     _draw_image(axes, step_edges(history), np.linspace(-0.5, len(image) - 0.5, len(image) + 1), image, look.palette)
     axes.set_ylim(len(image) - 0.5, -0.5)
     axes.spines[:].set(visible=True, color=_FRAME)
     _draw_steps(axes, history, width)
+
+
+def _healthy_in_words(look: Look) -> str:
+    """What is white, and so healthy."""
+    if not look.ticks:
+        return "white: none, red: any"
+    if look.palette == "neutral":
+        return ""
+    low, high = look.healthy or (look.low, look.low)
+    if look.palette == "low":
+        return f"white: from {low:g} up"
+    if look.palette == "two_sided":
+        return f"white: {low:g} to {high:g}"
+    return f"white: up to {high:g}" if high > 0 else "white: 0"
 
 
 def _name_rows(axes: "Axes", names: Sequence[str]) -> None:
@@ -400,26 +493,45 @@ def _add_axes(figure: "Figure", box: Box) -> "Axes":
     return axes
 
 
-def _write_head(page: "Axes", title: str, text: str) -> None:
+def _write_head(page: "Axes", title: str, text: str, has_white: bool = False) -> None:
     page.text(_MARGIN, 24, title, fontsize=13, weight="bold")
     page.text(_MARGIN, 36, text, fontsize=9, va="top", linespacing=1.3)
-    for right, color, meaning in ((120, _GREY, "no value"), (250, _RED, "NaN or infinite")):
-        page.fill_between([_WIDTH - right, _WIDTH - right + 12], 15, 26, color=color, linewidth=0)
-        page.text(_WIDTH - right + 17, 25, meaning, fontsize=8.5)
+    legend = [(118, _HATCHED, "not measured", "//////"), (236, _RED, "NaN or infinite", "")]
+    for right, color, meaning, hatch in [*legend, *([(310, "#ffffff", "healthy", "")] if has_white else [])]:
+        left = _WIDTH - right
+        page.fill_between([left, left + 13], 14, 27, facecolor=color, edgecolor=_HATCH, linewidth=0.8, hatch=hatch)
+        page.text(left + 18, 25, meaning, fontsize=8.5)
 
 
 def _say_nothing(page: "Axes") -> None:
     page.text(_MARGIN, _HEAD, "Nothing has been sampled yet.", fontsize=10)
 
 
-def _number(layers: Sequence[str], history: History) -> str:
+def _number(layers: Sequence[str], history: History, kind: str = "layer") -> str:
     total = len(history.layers)
-    return f"{len(layers)} of {total} layers" if len(layers) < total else "The layers"
+    return f"{len(layers)} of {total} {_NAMES[kind]}" if len(layers) < total else f"The {_NAMES[kind]}"
+
+
+def _row_name(path: str, module: str, length: int) -> str:
+    """A layer's path with the class of its module, in at most so many characters."""
+    module = module if len(module) <= _MAX_MODULE else f"{module[: _MAX_MODULE - 1]}…"
+    room = max(length - len(labelled("", module)), 8)
+    return _drawable(labelled(_shortened(path, room), module))
 
 
 def _shortened(name: str, length: int) -> str:
     """A name without its beginning, if it is too long. The end of a path says more."""
     return name if len(name) <= length else "…" + name[len(name) - length + 1 :].lstrip(".")
+
+
+def _drawable(text: str) -> str:
+    """The text with a question mark for each character that the font does not have."""
+    if text.isascii() and text.isprintable():
+        return text
+    from matplotlib.font_manager import findfont, get_font
+
+    known = get_font(findfont("DejaVu Sans")).get_charmap()
+    return "".join(letter if ord(letter) in known and letter.isprintable() else "?" for letter in text)
 
 
 def _draw_steps(axes: "Axes", history: History, width: float) -> None:
@@ -440,13 +552,27 @@ def _draw_steps(axes: "Axes", history: History, width: float) -> None:
 def _draw_scale(page: "Axes", box: Box, look: Look) -> None:
     left, top, width, height = box
     x, y = np.linspace(left, left + width, 65), np.array([top + height, top])
-    _draw_image(page, x, y, np.linspace(0, 1, 64)[None, :], look.palette)
+    _draw_image(page, x, y, _color(look, _values_along(look, 64))[None, :], look.palette)
     right, bottom = left + width, top + height
     page.plot([left, right, right, left, left], [top, top, bottom, bottom, top], color=_FRAME, linewidth=0.8)
     for value, text in look.ticks.items():
-        place = _color(look, np.array(value)).item()
+        place = _place(look, np.array(value)).item()
         align = {0.0: "left", 1.0: "right"}.get(place, "center")
-        page.text(left + place * width, top + height + 2, text, fontsize=7.5, color=_DIM, ha=align, va="top")
+        label = _drawable(text)
+        page.text(
+            left + place * width, bottom + 2, label, fontsize=7.5, color=_DIM, ha=align, va="top", parse_math=False
+        )
+
+
+def _values_along(look: Look, number: int) -> NDArray[np.float64]:
+    """Evenly spaced values from one end of the scale to the other."""
+    return np.geomspace(look.low, look.high, number) if look.log else np.linspace(look.low, look.high, number)
+
+
+def _hatch(axes: "Axes", x: NDArray[np.float64], y: tuple[float, float], image: NDArray[np.float64]) -> None:
+    """Hatch what is below an image, if the image has holes. Holes are where nothing was measured."""
+    if np.isnan(image).any():
+        axes.fill_between(x[[0, -1]], *y, facecolor=_HATCHED, edgecolor=_HATCH, hatch="//////", linewidth=0, zorder=-1)
 
 
 def _draw_image(
@@ -465,4 +591,4 @@ def _draw_image(
 def _colormap(palette: Palette) -> "Colormap":
     from matplotlib.colors import LinearSegmentedColormap
 
-    return LinearSegmentedColormap.from_list("", _PALETTES[palette]).with_extremes(bad=_GREY, over=_RED)
+    return LinearSegmentedColormap.from_list("", _PALETTES[palette]).with_extremes(bad=(0.0, 0.0, 0.0, 0.0), over=_RED)

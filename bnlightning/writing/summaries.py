@@ -9,12 +9,15 @@ from bnlightning.compare.names import KINDS, TEST, VAL, Tag, health_tag, parse_t
 from bnlightning.monitors.counting.histogram import Histogram
 from bnlightning.monitors.record import Record
 from bnlightning.monitors.statistic import Catalogue
+from bnlightning.monitors.words import Mishaps
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _TEXTS = {
     "watched": "The layers that are watched, and the modules that cannot be watched.",
+    "warnings": "The warnings of all monitors, newest first: since which step, which layer, what, and whether it goes "
+    "on or has ended. Healthy: nothing found. What was looked for stands below, with the arguments that set it.",
     "first_nonfinite_layer": "Where the first NaN or infinity was that made a training loss non-finite, at its step: "
     "the module that put it out. `before` or `after` a module: an operation that is no module made it. "
     "`input:<entry>`: it came with the batch. `parameter` or `buffer`: it was there before the step. "
@@ -35,8 +38,10 @@ class Summaries:
         scalars: Numbers by tag.
         histograms: Histograms by tag, for loggers that have histograms.
         texts: Texts by tag, for loggers that have texts.
-        pictures: Functions that draw, by tag. They are called only for loggers that have images.
+        pictures: Functions that draw, by tag. They are called only for loggers that have images. Give them to
+            :func:`~bnlightning.writing.canvas.draw_png`, which draws with matplotlib's default settings.
         describe: Returns the description of a tag in Markdown, or ``None``, for loggers that show it.
+        mishaps: Tells the error of what is only for show, as in ``with summaries.mishaps.forgiven("draw a picture"):``.
 
     Example:
         >>> summaries = Summaries(step=100, scalars={"health/dead": 0.25})
@@ -48,6 +53,7 @@ class Summaries:
     texts: dict[str, str] = field(default_factory=dict)
     pictures: dict[str, Callable[[], "Figure"]] = field(default_factory=dict)
     describe: Callable[[str], str | None] = _nothing
+    mishaps: Mishaps = field(default_factory=Mishaps, compare=False)
 
 
 def summarize(record: Record, catalogues: Sequence[Catalogue[Any, Any]]) -> Summaries:

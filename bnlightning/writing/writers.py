@@ -15,13 +15,11 @@ import io
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from bnlightning.writing.canvas import draw_png
 from bnlightning.writing.layout import Chart, charts_of, layout
 from bnlightning.writing.summaries import Summaries
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 Write = Callable[[Any, Summaries], None]
 """A writer: it tells a logger, its first argument, the summaries, its second one."""
@@ -34,11 +32,14 @@ def write(loggers: Iterable[Any], summaries: Summaries) -> None:
         loggers: Loggers of Lightning, a ``SummaryWriter``, or loggers that :func:`register_writer` knows.
         summaries: The numbers, histograms, texts and pictures of one step.
 
+    A logger that raises must not end a training. The error is told once, and the other loggers are told as well.
+
     Raises:
         ValueError: If no writer is registered for a logger, and it has no ``log_metrics``.
     """
-    for logger in loggers:
-        writer_of(logger)(logger, summaries)
+    for logger, tell in [(logger, writer_of(logger)) for logger in loggers]:
+        with summaries.mishaps.forgiven(f"write to {type(logger).__name__}"):
+            tell(logger, summaries)
 
 
 def register_writer(logger: type | str, writer: Write) -> None:
@@ -95,23 +96,30 @@ def write_to_summary_writer(writer: Any, summaries: Summaries) -> None:
     summary = Summary()
     for tag, value in summaries.scalars.items():
         summary.value.add(tag=tag, simple_value=_as_float32(value))
+    # What is only for show must not take the numbers with it.
+    forgiven = summaries.mishaps.forgiven
     for tag, histogram in summaries.histograms.items():
-        summary.value.add(tag=tag, histo=_histogram_proto(histogram))
+        with forgiven(f"write the histogram {tag}"):
+            summary.value.add(tag=tag, histo=_histogram_proto(histogram))
     for tag, draw in summaries.pictures.items():
-        png, width, height = _png(draw())
-        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
-        summary.value.add(tag=tag, image=image)
+        with forgiven(f"draw {tag}"):
+            png, width, height = draw_png(draw)
+            image = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=png)
+            summary.value.add(tag=tag, image=image)
     for tag, text in summaries.texts.items():
-        summary.value.append(_text_value(tag, text))
+        with forgiven(f"write the text {tag}"):
+            summary.value.append(_text_value(tag, text))
     new = [value for value in summary.value if _name(value) not in told.tags]
     for value in new:
         told.tags.add(_name(value))
-        if description := summaries.describe(_name(value)):
-            describe(value, description)
-    charts = charts_of(value.tag for value in new if value.HasField("simple_value")) - told.charts
-    if charts:
-        told.charts |= charts
-        summary.value.extend(layout(told.charts).value)
+        with forgiven(f"describe {_name(value)}"):
+            if description := summaries.describe(_name(value)):
+                describe(value, description)
+    with forgiven("lay out the Custom Scalars tab"):
+        charts = charts_of(value.tag for value in new if value.HasField("simple_value")) - told.charts
+        if charts:
+            told.charts |= charts
+            summary.value.extend(layout(told.charts).value)
     if summary.value:
         file.add_summary(summary, summaries.step)
 
@@ -140,12 +148,15 @@ def describe(value: Any, description: str) -> None:
 def write_to_wandb(logger: Any, summaries: Summaries) -> None:
     """Tell Lightning's WandbLogger everything."""
     import wandb
+    from PIL import Image
 
-    media: dict[str, Any] = {
-        tag: wandb.Histogram(np_histogram=(histogram.counts.tolist(), histogram.edges.tolist()))
-        for tag, histogram in summaries.histograms.items()
-    }
-    media |= {tag: wandb.Image(draw()) for tag, draw in summaries.pictures.items()}
+    media: dict[str, Any] = {}
+    for tag, histogram in summaries.histograms.items():
+        with summaries.mishaps.forgiven(f"write the histogram {tag}"):
+            media[tag] = wandb.Histogram(np_histogram=(histogram.counts.tolist(), histogram.edges.tolist()))
+    for tag, draw in summaries.pictures.items():
+        with summaries.mishaps.forgiven(f"draw {tag}"):
+            media[tag] = wandb.Image(Image.open(io.BytesIO(draw_png(draw)[0])))
     logger.log_metrics(summaries.scalars | media | summaries.texts, step=summaries.step)
 
 
@@ -205,11 +216,3 @@ def _text_value(tag: str, text: str) -> Any:
     from torch.utils.tensorboard.summary import text as text_summary
 
     return text_summary(tag, text).value[0]
-
-
-def _png(figure: "Figure") -> tuple[bytes, int, int]:
-    """The encoded image, its width and its height. Made without pyplot, which is slow to import and keeps state."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    width, height = figure.canvas.get_width_height()
-    return buffer.getvalue(), width, height

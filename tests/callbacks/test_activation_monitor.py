@@ -18,7 +18,6 @@ from bnlightning import ActivationMonitor, LitRegressor, SyntheticRegressionData
 from bnlightning.monitors.catching.finite_check import make_check
 from bnlightning.monitors.counting.layers import Sum
 from bnlightning.monitors.statistic import Look, Statistic
-from bnlightning.writing.pictures import draw_surfaces
 
 
 class Net(lightning.LightningModule):
@@ -212,7 +211,8 @@ class Diverging(Net):
 def test_names_the_layer_and_step_of_the_first_nonfinite_output(tmp_path, check):
     monitor = ActivationMonitor(every_n_steps=4, **check)
     with pytest.warns(
-        UserWarning, match=r"at step 2 the first NaN or infinity is in the output of body\.3; training goes on"
+        UserWarning,
+        match=r"at step 2 the first NaN or infinity is in the output of body\.3 \(Linear\); training goes on",
     ):
         quiet_trainer(tmp_path, max_epochs=2, callbacks=[monitor]).fit(Diverging(), loader())
     events = read_events(tmp_path)
@@ -229,7 +229,9 @@ def test_an_operation_that_is_no_module_is_blamed_on_the_place(tmp_path):
             return self.body[4](torch.log(self.body[3](self.body[:3](x))))
 
     monitor = ActivationMonitor(every_n_steps=4)
-    with pytest.warns(UserWarning, match=r"in the loss, made by an operation behind body\.3; training goes on"):
+    with pytest.warns(
+        UserWarning, match=r"in the loss, made by an operation behind body\.3 \(Linear\); training goes on"
+    ):
         quiet_trainer(tmp_path, max_epochs=1, callbacks=[monitor]).fit(Log(), loader())
     (found,) = read_events(tmp_path).Tensors("health/first_nonfinite_layer/text_summary")
     assert found.step == 0 and found.tensor_proto.string_val[0].decode() == "after body.3"
@@ -339,7 +341,7 @@ def test_a_watched_module_without_a_tensor_is_told(tmp_path):
     model = WithShape()
     model.body[4] = Shape()
     quiet_trainer(tmp_path, max_steps=1, callbacks=[ActivationMonitor()]).fit(model, loader())
-    assert "They put out no floating tensor: body.4 (Size)." in watched(tmp_path)
+    assert "These put out no floating tensor: body.4 (Size)." in watched(tmp_path)
 
 
 def watched(directory):
@@ -561,9 +563,11 @@ def test_warns_once_of_the_worst_layer(net, tmp_path):
         trainer.fit(model, loader(samples=600, batch_size=200))
     (message,) = [str(warning.message) for warning in caught if option in str(warning.message)]
     if net is nn.ReLU:
-        assert "83% of the units are dead" in message and "body.4, training at step 2: 83%" in message
+        assert "in body.4 (ReLU), 83% of the units are dead" in message and "(training, step 2)." in message
     else:
-        assert "of the outputs are saturated" in message and "body.2, training at step 0: " in message
+        # The share is of one step, so that nothing has to be waited for.
+        assert "in body.2 (Tanh), " in message and "of the outputs are saturated" in message
+        assert "(training, step 0)." in message
     assert "Usual cures: " in message
 
 
@@ -581,7 +585,7 @@ def test_a_healthy_net_is_not_warned_of(tmp_path):
 def test_a_nonfinite_value_stops_training_on_request(tmp_path):
     trainer = quiet_trainer(tmp_path, max_epochs=2, callbacks=[ActivationMonitor(stop_on_nonfinite=True)])
     with pytest.warns(
-        UserWarning, match=r"at step 2 the first NaN or infinity is in the output of body\.3; training stops"
+        UserWarning, match=r"at step 2 the first NaN or infinity is in the output of body\.3 \(Linear\); training stops"
     ):
         trainer.fit(Diverging(), loader())
     assert trainer.global_step == 3
@@ -626,8 +630,19 @@ def test_the_report_names_what_is_not_seen(tmp_path):
     model = Net()
     model.unused = nn.ReLU()
     quiet_trainer(tmp_path, max_steps=1, callbacks=[ActivationMonitor()]).fit(model, loader())
-    assert watched(tmp_path).startswith("3 layers are watched: body.1, body.2, body.4. Not called so far: unused. ")
-    assert "called as a function, such as torch.relu(x), cannot be seen" in watched(tmp_path)
+    assert watched(tmp_path) == (
+        "3 layers are watched: body.1 (BatchNorm1d), body.2 (Tanh), body.4 (ReLU). "
+        "These were not called so far: unused."
+    )
+
+
+def test_only_a_report_without_activations_says_that_functions_are_not_seen(tmp_path):
+    class Functional(Net):
+        def forward(self, x):
+            return self.head(torch.relu(self.body[3](torch.tanh(self.body[1](self.body[0](x))))))
+
+    quiet_trainer(tmp_path, max_steps=1, callbacks=[ActivationMonitor()]).fit(Functional(), loader())
+    assert "No activation is among them. One that is called as a function, such as torch.relu" in watched(tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated")
@@ -843,11 +858,10 @@ def test_one_declaration_is_a_tag_a_description_a_chart_and_a_part_of_the_pictur
     assert metadata.summary_description == f"{KURTOSIS.description} Healthy: {KURTOSIS.healthy}"
     layout = Layout.FromString(events.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0])
     assert "layer_kurtosis" in [chart.title for chart in layout.category[0].chart]
-    with patch("bnlightning.callbacks.activation_monitor.draw_surfaces") as drawn:
-        drawn.side_effect = lambda history, looks: draw_surfaces(history, looks)
+    drawn = []
+    with patch("bnlightning.writing.writers.draw_png", side_effect=lambda draw: drawn.append(draw()) or (b"", 1, 1)):
         quiet_trainer(tmp_path / "again", max_steps=5, callbacks=[monitor]).fit(model, loader(100, 20))
-    history, looks = drawn.call_args.args
-    assert looks["kurtosis"] is KURTOSIS.look and "kurtosis" in history.statistics
+    assert any(text.get_text() == KURTOSIS.look.title for figure in drawn for text in figure.axes[0].texts)
 
 
 def test_a_callback_with_a_declaration_of_its_own_is_pickled():
@@ -871,7 +885,7 @@ def test_an_evaluation_outside_of_a_fit_and_a_fit_know_nothing_of_each_other(tmp
     with pytest.warns(UserWarning, match="warn_dead_above"):
         quiet_trainer(tmp_path / "third", callbacks=[monitor]).validate(Dead(), loader(samples=160), verbose=False)
     after = monitor.state_dict()
-    assert (after["schedule"], after["warned"]) == (before["schedule"], before["warned"])
+    assert (after["schedule"], after["troubles"]) == (before["schedule"], before["troubles"])
     assert repr(after["monitor"]) == repr(before["monitor"])
     assert after["history"]["steps"] == before["history"]["steps"] == [0, 2, 4]
 
@@ -937,7 +951,7 @@ def test_the_share_of_dead_units_follows_the_truth(seed, tmp_path):
     assert np.mean([abs(told[step] - true[step]) for step in true]) <= 0.1
     assert told[490] == pytest.approx(true[490], abs=0.05)
     (message,) = [str(warning.message) for warning in caught if "are dead" in str(warning.message)]
-    warned_at = int(re.search(r"training at step (\d+):", message)[1])
+    warned_at = int(re.search(r"\(training, step (\d+)\)", message)[1])
     assert warned_at <= min(step for step in true if true[step] > 0.5) + 20
 
 
@@ -947,7 +961,7 @@ def test_a_layer_that_is_dead_from_the_start_is_told_at_the_start(tmp_path):
     x = torch.randn(320, 20, generator=torch.Generator().manual_seed(0))
     data = DataLoader(TensorDataset(x, torch.zeros(320, dtype=torch.long)), batch_size=32)
     monitor = ActivationMonitor(warn_dead_above=0.5)
-    with pytest.warns(UserWarning, match=r"net\.3, training at step 0: 100% of the units are dead"):
+    with pytest.warns(UserWarning, match=r"in net\.3 \(ReLU\), 100% of the units are dead.*\(training, step 0\)"):
         quiet_trainer(tmp_path, max_steps=2, callbacks=[monitor]).fit(module, data)
 
 

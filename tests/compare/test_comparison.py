@@ -210,3 +210,18 @@ def test_several_seeds_give_a_median_or_what_all_of_them_gave(tmp_path):
     comparison = compare_runs(tmp_path)
     assert [row["run"] for row in comparison.results] == ["2 [1.5, 3]", "0.33333334", "inf [1, inf]"]
     assert list(measured_in_tests({"run": comparison.runs})) == ["a", "b", "c"]
+
+
+def test_no_setting_of_matplotlib_changes_the_figure(tmp_path, write_run):
+    write_run(tmp_path / "none", val__loss={0: 1.0, 10: 0.5, 20: 0.2})
+    expected = compare_runs(tmp_path).figure.read_bytes()
+    settings = {
+        "savefig.dpi": 30,
+        "text.usetex": True,
+        "font.size": 30,
+        "axes.facecolor": "red",
+        "savefig.bbox": "tight",
+    }
+    with matplotlib.rc_context(settings):
+        assert compare_runs(tmp_path).figure.read_bytes() == expected
+        assert matplotlib.rcParams["font.size"] == 30

@@ -9,7 +9,7 @@ from bnlightning.monitors.catching.finite_check import Place
     [
         (Place("batch"), "the batch of step 3 holds a NaN or an infinity"),
         (Place("batch", ":1.x", 5), "the batch of step 3 (batch_idx=5) holds a NaN or an infinity in its entry 1.x"),
-        (Place("loss"), "at step 3 the loss is the first NaN or infinity"),
+        (Place("loss"), "at step 3 the loss is the first NaN or infinity, and no module put"),
         (Place("output", "net.my act"), "at step 3 the first NaN or infinity is in the output of net.my act"),
         (
             Place("before", "net.1"),
@@ -40,3 +40,9 @@ def test_each_origin_has_cures_of_its_own():
     assert "gradient that is not finite" in cures_nonfinite(Place("parameter", "a"))
     cures = {cures_nonfinite(Place(kind)) for kind in ("batch", "parameter", "first", "output")}
     assert len(cures) == 4 and cures_nonfinite(Place("loss")) in cures
+
+
+def test_a_module_is_named_with_its_class_whatever_its_name_is():
+    assert where_nonfinite(Place("before", "net.a b"), 3, {"net.a b": "Linear"}.get).startswith(
+        "at step 3 the first NaN or infinity is in the input of net.a b (Linear), made"
+    )

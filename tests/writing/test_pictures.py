@@ -6,9 +6,14 @@ import time
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
 
 from bnlightning.monitors.counting.histogram import count_values
 from bnlightning.monitors.counting.layer_statistics import layer_catalogue
+from bnlightning.monitors.counting.parameter_statistics import parameter_catalogue
+from bnlightning.monitors.record import Entry, Record
+from bnlightning.monitors.statistic import Look
 from bnlightning.writing.history import History, coarsen
 from bnlightning.writing.pictures import (
     NONFINITE,
@@ -233,19 +238,128 @@ def test_surface_of_a_fraction():
         history.add(step, dict.fromkeys("ab", count_values(normal(9)).numpy()), {"dead": values})
 
     nan = np.nan
-    np.testing.assert_array_equal(surface_image(history, "dead", looks("dead")), [[0, 0.25, nan], [0.5, nan, 1]])
+    np.testing.assert_allclose(surface_image(history, "dead", looks("dead")), [[0, 0.4, nan], [0.6, nan, 1]])
     (image,) = arrays(draw_surfaces(history, looks("dead")))
     np.testing.assert_array_equal(image, surface_image(history, "dead", looks("dead")))
 
 
 def test_surface_of_the_standard_deviation_is_logarithmic_around_one():
     history = History()
-    values = [1.0, 10.0, 1e-3, 0.0, 1e9, float("inf")]
+    values = [1.0, 10.0, 0.04, 0.02, 40.0, 1e-4, 0.0, 1e9, float("inf")]
     history.add(0, {}, {"std": {str(number): value for number, value in enumerate(values)}})
 
     image = surface_image(history, "std", looks("std"))[:, 0]
 
-    np.testing.assert_allclose(image, [1 / 2, 1 / 2 + 1 / 6, 0, 0, 1, NONFINITE], atol=1e-6)
+    # White between 0.03 and 30; the palest colours are told apart from white.
+    np.testing.assert_array_equal(image[:3], 0.5)
+    assert 0.35 < image[3] < 0.4 and 0.6 < image[4] < 0.65
+    np.testing.assert_allclose(image[5:], [0, 0, 1, NONFINITE], atol=1e-6)
+
+
+def test_what_is_healthy_is_white_and_what_is_just_not_is_a_colour():
+    low = Look("low", "low", 1e-8, 1.0, {1.0: "1"}, log=True, healthy=(1e-4, float("inf")))
+    alarm = Look("alarm", healthy=(0.0, 0.5))
+    history = History()
+    history.add(0, {}, {"low": {"a": 1e-4, "b": 5.0, "c": 0.9e-4, "d": 1e-8, "e": 0.0}})
+    history.add(1, {}, {"alarm": {"a": 0.5, "b": 0.0, "c": 0.51, "d": 1.0, "e": None}})
+
+    np.testing.assert_allclose(surface_image(history, "low", {"low": low})[:, 0], [0, 0, 0.2, 1, 1], atol=0.01)
+    np.testing.assert_allclose(
+        surface_image(history, "alarm", {"alarm": alarm})[:, 1], [0, 0, 0.22, 1, np.nan], atol=0.01
+    )
+    found = texts(draw_surfaces(history, {"low": low, "alarm": alarm}))
+    assert {"white: from 0.0001 up", "white: up to 0.5"} <= set(found)
+
+
+GRADIENTS = parameter_catalogue().looks()
+
+
+def test_gradients_are_shown_beside_the_last_layers():
+    history = History()
+    norms = {"a": 1e-12, "b": 1e-6, "c": 1e-2, "d": 1.0}
+    history.add(0, {}, {"grad_norm": norms})
+    # The same at another scale, turned around, a dead layer, and nothing but zeros.
+    history.add(1, {}, {"grad_norm": {name: 1e-20 * value for name, value in norms.items()}})
+    history.add(2, {}, {"grad_norm": {"a": 1e12, "b": 1e6, "c": 1e2, "d": 1.0}})
+    history.add(3, {}, {"grad_norm": {"a": 0.0, "b": 2.0, "c": 3.0, "d": 0.0}})
+    history.add(4, {}, {"grad_norm": dict.fromkeys(norms, 0.0)})
+
+    image = surface_image(history, "grad_norm", GRADIENTS)
+
+    vanishing, same, exploding, dead, nothing = image.T
+    assert vanishing[0] == 0 and 0 < vanishing[1] < 0.4
+    np.testing.assert_array_equal(vanishing[2:], 0.5)
+    np.testing.assert_allclose(same, vanishing)
+    np.testing.assert_allclose(exploding, 1 - vanishing, atol=1e-6)
+    np.testing.assert_array_equal(dead, [0, 0.5, 0.5, 0])
+    np.testing.assert_array_equal(nothing, 0)
+
+
+def test_a_gradient_with_nan_is_red_and_not_hatched():
+    history = History()
+    history.add(0, {}, {"grad_norm": {"a": 1.0, "b": 1.0}, "grad_nonfinite": {"a": 0.0, "b": 0.0}})
+    history.add(1, {}, {"grad_norm": {"a": None, "b": None}, "grad_nonfinite": {"a": 0.01, "b": None}})
+
+    np.testing.assert_array_equal(surface_image(history, "grad_norm", GRADIENTS), [[0.5, NONFINITE], [0.5, np.nan]])
+
+
+def pixels(figure, axes):
+    """The colours in the picture where axes are, of shape (height, width, 3)."""
+    image = np.asarray(Image.open(io.BytesIO(png(figure))).convert("RGB"), dtype=int)
+    left, bottom, right, top = (round(edge) for edge in axes.get_window_extent().extents)
+    return image[len(image) - top : len(image) - bottom, left:right]
+
+
+def test_in_the_png_ill_is_coloured_healthy_white_and_not_measured_hatched():
+    history = History()
+    history.add(
+        0, {}, {"dead": {"healthy": 0.0, "ill": 0.02, "broken": 0.0, "late": None}, "nonfinite": {"broken": 1.0}}
+    )
+    history.add(1, {}, {"dead": {"healthy": 0.0, "ill": 1.0, "broken": 0.0, "late": 0.0}, "nonfinite": {"broken": 1.0}})
+    figure = draw_surfaces(history, looks("dead", "nonfinite"))
+    found = pixels(figure, figure.axes[1])
+    height, half = len(found) // 4, found.shape[1] // 2
+    cells = {}
+    for row, name in enumerate(["healthy", "ill", "broken", "late"]):
+        for column in (0, 1):
+            rows = slice(row * height + 4, (row + 1) * height - 4)
+            cells[name, column] = found[rows, column * half + 4 : (column + 1) * half - 4].reshape(-1, 3)
+    for white in (("healthy", 0), ("healthy", 1), ("late", 1)):
+        assert (cells[white] == 255).all()
+    # The palest orange is no white: blue is well below red.
+    assert (cells["ill", 0][:, 0] - cells["ill", 0][:, 2] > 30).all()
+    assert (cells["ill", 1].mean(axis=0) < [130, 60, 30]).all()
+    assert (abs(cells["broken", 0] - [227, 0, 27]) < 3).all()
+    # A hatch has lines on a ground, and no colour.
+    hatched = cells["late", 0]
+    assert (abs(hatched[:, 0] - hatched[:, 2]) < 3).all() and hatched[:, 0].std() > 10 and hatched[:, 0].max() < 250
+
+
+def test_labels_carry_the_class():
+    history = History()
+    record = {
+        "net.1": Entry({"dead": 0.5}, bins=count_values(normal(9)).numpy(), is_activation=True, module="ReLU"),
+        "x" * 50: Entry({"dead": 0.5}, bins=count_values(normal(9)).numpy(), is_activation=True, module="Y" * 50),
+    }
+    for step in (0, 1):
+        history.add_record(Record(step, layers=record), looks("dead"))
+    for figure in (draw_distributions(history, LOOKS), draw_surfaces(history, looks("dead"))):
+        assert "net.1 (ReLU)" in texts(figure)
+        (long,) = [text for text in texts(figure) if "YYY" in text]
+        # The distributions have more room.
+        assert long.startswith(("…x", "x" * 50)) and long.endswith(f"x ({'Y' * 19}…)")
+
+
+@pytest.mark.parametrize("kind", ["layer", "param", "norm"])
+def test_every_kind_says_what_its_rows_and_white_are(kind):
+    history = History()
+    history.add(0, {}, {"dead": {"a": 0.0}})
+    figure = draw_surfaces(history, looks("dead"), kind)
+    (text,) = [text for text in texts(figure) if "White is measured and healthy" in text]
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    (written,) = [each for each in figure.axes[0].texts if each.get_text() == text]
+    assert written.get_window_extent(renderer).x1 < 960
+    assert {"healthy", "NaN or infinite", "not measured"} <= set(texts(figure))
 
 
 def test_surface_of_an_unknown_statistic_has_the_scale_of_the_run():
@@ -325,7 +439,7 @@ def test_of_thousands_of_layers_the_worst_of_neighbours_is_shown(number, rows, g
         "dead": {layer: 0.25 for layer in layers} | {layers[ill["dead"]]: 1.0},
         "nonfinite": {layer: 0.0 for layer in layers} | {layers[ill["nonfinite"]]: 0.01},
         # Healthy is in the middle of this scale: both ends are ill.
-        "std": {layer: 1.0 for layer in layers} | {layers[ill["std"]]: 1e-3},
+        "std": {layer: 1.0 for layer in layers} | {layers[ill["std"]]: 1e-4},
     }
     history = History()
     for step in range(2):
@@ -333,7 +447,7 @@ def test_of_thousands_of_layers_the_worst_of_neighbours_is_shown(number, rows, g
     figure = draw_surfaces(history, looks(*values))
 
     dead, nonfinite, std = arrays(figure)
-    for image, statistic, healthy, worst in ((dead, "dead", 0.25, 1.0), (std, "std", 0.5, 0.0)):
+    for image, statistic, healthy, worst in ((dead, "dead", 0.4, 1.0), (std, "std", 0.5, 0.0)):
         expected = np.full((rows, 2), healthy)
         expected[ill[statistic] // group] = worst
         np.testing.assert_allclose(image, expected, atol=1e-6)
@@ -381,11 +495,14 @@ def test_samples_without_anything():
 
 
 def test_odd_names_and_statistics():
-    layers = ["a$b_1$", "x" * 300, "net.$\\frac$", "tail_" * 40 + "end"]
+    layers = ["a$b_1$", "x" * 300, "net.$\\frac$", "tail_" * 40 + "end", "{a}", "{0", "50 %s", "層.1", "a\nb", "\0"]
     figure = draw_distributions(history_of(layers), LOOKS)
     assert png(figure)
     assert any(text.endswith("tail_end") and text.startswith("…") for text in texts(figure))
-    assert png(draw_surfaces(history_of(layers, statistics=("weird $\\x$",)), looks("weird $\\x$")))
+    figure = draw_surfaces(history_of(layers, statistics=("weird $\\x$",)), looks("weird $\\x$"))
+    # Warnings of glyphs that the font does not have would be errors.
+    assert png(figure)
+    assert {"a$b_1$", "{a}", "50 %s", "?.1", "a?b", "?"} <= set(texts(figure))
 
 
 def test_hundreds_of_layers_are_drawn_in_time():

@@ -99,7 +99,7 @@ def test_weights_and_biases_gets_histograms_and_pictures(monkeypatch):
     ((logged, step),) = logger.logged
     assert step == 7 and logged["a/x"] == 1.5 and logged["text"] == "layer1"
     assert logged["hist/x"].options == {"np_histogram": ([3, 4], [-1.0, 0.0, 2.0])}
-    assert isinstance(logged["pictures/x"].args[0], Figure)
+    assert logged["pictures/x"].args[0].size == (100, 50)
 
 
 DESCRIPTIONS = {"a/x": "what x is", "hist/x": "what it shows", "text": "what it says", "pictures/x": "what is drawn"}
@@ -194,3 +194,57 @@ def test_the_nearest_class_decides(registered):
     assert writer_of(LoudPrinter()) is loud
     # The class of any package that has this name, such as lightning's and pytorch_lightning's.
     assert writer_of(type("TensorBoardLogger", (), {})()) is writers.write_to_tensorboard_logger
+
+
+def fail(*_, **__):
+    raise RuntimeError("no latex")
+
+
+class Failing(OtherLogger):
+    log_metrics = fail
+
+
+def test_what_is_only_for_show_takes_nothing_with_it(tmp_path, monkeypatch):
+    told = summaries()
+    told.pictures["pictures/broken"] = fail
+    told.texts["broken"] = object()
+    told.histograms["hist/broken"] = None
+    told.describe = lambda tag: fail() if tag == "b/y" else DESCRIPTIONS.get(tag)
+    monkeypatch.setattr(writers, "layout", fail)
+    told.scalars["layer_dead/a"] = 0.5
+    with SummaryWriter(tmp_path) as writer, pytest.warns(UserWarning) as caught:
+        write([writer], told)
+        write([writer], told)
+    messages = sorted(str(warning.message) for warning in caught)
+    # Each is told once.
+    assert [message.split(":")[0].removeprefix("A monitor could not ") for message in messages] == [
+        "describe b/y",
+        "draw pictures/broken",
+        "lay out the Custom Scalars tab",
+        "write the histogram hist/broken",
+        "write the text broken",
+    ]
+    assert all(message.endswith("The training goes on without it.") for message in messages)
+    assert "draw pictures/broken: RuntimeError: no latex." in messages[1]
+    events = read_events(tmp_path)
+    assert scalar(events, "a/x") == {7: 1.5} and scalar(events, "b/y") == {7: -2.0}
+    assert events.Images("pictures/x") and events.Histograms("hist/x")
+    assert descriptions(tmp_path)["a/x"] == ["what x is"]
+
+
+def test_a_logger_that_fails_is_told_of_once_and_the_others_are_told_everything():
+    other = OtherLogger()
+    told = summaries()
+    with pytest.warns(UserWarning, match="^A monitor could not write to Failing: RuntimeError: no latex") as caught:
+        write([Failing(), other], told)
+        write([Failing(), other], told)
+    assert len(caught) == 1 and len(other.logged) == 2
+
+
+def test_ctrl_c_is_no_mishap():
+    def interrupt(logger, told):
+        raise KeyboardInterrupt
+
+    logger = type("Interrupted", (OtherLogger,), {"log_metrics": lambda *_, **__: interrupt(None, None)})()
+    with pytest.raises(KeyboardInterrupt):
+        write([logger], summaries())

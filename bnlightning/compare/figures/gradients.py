@@ -24,6 +24,7 @@ from bnlightning.compare.figures.style import (
     seeds_in_words,
     setting_in_words,
     style,
+    without_math,
     write_title,
 )
 from bnlightning.compare.runs import Run
@@ -110,7 +111,7 @@ def draw_gradients(
         fontsize=10, va="center",
     )  # fmt: skip
     _draw_colour_bar(figure, scale)
-    return figure
+    return without_math(figure)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from bnlightning.compare.figures.style import (
     short_parameter,
     style,
     value_range,
+    without_math,
     write_title,
 )
 from bnlightning.compare.runs import Run, curves, is_higher_better, quartiles, worst
@@ -92,7 +93,7 @@ def draw_parameter(
         color = style(label, lines)[0]
         _mark_diverged(axes, lines[label], 1.035 + 0.055 * row, f"{setting_in_words(group, label)} diverged", color)
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=11, handlelength=3.2, frameon=False)
-    return figure
+    return without_math(figure)
 
 
 @dataclass(frozen=True)
@@ -248,7 +249,7 @@ def draw_panels(
     figure.text(0.5, 0.13 / height, "epochs" if steps_per_epoch else "training steps", ha="center", fontsize=11)
     figure.text(0.12 / width, 0.5, f"{metric_in_words(metric)} ({metric})", rotation=90, va="center", fontsize=11)
     _draw_common_legend(figure, looks, legend_columns, cells, metric)
-    return figure
+    return without_math(figure)
 
 
 def _common_range(cells: Mapping[Any, Sequence[Run]], metric: str) -> tuple[float, float]:

@@ -23,6 +23,7 @@ from bnlightning.compare.figures.style import (
     set_value_limits,
     style,
     value_range,
+    without_math,
 )
 from bnlightning.compare.names import PUBLISHED, VAL, Tag, parse_tag
 from bnlightning.compare.runs import (
@@ -87,7 +88,7 @@ def draw(variants: Variants, metric: str, title: str, notes: Sequence[str]) -> F
     for text in texts:
         figure.text(0.03, y / sum(heights), text, fontsize=10.5, va="top")
         y -= 0.24 * (text.count("\n") + 1) + 0.1
-    return figure
+    return without_math(figure)
 
 
 def _shown_results(variants: Variants, is_curve: bool) -> dict[str, dict[str, NDArray[np.float64]]]:

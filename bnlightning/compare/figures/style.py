@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from numpy.typing import NDArray
 
 from bnlightning.compare.names import NORMS, words_of
@@ -149,6 +150,20 @@ def write_title(figure: Figure, title: str, what: str) -> None:
     """Write a figure's title and what it shows into its upper left corner."""
     x, y = 0.2 / figure.get_figwidth(), 1 - 0.28 / figure.get_figheight()
     figure.text(x, y, f"{title}: {what}", fontsize=13, weight="bold", va="center")
+
+
+def without_math(figure: Figure) -> Figure:
+    """The figure, with every ``$`` of a name as it stands. Only the numbers at axes are formulas.
+
+    Args:
+        figure: The figure, drawn.
+    """
+    axes = [axis for each in figure.axes for axis in (each.xaxis, each.yaxis)]
+    numbers = {id(text) for axis in axes for text in axis.findobj(Text) if text is not axis.label}
+    for text in figure.findobj(Text):
+        if isinstance(text, Text) and id(text) not in numbers:
+            text.set_parse_math(False)
+    return figure
 
 
 def by_values(variants: Variants, names: Sequence[str]) -> dict[tuple[Any, ...], list[Run]]:

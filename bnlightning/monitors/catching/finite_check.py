@@ -46,6 +46,11 @@ class Place(NamedTuple):
     path: str = ""
     batch_idx: int | None = None
 
+    @property
+    def is_of_module(self) -> bool:
+        """Whether the path is that of a module."""
+        return self.kind in ("output", "before", "first", "after")
+
     def __str__(self) -> str:
         words = {"output": self.path, "first": f"before {self.path}", "loss": "loss", "batch": f"input{self.path}"}
         return words.get(self.kind, f"{self.kind} {self.path}")

@@ -1,7 +1,6 @@
 """The observer: hooks on the modules of a network, and what they do while a monitor looks."""
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,14 +29,16 @@ from bnlightning.monitors.catching.selection import (
 )
 from bnlightning.monitors.counting.layers import LayerAccumulators, LayerKey, Limits
 from bnlightning.monitors.counting.precision import counted_dtype, real_dtype
+from bnlightning.monitors.words import labelled, listed
 from bnlightning.nn.tap import add_listener, remove_listener
 
 MAX_CALLS = 16
 """Largest number of calls of one module that are told apart. Further ones count as the last of them."""
 # A layer whose number of units keeps changing, such as attention over sequences, has no units.
 _MAX_NUMBERS_OF_UNITS = 4
-# Underscores within a word are nothing special.
-_MARKDOWN = re.compile(r"[*<>\[\]`|$\\\n]|\b_|_\b|\W_|_\W")
+_MAX_LISTED = 20
+TAP = "tap"
+"""What stands in the place of the class for a tensor that :func:`bnlightning.tap` shows."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class ModuleInfo:
         limits: The outputs beyond which it is saturated. ``None`` for an unbounded activation.
         features: The result of :func:`~bnlightning.monitors.catching.selection.features` for it.
         features_before: The same of the last layer before it that tells, in the order of ``named_modules``.
+        module: Name of the module's class. :data:`TAP` for a tap.
     """
 
     path: str
@@ -63,6 +65,7 @@ class ModuleInfo:
     limits: Limits | None
     features: tuple[int, bool] | None
     features_before: tuple[int, bool] | None = None
+    module: str = TAP
 
 
 class Observer:
@@ -100,6 +103,8 @@ class Observer:
         self.left_out: dict[str, None] = {}
         self.unknown: dict[str, list[str]] = {}
         self._labels: dict[str, set[int]] = {}
+        self._module_of: dict[str, str] = {}
+        self._sees_activations = False
         self._calls: dict[str, int] = {}
         self._features: tuple[int, bool] | None = None
         self._handles: list[RemovableHandle] = []
@@ -124,38 +129,50 @@ class Observer:
         Args:
             seen: The layers that were seen on any rank.
         """
-        paths = {label.partition("#")[0].partition(":")[0] for label in seen}
-        sentences = [f"{len(seen)} layer{'s are' if len(seen) != 1 else ' is'} watched: {_listed(seen)}."]
-        paths |= self.without_tensor.keys() | {label.partition("#")[0].partition(":")[0] for label in self.unreadable}
+        paths = {_path_of(label) for label in seen}
+        named = listed([labelled(label, self.module_of(label)) for label in seen], _MAX_LISTED)
+        sentences = [f"{len(seen)} layer{'s are' if len(seen) != 1 else ' is'} watched: {named}."]
+        paths |= self.without_tensor.keys() | {_path_of(label) for label in self.unreadable}
         unseen = [path for path in self.watched if path not in paths]
         if unseen:
-            sentences.append(f"Not called so far: {_listed(unseen)}.")
+            sentences.append(f"These were not called so far: {listed(unseen, _MAX_LISTED)}.")
         if self.without_tensor:
             described = [f"{path} ({kind})" for path, kind in self.without_tensor.items()]
-            sentences.append(f"They put out no floating tensor: {_listed(described)}.")
+            sentences.append(f"These put out no floating tensor: {listed(described, _MAX_LISTED)}.")
         if self.unreadable:
             described = [f"{label} ({kind})" for label, kind in self.unreadable.items()]
-            sentences.append(f"They are left out, for they cannot be counted: {_listed(described)}.")
+            sentences.append(f"These are left out, for they cannot be counted: {listed(described, _MAX_LISTED)}.")
         if self.unknown:
             sentences.append(self.report_unknown())
         if self.refused:
-            sentences.append(f"Compiled by TorchScript, which takes no hooks: {_listed(self.refused)}.")
-        sentences.append(
-            "What else is called as a function, such as torch.relu(x), cannot be seen: make it a module, or show it by "
-            "bnlightning.tap(x, 'name')."
-        )
+            sentences.append(f"TorchScript compiled these, and takes no hooks: {listed(self.refused, _MAX_LISTED)}.")
+        if not self._sees_activations:
+            sentences.append(
+                "No activation is among them. One that is called as a function, such as torch.relu(x), cannot be seen: "
+                "make it a module, or show it by bnlightning.tap(x, 'name')."
+            )
         return " ".join(sentences)
 
     def report_unknown(self) -> str:
         """A sentence on the modules that are not watched because nothing tells what they are. Empty without any."""
         if not self.unknown:
             return ""
-        described = [f"{name} ({_listed(paths)})" for name, paths in self.unknown.items()]
+        described = [f"{name} ({listed(paths, _MAX_LISTED)})" for name, paths in self.unknown.items()]
         first = next(iter(self.unknown.values()))[0]
         return (
-            f"Their classes do not say what they are, so they are not watched: {_listed(described)}. If some activate "
-            f"or normalise, choose them and all others by `modules`, such as modules=[{first!r}]."
+            "The classes of these do not say what they are, so they are not watched: "
+            f"{listed(described, _MAX_LISTED)}. If some activate or normalise, choose them and all others by "
+            f"`modules`, such as modules=[{first!r}]."
         )
+
+    def module_of(self, label: str) -> str:
+        """The class of the module that a layer is a call of. :data:`TAP` for a tap.
+
+        Args:
+            label: Path of the module, with the number of the call and the place in the output.
+        """
+        # Another rank may have called a module that this one has not.
+        return self._module_of.get(label) or self._module_of.get(_path_of(label), TAP)
 
     def attach(self, module: nn.Module, checks: bool, device: torch.device) -> None:
         """Put hooks on the modules of ``module``.
@@ -180,6 +197,7 @@ class Observer:
             if info.is_watched or info.is_checked or info.features is not None:
                 self._hook(info, submodule, device)
             before = info.features or before
+            self._module_of[info.path] = info.module
         add_listener(self.on_tap)
 
     def detach(self) -> None:
@@ -191,6 +209,7 @@ class Observer:
             remove_receiver(self._number)
         self.accumulators = self.check = self._features = self._number = None
         self.is_sampling = self._is_compiled = False
+        self._sees_activations = False
         for names in (
             self.refused,
             self.without_tensor,
@@ -199,6 +218,7 @@ class Observer:
             self.unknown,
             self._labels,
             self._calls,
+            self._module_of,
         ):
             names.clear()
         for hooks in (self._handles, self._hooks, self.modules):
@@ -304,6 +324,8 @@ class Observer:
         if units not in numbers and len(numbers) >= _MAX_NUMBERS_OF_UNITS:
             units = 0
         numbers.add(units)
+        self._module_of[label] = info.module
+        self._sees_activations |= info.is_activation
         accumulators = self.accumulators
         assert accumulators is not None
         is_wide = counted_dtype(values.x) is torch.float64
@@ -375,16 +397,6 @@ class _GradHook:
             self.accumulators.update(self.key, values.to(counted_dtype(values)) * scale)
 
 
-def _quoted(name: str) -> str:
-    """A name as text that Markdown does not read as anything else."""
-    return f"`{' '.join(name.replace('`', chr(39)).split())}`" if _MARKDOWN.search(name) else name
-
-
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(map(_quoted, names[:20]))
-    return shown if len(names) <= 20 else f"{shown} and {len(names) - 20} more"
-
-
 def _module_info(
     path: str,
     module: nn.Module,
@@ -403,4 +415,9 @@ def _module_info(
         limits=saturation_limits(module),
         features=features(module) if is_leaf else None,
         features_before=before,
+        module=type(module).__name__,
     )
+
+
+def _path_of(label: str) -> str:
+    return label.partition("#")[0].partition(":")[0]

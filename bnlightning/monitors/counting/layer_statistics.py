@@ -267,7 +267,7 @@ def layer_statistics(tau: float = 0.025) -> list[Statistic[LayerCounts]]:
             "0, except for infinities that a mask puts out on purpose. The text `health/first_nonfinite_layer` names "
             "the module that made the first one in training. Try a lower learning rate, a warm-up, or gradient "
             "clipping.",
-            look=Look("NaN or inf", "neutral", ticks={}, word="NaN/inf", word_above=0.0),
+            look=Look("NaN or inf", ticks={}, word="NaN/inf", word_above=0.0),
         ),
         Statistic(
             "dead",
@@ -280,6 +280,7 @@ def layer_statistics(tau: float = 0.025) -> list[Statistic[LayerCounts]]:
                 "of the units are dead: they put out exactly zero, and for so many samples that it is no chance",
                 "a lower learning rate, a normalisation in front of the activation, He initialisation, or an "
                 "activation with a slope on both sides (leaky_relu, elu, gelu)",
+                of_window=False,
             ),
         ),
         Statistic(
@@ -289,13 +290,12 @@ def layer_statistics(tau: float = 0.025) -> list[Statistic[LayerCounts]]:
             f"et al., 2023). Dead units are dormant, too. {_OF_WINDOW}",
             "Near 0. Dormant units hardly matter to the output. Try a lower learning rate or a normalisation in front "
             "of the activation.",
-            look=Look("dormant units"),
+            look=Look("dormant units", healthy=(0.0, 0.05), ticks={0.05: "0.05", 0.5: "0.5", 1.0: "1"}),
             alarm=Alarm(
                 "of the units are dormant: over the last {samples} samples their mean magnitude is at most tau times "
                 "the layer's",
                 "a lower learning rate, a normalisation in front of the activation, or setting these units' weights "
                 "anew",
-                needs_window=True,
             ),
         ),
         Statistic(
@@ -305,11 +305,12 @@ def layer_statistics(tau: float = 0.025) -> list[Statistic[LayerCounts]]:
             f"above 0.99, others at their bounds. {_OF_STEP}",
             "Below about 0.5. Hardly any gradient passes a saturated output. Try smaller initial weights or a "
             "normalisation in front of the activation.",
-            look=Look("saturated", word="saturated"),
+            look=Look("saturated", healthy=(0.0, 0.5), word="saturated"),
             alarm=Alarm(
                 "of the outputs are saturated: the activation is flat there and passes hardly any gradient",
                 "smaller initial weights, a normalisation in front of the activation, a lower learning rate, or an "
                 "activation without bounds",
+                of_window=False,
             ),
         ),
         Statistic(
@@ -318,7 +319,7 @@ def layer_statistics(tau: float = 0.025) -> list[Statistic[LayerCounts]]:
             f"Share of single outputs that are zero. {_OF_STEP} `layer_dead` counts units that are zero for every "
             "sample.",
             "About one half for a ReLU, 0 for most others.",
-            look=Look("zeros", "neutral", word="zeros"),
+            look=Look("zeros", healthy=(0.0, 0.8), ticks={0.0: "0", 0.8: "0.8", 1.0: "1"}, word="zeros"),
         ),
         Statistic(
             "std",
@@ -326,7 +327,15 @@ def layer_statistics(tau: float = 0.025) -> list[Statistic[LayerCounts]]:
             f"Population standard deviation of the outputs. {_OF_STEP}",
             "Near 1, and alike in all layers. Where it grows or shrinks from layer to layer, try another "
             "initialisation or a normalisation.",
-            look=Look("std", "two_sided", 1e-3, 1e3, {1e-3: "0.001", 1.0: "1", 1e3: "1000"}, log=True),
+            look=Look(
+                "std",
+                "two_sided",
+                1e-4,
+                1e4,
+                {1e-4: "1e-4", 1.0: "1", 1e4: "1e4"},
+                log=True,
+                healthy=(0.03, 30.0),
+            ),
         ),
         Statistic(
             "mean",

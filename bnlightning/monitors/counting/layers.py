@@ -18,6 +18,7 @@ from torch import Tensor
 from bnlightning.monitors.counting.histogram import NUM_BINS, NUM_WIDE_BINS, count_values
 from bnlightning.monitors.counting.precision import real_dtype
 from bnlightning.monitors.counting.ranks import all_keys, reduce_maxima, reduce_sums
+from bnlightning.monitors.words import Mishaps
 
 Limits = tuple[float, float]
 Number = float | Tensor
@@ -148,6 +149,7 @@ class LayerAccumulators:
 
     Args:
         sums: The accumulators that statistics bring with them.
+        mishaps: Tells the error of such an accumulator, which then holds NaN. ``None``: there is one for this object.
 
     Example:
         >>> accumulators = LayerAccumulators()
@@ -157,8 +159,9 @@ class LayerAccumulators:
         (4, 3, 6.0)
     """
 
-    def __init__(self, sums: Sequence[Sum] = ()) -> None:
+    def __init__(self, sums: Sequence[Sum] = (), mishaps: Mishaps | None = None) -> None:
         self._sums = tuple(sums)
+        self._mishaps = mishaps or Mishaps()
         self._rows: dict[LayerKey, _Row] = {}
 
     def __len__(self) -> int:
@@ -182,7 +185,7 @@ class LayerAccumulators:
         if row is None:
             # Evaluations run in inference mode, whose tensors cannot be changed later.
             with torch.inference_mode(False):
-                row = self._rows[key] = _Row(key, values.device, self._sums)
+                row = self._rows[key] = _Row(key, values.device, self._sums, self._mishaps)
         if values.numel():
             row.update(CallValues(values, unit_dim, torch.float64 if key.is_wide else torch.float32, lengths))
 
@@ -198,7 +201,7 @@ class LayerAccumulators:
         if not keys:
             return {}
         with torch.no_grad(), torch.inference_mode(False):
-            rows = [self._rows.get(key) or _Row(key, device, self._sums) for key in keys]
+            rows = [self._rows.get(key) or _Row(key, device, self._sums, self._mishaps) for key in keys]
             # The minimum with its sign turned, so that both are maxima.
             extrema = _table([[-row.minimum, row.maximum] for row in rows], real_dtype(device), device)
             units = torch.cat([row.units.flatten() for row in rows])
@@ -216,15 +219,21 @@ class LayerAccumulators:
 class _Row:
     """Accumulators of one layer. Numbers are floats on a CPU, and tensors elsewhere, so that nothing waits for them."""
 
-    def __init__(self, key: LayerKey, device: torch.device, sums: Sequence[Sum]) -> None:
+    def __init__(
+        self, key: LayerKey, device: torch.device, sums: Sequence[Sum], mishaps: Mishaps | None = None
+    ) -> None:
         self.key = key
+        self._mishaps = mishaps = mishaps or Mishaps()
         self.seen = False
         real = real_dtype(device)
         self.bins = torch.zeros(NUM_WIDE_BINS if key.is_wide else NUM_BINS, dtype=torch.int64, device=device)
         number = 0 if not key.units else 5 if key.limits else 3
         self.units = torch.zeros(number, key.units, dtype=real, device=device)
         self._unit_sums = self.units.unbind()
-        shapes = {each: each.shape(key) for each in sums}
+        shapes: dict[Sum, tuple[int, ...] | None] = {}
+        for each in sums:
+            with mishaps.forgiven(f"find the shape of the sum {each.name!r}"):
+                shapes[each] = each.shape(key)
         self.own = [each for each, shape in shapes.items() if shape is not None]
         self.sums = {
             each.name: torch.full(shape, _start(each), dtype=real, device=device)
@@ -296,12 +305,16 @@ class _Row:
 
     def _update_own(self, own: Sum, values: "CallValues") -> None:
         total = self.sums[own.name]
-        with torch.autocast(total.device.type, enabled=False):
-            added = own.of(values).to(total)
-        if own.is_maximum:
-            torch.maximum(total, added, out=total)
-        else:
-            total.add_(added)
+        with self._mishaps.forgiven(f"add up the sum {own.name!r}"):
+            with torch.autocast(total.device.type, enabled=False):
+                added = own.of(values).to(total)
+            if own.is_maximum:
+                torch.maximum(total, added, out=total)
+            else:
+                total.add_(added)
+            return
+        # All ranks still reduce it. What is missing must not look like a number.
+        total.fill_(math.nan)
 
 
 class CallValues:

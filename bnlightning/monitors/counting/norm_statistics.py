@@ -1,11 +1,12 @@
 """The numbers of a batch norm layer, each one declaration."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
 from bnlightning.monitors.counting.norms import NormCounts
-from bnlightning.monitors.statistic import Catalogue, Statistic, Summary
+from bnlightning.monitors.statistic import Alarm, Catalogue, Look, Statistic, Summary
 
 _AT_STEP = (
     "Running statistics are those of rank 0 before the sampled step. Batch statistics are over all micro-batches and "
@@ -39,6 +40,8 @@ _SMALLEST_HEALTH = (
     "evaluation."
 )
 _NEAR_ZERO_HEALTH = "0. A channel with a scale of zero is switched off. Weight decay on the scale may be the cause."
+# Of drifts and spreads in standard deviations.
+_SMALL = (0.0, 0.5)
 _NONFINITE_HEALTH = "Try a lower learning rate or a warm-up, and look at `health/first_nonfinite_layer`."
 
 
@@ -47,16 +50,76 @@ def norm_catalogue() -> Catalogue[NormCounts, NormCounts]:
     return Catalogue(
         "norm",
         [
-            Statistic("mean_drift", attrgetter("mean_drift"), f"{_MEAN_DRIFT} {_AT_STEP}", _MEAN_HEALTH),
-            Statistic("var_drift", attrgetter("var_drift"), f"{_VAR_DRIFT} {_AT_STEP}", _VAR_HEALTH),
-            Statistic("rank_spread", attrgetter("rank_spread"), _SPREAD, _SPREAD_HEALTH),
-            Statistic("scale_near_zero", attrgetter("scale_near_zero"), _NEAR_ZERO, _NEAR_ZERO_HEALTH),
-            Statistic("min_running_var", attrgetter("min_running_var"), _SMALLEST, _SMALLEST_HEALTH),
             Statistic(
                 "nonfinite",
                 _nonfinite_channels,
                 f"{_NONFINITE} Written only where there are any.",
                 f"This chart does not exist. {_NONFINITE_HEALTH}",
+                look=Look("NaN or inf", ticks={}, absent=0.0),
+                alarm=Alarm(
+                    "of the channels have a NaN or an infinity in their input or their running statistics",
+                    "a lower learning rate, a warm-up, or `skip_nonfinite_batches`",
+                ),
+            ),
+            Statistic(
+                "mean_drift",
+                attrgetter("mean_drift"),
+                f"{_MEAN_DRIFT} {_AT_STEP}",
+                _MEAN_HEALTH,
+                look=Look(
+                    "mean drift",
+                    low=0.05,
+                    high=5.0,
+                    ticks={0.05: "0.05", 0.5: "0.5", 5.0: "5"},
+                    log=True,
+                    healthy=_SMALL,
+                ),
+                alarm=Alarm(
+                    "the running mean is {value} running standard deviations away from the batch mean, so evaluation "
+                    "differs from training",
+                    "a larger `momentum`, larger batches, or `recompute_statistics` before an evaluation",
+                ),
+            ),
+            Statistic(
+                "var_drift",
+                attrgetter("var_drift"),
+                f"{_VAR_DRIFT} {_AT_STEP}",
+                _VAR_HEALTH,
+                look=Look("variance drift", high=4.0, ticks={0.0: "0", 0.7: "0.7", 4.0: "4"}, healthy=(0.0, 0.7)),
+                alarm=Alarm(
+                    "the logarithm of the running over the batch variance is {value} in magnitude, so evaluation "
+                    "differs from training",
+                    "a larger `momentum`, larger batches, or `recompute_statistics` before an evaluation",
+                ),
+            ),
+            Statistic(
+                "rank_spread",
+                attrgetter("rank_spread"),
+                _SPREAD,
+                _SPREAD_HEALTH,
+                look=Look("rank spread", high=2.0, ticks={0.0: "0", 0.5: "0.5", 2.0: "2"}, healthy=_SMALL),
+            ),
+            Statistic(
+                "scale_near_zero",
+                attrgetter("scale_near_zero"),
+                _NEAR_ZERO,
+                _NEAR_ZERO_HEALTH,
+                look=Look("scale near zero"),
+            ),
+            Statistic(
+                "min_running_var",
+                attrgetter("min_running_var"),
+                _SMALLEST,
+                _SMALLEST_HEALTH,
+                look=Look(
+                    "smallest variance",
+                    "low",
+                    1e-8,
+                    1.0,
+                    {1e-8: "1e-8", 1e-4: "1e-4", 1.0: "1"},
+                    log=True,
+                    healthy=(1e-4, math.inf),
+                ),
             ),
         ],
         _HEALTH,

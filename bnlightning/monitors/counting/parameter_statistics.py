@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from bnlightning.monitors.counting.parameters import ParameterCounts
-from bnlightning.monitors.statistic import Catalogue, Statistic, Summary
+from bnlightning.monitors.statistic import Alarm, Catalogue, Look, Statistic, Summary
 
 # A logger's float32 could not hold more. Values that are not finite are left out as well.
 _LARGEST = float(np.finfo(np.float32).max)
@@ -33,6 +33,22 @@ def parameter_catalogue() -> Catalogue[ParameterCounts, ParameterCounts]:
                 _norm,
                 f"2-norm of the parameter's gradient. {_AT_STEP}",
                 _ALIKE,
+                look=Look(
+                    "gradient, beside the last layer's",
+                    "two_sided",
+                    1e-9,
+                    1e9,
+                    {1e-9: "1e-9", 1e-3: "1e-3", 1.0: "1", 1e3: "1e3", 1e9: "1e9"},
+                    log=True,
+                    healthy=(1e-3, 1e3),
+                    relative=True,
+                ),
+                alarm=Alarm(
+                    "the norm of the gradient is {value} times {side} than that of the last layer",
+                    "a normalisation, He or Xavier initialisation, or residual connections. If it is larger, clipping "
+                    "helps, too",
+                    zero="the gradient is zero, so that the layer learns nothing",
+                ),
             ),
             Statistic(
                 "grad_rms",
@@ -47,6 +63,11 @@ def parameter_catalogue() -> Catalogue[ParameterCounts, ParameterCounts]:
                 "Share of NaN and infinities in the parameter's gradient. Written only where there are any. "
                 f"{_AT_STEP}",
                 f"This chart does not exist. {_NONFINITE_HEALTH}",
+                look=Look("NaN or inf", ticks={}, absent=0.0),
+                alarm=Alarm(
+                    "of the gradient's values are NaN or infinite",
+                    "a lower learning rate, a warm-up, clipping, or bf16 in the place of fp16",
+                ),
             ),
             Statistic(
                 "update_ratio",
@@ -54,6 +75,19 @@ def parameter_catalogue() -> Catalogue[ParameterCounts, ParameterCounts]:
                 "2-norm of the change that the sampled step makes to the parameter, divided by the parameter's 2-norm "
                 "before the step. Momentum, weight decay and clipping are in it.",
                 _RATIO_HEALTH,
+                look=Look(
+                    "update, beside the weight",
+                    "two_sided",
+                    1e-9,
+                    10.0,
+                    {1e-9: "1e-9", 1e-5: "1e-5", 0.1: "0.1", 10.0: "10"},
+                    log=True,
+                    healthy=(1e-5, 0.1),
+                ),
+                alarm=Alarm(
+                    "the norm of the update is {value} times that of the weight",
+                    "a lower learning rate, a warm-up, or clipping",
+                ),
             ),
         ],
         _HEALTH,

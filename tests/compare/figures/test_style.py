@@ -1,3 +1,5 @@
+import io
+
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
@@ -12,6 +14,7 @@ from bnlightning.compare.figures.style import (
     setting_in_words,
     style,
     value_range,
+    without_math,
 )
 from bnlightning.compare.runs import HistogramAt
 
@@ -125,3 +128,19 @@ def test_logarithms_have_at_least_a_decade_and_no_infinity():
     assert log_range([np.array([2.0, 2.0, -np.inf, np.nan])]) == (2.0, 3.0)
     assert log_range([np.array([0.0] * 9 + [30.0, 30.0])]) == (0.0, 6.0)
     assert log_range([np.array([np.nan])]) == (-1.0, 1.0)
+
+
+def test_a_dollar_in_a_name_is_no_formula_and_powers_of_ten_still_are():
+    figure = Figure()
+    axes = figure.add_subplot()
+    axes.plot([1, 1e6], label="$\\frac$")
+    axes.set_yscale("log")
+    axes.set_title("net.$\\x$")
+    axes.set_ylabel("$\\y$")
+    axes.text(0, 1, "$\\z$")
+    axes.legend(title="$\\t$")
+    figure.text(0, 0, "$\\note$")
+    assert without_math(figure) is figure
+    # A name that is no formula would raise.
+    figure.savefig(io.BytesIO(), format="png")
+    assert axes.yaxis.get_major_ticks()[0].label1.get_parse_math()

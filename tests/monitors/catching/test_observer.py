@@ -51,8 +51,10 @@ def test_the_report_says_what_is_watched_and_what_is_not():
     module["act"](torch.ones(2, 3))
     module["odd"](torch.ones(2, 3))
     report = observer.report(observer.seen)
-    assert report.startswith("1 layer is watched: act. Not called so far: unused. ")
-    assert "They put out no floating tensor: odd (str)." in report
+    assert report == (
+        "1 layer is watched: act (ReLU). These were not called so far: unused. "
+        "These put out no floating tensor: odd (str)."
+    )
     observer.detach()
     assert not any(part._forward_hooks for part in module.modules())
 
@@ -83,9 +85,9 @@ def test_classes_that_do_not_say_what_they_are_are_named():
     labels, observer = observed(nn.Sequential(nn.Linear(3, 3), Squash(), nn.ReLU(), Squash()), torch.ones(2, 3))
     assert labels == ["2"]
     report = observer.report(labels)
-    assert "they are not watched: Squash (1, 3). If some activate or normalise" in report and "['1']" in report
+    assert "so they are not watched: Squash (1, 3). If some activate or normalise" in report and "['1']" in report
     labels, observer = observed(nn.Sequential(Squash()), torch.ones(2, 3), choices=[Squash])
-    assert labels == ["0"] and "Squash" not in observer.report(labels)
+    assert labels == ["0"] and "do not say what they are" not in observer.report(labels)
 
 
 def test_what_cannot_be_counted_is_told():
@@ -97,7 +99,7 @@ def test_what_cannot_be_counted_is_told():
     assert (labels, observer.unreadable) == ([], {})
     labels, observer = observed(nn.Sequential(Sparse()), torch.eye(3), choices=[Sparse])
     assert (labels, observer.unreadable) == (["0:dense"], {"0:sparse": "a sparse tensor"})
-    assert "They are left out, for they cannot be counted: 0:sparse (a sparse tensor)." in observer.report(labels)
+    assert "These are left out, for they cannot be counted: 0:sparse (a sparse tensor)." in observer.report(labels)
 
 
 def test_both_parts_of_complex_values_count_in_modules_and_taps():
@@ -147,6 +149,6 @@ def test_names_of_any_characters_are_told_apart_and_shown_as_they_are():
     labels = [key.label for key in accumulators.reduce(CPU)]
     assert labels == ["a", "a%231", *names[2:], "a#1", "(no name)"]
     report = observer.report(labels)
-    assert ": a, a%231, b, `*b*`, `<i>`, layer_1, `_x_`, {, `x$y$`, `line break`, a#1, (no name). " in report
+    assert ": a (ReLU), a%231 (ReLU), b (ReLU), *b* (ReLU)," in report and "a#1 (ReLU), (no name) (tap)." in report
     assert "Not called" not in report
     observer.detach()
