@@ -792,7 +792,7 @@ def test_tensors_that_are_not_dense_are_passed_over(tmp_path):
     tags = events.Tags()["histograms"]
     assert "layer_hist/even" in tags and not any("odd" in tag for tag in tags)
     (watched,) = events.Tensors("health/watched/text_summary")
-    assert "odd (a sparse tensor), odd#1 (a tensor without values" in watched.tensor_proto.string_val[0].decode()
+    assert "odd (a sparse tensor), odd\\#1 (a tensor without values" in watched.tensor_proto.string_val[0].decode()
 
 
 @pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype stage:UserWarning")
