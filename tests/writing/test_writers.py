@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from bnlightning.monitors.counting.histogram import Histogram
 from bnlightning.writing import writers
 from bnlightning.writing.summaries import Summaries
-from bnlightning.writing.writers import register_writer, write, writer_of
+from bnlightning.writing.writers import register_writer, summary_writers, write, writer_of
 
 
 def draw():
@@ -185,3 +185,17 @@ def test_the_nearest_class_decides(registered):
     assert writer_of(LoudPrinter()) is loud
     # The class of any package that has this name, such as lightning's and pytorch_lightning's.
     assert writer_of(type("TensorBoardLogger", (), {})()) is writers.write_to_tensorboard_logger
+
+
+def test_the_summary_writers_are_those_of_tensorboard_loggers(tmp_path):
+    trainer = quiet_trainer(tmp_path)
+    with SummaryWriter(tmp_path / "other") as writer:
+        assert summary_writers([OtherLogger(), trainer.logger, writer]) == [trainer.logger.experiment, writer]
+
+
+def test_an_unknown_logger_gets_names_that_any_takes_and_a_file_gets_the_tags(tmp_path):
+    loggers = [OtherLogger(), CSVLogger(tmp_path, name="", version="")]
+    write(loggers, Summaries(3, {"layer_mean/net.act#1": 1.0, "layer_mean/net.act1": 2.0}))
+    assert loggers[0].logged == [({"layer_mean/net.act call 1": 1.0, "layer_mean/net.act1": 2.0}, 3)]
+    loggers[1].save()
+    assert (tmp_path / "metrics.csv").read_text().splitlines()[0] == "layer_mean/net.act#1,layer_mean/net.act1,step"
