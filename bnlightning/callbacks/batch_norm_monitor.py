@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from bnlightning._check import check_integer
 from bnlightning.callbacks._monitor import MonitorCallback
-from bnlightning.callbacks._steps import logged_step
+from bnlightning.callbacks._steps import logged_step, step_count, steps_taken
 from bnlightning.monitors.catching.selection import Choice, checked_choices
 from bnlightning.monitors.norms import Norms
 
@@ -44,6 +44,8 @@ class BatchNormMonitor(MonitorCallback):
       ``health/norm_min_running_var``: the smallest. ``health/norm_scale_near_zero``, ``health/norm_nonfinite``: over
       the scales and the channels of all layers.
 
+    The numbers under ``health/`` are in ``trainer.callback_metrics``, on all ranks.
+
     A number that a layer does not have is not written. Without running statistics there is neither a drift nor a
     smallest variance. Without a scale there is no share of it. Before the first batch has replaced the initial values
     there is no drift. Drifts are never zero: the mean of n independent values is off by about :math:`1 / \sqrt n` by
@@ -72,7 +74,7 @@ class BatchNormMonitor(MonitorCallback):
     def __init__(
         self,
         every_n_steps: int = 50,
-        modules: Choice | Sequence[Choice] | None = None,
+        modules: Sequence[Choice] | Choice | None = None,
         max_layers: int = 200,
     ) -> None:
         check_integer("max_layers", max_layers, at_least=1)
@@ -98,13 +100,14 @@ class BatchNormMonitor(MonitorCallback):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         # Not earlier: at the start of the fit, Lightning has not yet restored the step at which it goes on.
-        self._schedule.start(trainer.global_step)
+        self._start(trainer)
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._schedule.is_due(trainer.global_step):
-            self._opened_at = trainer.global_step
+        step = steps_taken(trainer)
+        if self._schedule.is_due(step):
+            self._opened_at = step
             self._monitor.open(logged_step(trainer))
         self._monitor.observe()
 
@@ -113,29 +116,28 @@ class BatchNormMonitor(MonitorCallback):
     ) -> None:
         # An evaluation may come between two micro-batches.
         self._monitor.pause()
-        if trainer.global_step > self._opened_at:
+        if self._monitor.is_open and steps_taken(trainer) > self._opened_at:
             self._publish(trainer)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._publish(trainer)
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        step_count(trainer).stop(trainer)
         self._monitor.detach()
 
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
+        step_count(trainer).stop(trainer)
         self._monitor.detach()
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"schedule": self._schedule.state_dict()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._schedule.load_state_dict(state_dict["schedule"])
+    def _arguments(self) -> dict[str, Any]:
+        return {"every_n_steps": self.every_n_steps, "modules": self.modules, "max_layers": self.max_layers}
 
     def _publish(self, trainer: lightning.Trainer) -> None:
         record = self._monitor.close()
-        self._write(trainer, record)
+        self._tell(trainer, record)
         # Only at the first sample: a later step may well run without these layers.
         if record is not None and self._is_first:
             self._is_first = False

@@ -1,16 +1,18 @@
 """The callback that logs how large gradients and updates are, parameter by parameter."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
-from bnlightning._check import check_integer
+from bnlightning._check import by_import_path, check_integer, is_function_of_two
 from bnlightning.callbacks._monitor import MonitorCallback
-from bnlightning.callbacks._steps import logged_step
+from bnlightning.callbacks._steps import logged_step, step_count, steps_taken, training_optimizers
 from bnlightning.monitors.gradients import Gradients, ParameterChoice
 
 # Names of classes: importing the classes may need a package that is not installed.
@@ -54,8 +56,12 @@ class GradientMonitor(MonitorCallback):
     duplicates summed. A shared parameter stands under its first path. If a step evaluates its closure repeatedly
     (LBFGS), the first evaluation counts. If a parameter is stepped several times within a batch, the last step counts.
 
+    Under manual optimisation, steps of an optimizer that Lightning does not wrap count as any other.
+
+    The numbers under ``health/`` are in ``trainer.callback_metrics``, on all ranks.
+
     A sampled step holds one more copy of the stepped weights until the end of the batch, and 32 KiB for each histogram.
-    With several ranks the first one computes, without communication, since all of them step with the same gradients.
+    With several ranks each computes by itself, without communication, since all of them step with the same gradients.
     DTensors (``ModelParallelStrategy``, FSDP2) are added up over the ranks in three collectives.
 
     Args:
@@ -83,6 +89,7 @@ class GradientMonitor(MonitorCallback):
         max_parameters: int = 200,
     ) -> None:
         check_integer("max_parameters", max_parameters, at_least=1)
+        parameters = by_import_path(parameters, is_function_of_two)
         _check_parameters(parameters)
         self.parameters = parameters
         self.max_parameters = max_parameters
@@ -93,6 +100,7 @@ class GradientMonitor(MonitorCallback):
         # before the last step that was sampled in the batch.
         self._began_at: int | None = None
         self._sampled: dict[int, int] = {}
+        self._handle: RemovableHandle | None = None
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         for base in type(trainer.strategy).__mro__:
@@ -103,8 +111,9 @@ class GradientMonitor(MonitorCallback):
                 )
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        if not self._schedule.start(trainer.global_step):
-            self._monitor.forget()
+        self._start(trainer)
+        if not pl_module.automatic_optimization:
+            self._look_at_raw_steps(trainer)
         self._warned = False
         self._monitor.attach(pl_module, pl_module.device)
         self._tell_what_is_left_out()
@@ -120,12 +129,15 @@ class GradientMonitor(MonitorCallback):
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._began_at, self._sampled = trainer.global_step, {}
+        self._began_at, self._sampled = steps_taken(trainer), {}
         self._monitor.open(logged_step(trainer))
 
     def on_before_optimizer_step(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, optimizer: Optimizer
     ) -> None:
+        self._take(trainer, optimizer)
+
+    def _take(self, trainer: lightning.Trainer, optimizer: Optimizer) -> None:
         # A step without any gradient does nothing.
         if any(parameter.grad is not None for parameter in _stepped(optimizer)) and self._is_due(trainer, optimizer):
             self._monitor.take(_stepped(optimizer), _scale(trainer, optimizer))
@@ -135,32 +147,73 @@ class GradientMonitor(MonitorCallback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._began_at = None
-        self._write(trainer, self._monitor.close())
+        self._tell(trainer, self._monitor.close())
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        self._monitor.detach()
+        self._detach(trainer)
 
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
+        self._detach(trainer)
+
+    def _detach(self, trainer: lightning.Trainer) -> None:
+        step_count(trainer).stop(trainer)
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
         self._monitor.detach()
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"schedule": self._schedule.state_dict(), "monitor": self._monitor.state_dict()}
+    def _look_at_raw_steps(self, trainer: lightning.Trainer) -> None:
+        """Look at the steps before which Lightning calls no hook, since the optimizer itself takes them."""
+        is_training = training_optimizers(trainer)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._schedule.load_state_dict(state_dict["schedule"])
-        self._monitor.load_state_dict(state_dict["monitor"])
+        def look(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+            if not is_training(optimizer):
+                return None
+            closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+            if closure is None:
+                self._take(trainer, optimizer)
+                return None
+
+            def evaluate() -> Any:
+                loss = closure()
+                self._take(trainer, optimizer)
+                return loss
+
+            return args[:1], {**kwargs, "closure": evaluate}
+
+        self._handle = register_optimizer_step_pre_hook(look)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A callback that is copied in the middle of a fit has no part in it.
+        return vars(self) | {"_handle": None}
+
+    def _arguments(self) -> dict[str, Any]:
+        return {
+            "every_n_steps": self.every_n_steps,
+            "parameters": self.parameters,
+            "max_parameters": self.max_parameters,
+        }
+
+    def _state(self) -> dict[str, Any]:
+        return {"monitor": self._monitor.state_dict()}
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        self._monitor.load_state_dict(state["monitor"])
+
+    def _forget(self) -> None:
+        self._monitor.forget()
 
     def _is_due(self, trainer: lightning.Trainer, optimizer: Optimizer) -> bool:
         """Whether this step is sampled. In a due batch every step is, at the first call of its closure."""
         # Outside of a batch, some other hook takes the step.
-        if self._began_at is None or self._sampled.get(id(optimizer)) == trainer.global_step:
+        if self._began_at is None or self._sampled.get(id(optimizer)) == steps_taken(trainer):
             return False
         index = next((index for index, known in enumerate(trainer.optimizers) if known is optimizer), -1)
         is_due = self._schedule.is_due(self._began_at, index) or id(optimizer) in self._sampled
         if is_due:
-            self._sampled[id(optimizer)] = trainer.global_step
+            self._sampled[id(optimizer)] = steps_taken(trainer)
         return is_due
 
     def _tell_what_is_left_out(self) -> None:
