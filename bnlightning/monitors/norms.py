@@ -27,7 +27,6 @@ from bnlightning.monitors.catching.hooks import NoHook, is_recomputation
 from bnlightning.monitors.catching.selection import Choice, device_of, is_chosen, user_path
 from bnlightning.monitors.counting.norm_statistics import norm_catalogue
 from bnlightning.monitors.counting.norms import NormAccumulators, NormCounts
-from bnlightning.monitors.counting.ranks import is_first_rank
 from bnlightning.monitors.record import Entry, Record
 
 
@@ -114,15 +113,13 @@ class Norms:
         """Close the sample and reduce it over the ranks. Every rank must call this.
 
         Returns:
-            The record, on the first rank. ``None`` on others, or if no sample was open.
+            The record, the same on all ranks. ``None`` if no sample was open.
         """
         self.pause()
         step, self._step = self._step, None
         if self._catcher is None or step is None:
             return None
         self._catcher.accumulators.reduce()
-        if not is_first_rank():
-            return None
         read = zip(self.watched, self._catcher.accumulators.statistics(), strict=True)
         layers = {path: counts for path, counts in read if counts is not None}
         self.saw_nothing = bool(layers) and not any(counts.seen for counts in layers.values())
