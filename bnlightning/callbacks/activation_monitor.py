@@ -92,8 +92,13 @@ class ActivationMonitor(MonitorCallback):
     checkpointing repeats does not count.
 
     **torch.compile.** Compiled graphs show no gradients of outputs. The first non-finite value is the first in the
-    order of the modules' paths. A sampled step has a graph of its own. What was compiled before the fit is compiled
-    again (:func:`torch.compiler.reset`), since it would not call the hooks.
+    order of the modules' paths. A step that is sampled or checked has a graph of its own, which inductor may round
+    differently in half precision. What was compiled before the fit is compiled again (:func:`torch.compiler.reset`),
+    since it would not call the hooks.
+
+    **Transforms and exports.** Calls inside a transform of :mod:`torch.func` are left out, and a warning says so once.
+    The hooks are on the modules only while a batch runs. A network that is exported, scripted, copied or saved between
+    two batches is that of the author alone.
 
     **Memory.** A layer takes 33 kB of the device's memory in each phase, and 40 bytes for each unit. It takes at most 3
     kB of the event file at each sampled step. The pictures keep at most 128 sampled steps, and distributions of 16
@@ -188,7 +193,7 @@ class ActivationMonitor(MonitorCallback):
         # One for both, so that nothing is told twice.
         self._mishaps = self._monitor.mishaps
         self._evaluation = EvaluationCadence(every_n_steps)
-        self._checking = Schedule(check_finite_every_n_steps or 1)
+        self._checking, self._checked_at = Schedule(check_finite_every_n_steps or 1), -1
         self._told: set[str] = set()
         self._opened_at: dict[str, int] = {}
         self._axis = StepAxis()
@@ -203,7 +208,7 @@ class ActivationMonitor(MonitorCallback):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         # Not earlier: at the start of the fit, Lightning has not yet restored the step at which it goes on.
-        self._checking = Schedule(self.check_finite_every_n_steps or 1)
+        self._checking, self._checked_at = Schedule(self.check_finite_every_n_steps or 1), -1
         self._evaluation.start(trainer, anew=not self._start(trainer))
 
     def on_train_batch_start(
@@ -216,7 +221,10 @@ class ActivationMonitor(MonitorCallback):
         if self._schedule.is_due(step):
             self._opened_at[TRAIN] = step
             self._monitor.open(self._axis.batch, grad_scale=_grad_scale(trainer) if self.output_gradients else None)
-        if self._is_checking and self._checking.is_due(step):
+        # Also once it is found: other steps have other graphs of torch.compile, of which there may not be many.
+        if self._checking.is_due(step):
+            self._checked_at = step
+        if self.check_finite_every_n_steps is not None and self._checked_at == step:
             self._monitor.begin_check(self._axis.batch)
         self._monitor.observe()
 
@@ -292,6 +300,28 @@ class ActivationMonitor(MonitorCallback):
         dataloader_idx: int = 0,
     ) -> None:
         self._monitor.observe(TEST)
+
+    def on_validation_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._monitor.pause()
+
+    def on_test_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._monitor.pause()
 
     # Not at the end of the evaluation, where other callbacks decide by its numbers.
 
@@ -422,6 +452,13 @@ class ActivationMonitor(MonitorCallback):
         return f"ActivationMonitor: {where}; {consequence}. {cures_nonfinite(place)}"
 
     def _tell_what_is_left_out(self) -> None:
+        transformed = self._monitor.observer.transformed
+        if transformed is not None and "transformed" not in self._told:
+            self._told.add("transformed")
+            rank_zero_warn(
+                f"ActivationMonitor leaves out {transformed} and whatever else is called inside a transform of "
+                "torch.func, such as vmap or grad: call the network itself, too, to have it counted."
+            )
         left_out = list(self._monitor.observer.left_out)
         if left_out and "left out" not in self._told:
             self._told.add("left out")

@@ -136,7 +136,7 @@ class Activations:
 
     def observe(self, phase: str = TRAIN) -> None:
         """Begin a batch of ``phase``. The next call of each module is its first."""
-        self._observer.start(self._accumulators[phase] if phase in self._steps else None)
+        self._observer.start(self._accumulators[phase] if phase in self._steps else None, phase == TRAIN)
 
     def start_pass(self) -> None:
         """Send the same batch through the network once more. The next call of each module is its first."""
@@ -177,7 +177,7 @@ class Activations:
         """Begin a training step in which modules are checked for NaN and infinities."""
         if self._check is not None:
             self._check.begin(step)
-            self._observer.check = self._check
+            self._observer.start_check(self._check)
 
     def check_loss(self, loss: Tensor) -> None:
         """Check the loss, which comes behind all modules."""
@@ -196,7 +196,7 @@ class Activations:
             return False
         self._observer.look_at_sums()
         check.end()
-        self._observer.check = None
+        self._observer.stop_check()
         return check.is_immediate
 
     def first_nonfinite(self) -> Found | None:
