@@ -10,7 +10,7 @@ import shlex
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,94 @@ def ignore_warnings() -> None:
     warnings.filterwarnings("ignore", message="BatchNormMonitor.modules=None. finds nothing to watch")
 
 
+# What is typed.
+
+
+def misspelt(word: str, *spellings: str) -> str:
+    """A word that is no ``key=value``."""
+    if spellings:
+        return f"{word!r} is not understood: type {' or '.join(spellings)}."
+    return f"{word!r} is not understood: type KEY=VALUE, such as experiment=tanh. {_KEYS_ARE_LISTED}"
+
+
+def unknown(what: str, like: Sequence[str], known: Sequence[str] = ()) -> str:
+    """There is no such key, group or option."""
+    meant = f"Did you mean {' or '.join(like)}? " if like else ""
+    there = f"Choose one of {', '.join(known)}." if known else _KEYS_ARE_LISTED
+    return f"{what} is not known. {meant}{there}"
+
+
+def is_a_list(key: str, value: Any) -> str:
+    """Brackets make one value of several."""
+    if isinstance(value, Mapping):
+        return f"{key}={_as_typed(value)} is not possible: give one value, without braces."
+    values = ",".join(_as_typed(each) for each in value)
+    return (
+        f"{key}=[{values}] is not possible: brackets make a list, which is one value. "
+        f"Leave them out to train with each: {key}={values}."
+    )
+
+
+def assigned(key: str, value: Any) -> str:
+    """A value of a key as it is typed."""
+    return f"{key}={_as_typed(value)}"
+
+
+def does_not_fit(key: str, value: Any, wanted: str) -> str:
+    """A value of another type."""
+    return f"{key}={_as_typed(value)} is not possible: give {wanted}."
+
+
+def cannot_be_left_out(line: str) -> str:
+    """Every run needs it."""
+    return f"{line} is not possible: every run needs it. Give another value instead."
+
+
+def of_the_command(line: str, key: str) -> str:
+    """A sweep over what all runs share."""
+    return f"{line} is not possible: {key} is one for all runs of a command. Give one value."
+
+
+def hydras_own(line: str, cure: str) -> str:
+    """A setting of Hydra's that has no place here."""
+    return f"{line} is not possible: {cure}."
+
+
+def cannot_be_read(word: str, why: str) -> str:
+    """Hydra's grammar does not have it."""
+    first = why.splitlines()[0]
+    return f"{word} cannot be read ({first}): quote a value with special characters twice, \"key='value'\"."
+
+
+def config_dir_is_missing(path: str) -> str:
+    """There is no such directory."""
+    return f"--config-dir={path} is not a directory: give the one that holds your configuration files."
+
+
+def options_exclude_each_other(options: Sequence[str]) -> str:
+    """Two ways to use the command at once."""
+    return f"{' and '.join(options)} are not possible together: give one of them."
+
+
+def shows_one_configuration(line: str) -> str:
+    """--cfg with a sweep."""
+    return f"{line} is not possible with --cfg and --info, which show one configuration: give one value."
+
+
+RESOLVE_WITHOUT_CFG = "--resolve is not possible without --cfg: give --cfg job --resolve."
+CONFIG_PATH = "--config-path is not possible: give --config-dir, which adds your files to the command's own."
+RERUN = "--experimental-rerun is not possible: give resume=true output_dir=PATH to go on with a sweep."
+_KEYS_ARE_LISTED = "--help lists what people change most, --cfg job all keys."
+
+
+def _as_typed(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(_as_typed(each) for each in value)}]"
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{_as_typed(each)}" for key, each in value.items()) + "}"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
 # What is refused before any run.
 
 RUN_MODE = "hydra.mode=RUN is not possible: leave it out, a single run is a sweep of one."
@@ -138,6 +226,11 @@ def same_run_twice(override: str | None) -> str:
 def not_a_boolean(name: str, value: Any) -> str:
     """Neither true nor false."""
     return f"{name}={value!r} is not possible: give true or false."
+
+
+def no_callback(name: str) -> str:
+    """An entry of ``callbacks`` that is not made by anything."""
+    return f"callbacks.{name} is no callback: name its class, +callbacks.{name}._target_=CLASS, or ~callbacks.{name}."
 
 
 def checkpoint_is_missing(path: str) -> str:
@@ -262,6 +355,17 @@ def of_run(run: str, what: object) -> str:
     return f"{run}: {what}"
 
 
+# Several experiments.
+
+EXPERIMENTS_ON_RANKS = "Several experiments are not possible in processes that torchrun or srun has started: give each a command of its own"
+
+
+def experiments_missing(failed: Sequence[str], left: Sequence[str]) -> str:
+    """Some of them failed or were not begun."""
+    told = [f"{', '.join(names)} {what}" for names, what in ((failed, "failed"), (left, "not begun")) if names]
+    return f"Experiments: {'; '.join(told)}."
+
+
 # The end of the command.
 
 
@@ -270,10 +374,16 @@ def not_compared(directory: Path, error: Exception) -> str:
     return f"The runs in {directory} are finished, but not compared: {error}"
 
 
-def stopped(directory: Path) -> str:
-    """The command has ended before its last run, and this is how to go on."""
+def stopped(directory: Path, experiment: str = "") -> str:
+    """The command has ended before its last run, and this is how to go on.
+
+    Args:
+        directory: Where the runs are.
+        experiment: The experiment, if the command has several.
+    """
     path = shlex.quote(str(directory))
+    which = f"experiment={experiment} " if experiment else ""
     return (
         f"Stopped. What was trained so far: python -m bnlightning.compare {path}\n"
-        f"To train the rest: the same command with resume=true output_dir={path}"
+        f"To train the rest: the same command with {which}resume=true output_dir={path}"
     )
