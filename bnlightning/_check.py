@@ -1,6 +1,7 @@
 """Checks of a user's arguments. Each raises one message that names the argument, the value and the cure."""
 
 import math
+import os
 from collections.abc import Collection
 from numbers import Integral, Real
 from typing import Any
@@ -103,3 +104,23 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
     """
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}={value!r} is not known: choose one of {', '.join(choices)}.")
+
+
+def check_path(name: str, value: str | os.PathLike[str]) -> None:
+    r"""Raise ``ValueError`` if a full path is no text here, as where Python takes the names of files for ASCII.
+
+    Args:
+        name: Name of the argument, for the message.
+        value: Path to check.
+
+    Example:
+        >>> check_path("directory", "/runs-\udcfc")
+        Traceback (most recent call last):
+        ...
+        ValueError: directory='/runs-\udcfc' is no text in this locale: set PYTHONUTF8=1 or LC_ALL=C.UTF-8.
+    """
+    path = os.path.abspath(value)
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}={path!r} is no text in this locale: set PYTHONUTF8=1 or LC_ALL=C.UTF-8.") from error

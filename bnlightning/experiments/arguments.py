@@ -28,7 +28,7 @@ _EXPERIMENT = "experiment"
 _GROUPS = (_EXPERIMENT, "model", "data", "trainer", "callbacks")
 # Of the command as a whole: one value each.
 _OF_THE_COMMAND = ("output_dir", "resume", "n_jobs")
-_SINGLE = (*_OF_THE_COMMAND, "seed", "num_threads", "ckpt_path")
+_SINGLE = (*_OF_THE_COMMAND, "seed", "num_threads", "ckpt_path", "trust_ckpt")
 # What Hydra does with them this command does by itself, or cannot do without.
 _HYDRAS = {
     "hydra.run.dir": "give output_dir=PATH",

@@ -1,5 +1,6 @@
 """What any run of a command would refuse, found before the first begins."""
 
+import warnings
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -44,14 +45,13 @@ def _check_run(config: DictConfig) -> None:
         check_integer("num_threads", config.num_threads, at_least=1)
     if config.n_jobs is not None:
         check_integer("n_jobs", config.n_jobs, at_least=1)
-    if not isinstance(config.resume, bool):
-        raise ValueError(faults.not_a_boolean("resume", config.resume))
+    for name in ("resume", "trust_ckpt"):
+        if not isinstance(config[name], bool):
+            raise ValueError(faults.not_a_boolean(name, config[name]))
     for name in ("max_steps", "max_epochs"):
         if config.trainer.get(name) is not None:
             check_integer(f"trainer.{name}", config.trainer[name], at_least=-1)
-    for name, callback in config.callbacks.items():
-        if not (isinstance(callback, DictConfig) and "_target_" in callback):
-            raise ValueError(faults.no_callback(str(name)))
+    _check_callbacks(config.callbacks)
     model = _made(config, "model")
     data = _made(config, "data")
     # What is to be downloaded, once for all runs, or the message that it cannot be.
@@ -60,6 +60,12 @@ def _check_run(config: DictConfig) -> None:
         model.check_data(data)
     if config.ckpt_path is not None:
         _check_checkpoint(config, model)
+
+
+def _check_callbacks(callbacks: DictConfig) -> None:
+    for name, callback in callbacks.items():
+        if not (isinstance(callback, DictConfig) and "_target_" in callback):
+            raise ValueError(faults.no_callback(str(name)))
 
 
 def _made(config: DictConfig, section: str) -> Any:
@@ -85,9 +91,13 @@ def _check_checkpoint(config: DictConfig, model: lightning.LightningModule) -> N
     if not Path(path).is_file():
         raise ValueError(faults.checkpoint_is_missing(path))
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=not config.trust_ckpt)
         weights, step = checkpoint["state_dict"], checkpoint["global_step"]
     except Exception as error:
+        if not config.trust_ckpt and (held := faults.code_in_checkpoint(error)):
+            raise ValueError(faults.checkpoint_is_not_trusted(path, held)) from error
         raise ValueError(faults.checkpoint_is_damaged(path, _short(error))) from error
     try:
         model.load_state_dict(weights)

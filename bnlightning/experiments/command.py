@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from bnlightning._conf import CONF_DIR
-from bnlightning.compare.comparison import Draw
+from bnlightning.compare.comparison import Draw, NotWritten
 from bnlightning.compare.sweep import compare_sweep
 from bnlightning.experiments import faults
 from bnlightning.experiments.arguments import CONFIG_NAME, read_arguments
@@ -134,6 +134,7 @@ class Command:
     def run(self) -> None:
         """Do what ``sys.argv`` says, from the arguments to the exit status."""
         faults.ignore_warnings()
+        faults.print_anything()
         threading.excepthook = faults.thread_excepthook
         # Each command has its own directory, also where one before it in this process or shell left its.
         os.environ.pop(OUTPUT_DIR, None)
@@ -195,6 +196,9 @@ class Command:
         directory = Path(config.hydra.sweep.dir).resolve()
         try:
             compare_sweep(directory, metric, draw).print()
+        except NotWritten as error:
+            error.comparison.print_tables()
+            print(error, file=sys.stderr)
         except (ValueError, OSError) as error:
             print(faults.not_compared(directory, error), file=sys.stderr)
 
@@ -233,6 +237,7 @@ class Command:
         """Hydra's task: train one run, or hand it to a worker."""
         # Also where one of Hydra's launchers has brought this.
         faults.ignore_warnings()
+        faults.print_anything()
         settings = HydraConfig.get()
         if settings.job.num < self.first_job:
             return
@@ -337,6 +342,7 @@ class CompareRuns(Callback):
 def _train_in_worker(config: DictConfig, hydra_config: Any, directory: str, swept: tuple[str, ...]) -> None:
     """Train in a process that Hydra has not set up."""
     faults.ignore_warnings()
+    faults.print_anything()
     setup_globals()
     HydraConfig.instance().cfg = hydra_config
     settings = hydra_config.hydra

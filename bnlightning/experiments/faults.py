@@ -4,9 +4,12 @@ A new sentence for something that fails while a run trains is one function here,
 """
 
 import errno
+import io
 import os
+import pickle
 import re
 import shlex
+import sys
 import threading
 import traceback
 import warnings
@@ -115,12 +118,20 @@ def thread_excepthook(arguments: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(arguments)
 
 
+def print_anything() -> None:
+    """Have no character end a command for which the standard output has no code."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def ignore_warnings() -> None:
     """Leave out the warnings that say nothing to who gave the command."""
     # Lightning 2.6 with torch 2.15.
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
     # The comparison tells which runs diverged, where and when.
     warnings.filterwarnings("ignore", message="ActivationMonitor: at step .* the first NaN")
+    # A checkpoint to resume from is another run's.
+    warnings.filterwarnings("ignore", message="The dirpath has changed from")
     # The variant without batch normalisation has the monitors of the others.
     warnings.filterwarnings("ignore", message="BatchNormMonitor.modules=None. finds nothing to watch")
 
@@ -243,6 +254,22 @@ def checkpoint_is_damaged(path: str, why: str) -> str:
     return f"ckpt_path={path!r} is no checkpoint of Lightning's, or a damaged one ({why}): give another."
 
 
+def code_in_checkpoint(error: Exception) -> str:
+    """What a checkpoint holds beside data, by the error of torch that would not run it; empty for another error."""
+    if not isinstance(error, pickle.UnpicklingError) or "arbitrary code execution" not in str(error):
+        return ""
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    return found[1] if found else "something that torch does not know"
+
+
+def checkpoint_is_not_trusted(path: str, held: str) -> str:
+    """The file is not data only."""
+    return (
+        f"ckpt_path={path!r} holds more than numbers and texts ({held}), so that reading it could run code: "
+        "give trust_ckpt=true if you trust who wrote it, or another."
+    )
+
+
 def checkpoint_does_not_fit(path: str, norm: str | None, why: str) -> str:
     """The weights are those of another model."""
     return (
@@ -357,7 +384,7 @@ def of_run(run: str, what: object) -> str:
 
 # Several experiments.
 
-EXPERIMENTS_ON_RANKS = "Several experiments are not possible in processes that torchrun or srun has started: give each a command of its own"
+EXPERIMENTS_ON_RANKS = "With torchrun and srun one experiment is possible: give each a command of its own."
 
 
 def experiments_missing(failed: Sequence[str], left: Sequence[str]) -> str:

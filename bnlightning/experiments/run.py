@@ -1,5 +1,6 @@
 """One run: its parts, made from the configuration, and what is done with them."""
 
+import inspect
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -42,6 +43,9 @@ class Run:
         callbacks = [*instantiate(config.callbacks, _convert_="all").values(), self._progress]
         self.trainer: lightning.Trainer = instantiate(config.trainer, _convert_="all", callbacks=callbacks)
         self._ckpt_path = config.ckpt_path
+        # For strategies that read checkpoints by themselves. Lightning 2.5 has no such argument.
+        reads = "weights_only" in inspect.signature(self.trainer.fit).parameters
+        self._reading: dict[str, Any] = {"weights_only": not config.trust_ckpt} if reads else {}
         self._given = _given(config, swept)
 
     def hide_progress(self) -> None:
@@ -78,7 +82,7 @@ class Run:
                     "ignore", message="Evaluation with running statistics that no batch has updated"
                 )
                 self._validate()
-        self.trainer.fit(self._model, self._data, ckpt_path=self._ckpt_path)
+        self.trainer.fit(self._model, self._data, ckpt_path=self._ckpt_path, **self._reading)
         if evaluates and self._progress.evaluated_at != self.trainer.global_step:
             self._validate()
         if is_overridden("test_step", self._model):
