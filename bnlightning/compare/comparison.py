@@ -57,6 +57,7 @@ Draw = Callable[[Mapping[str, Sequence[Run]], str, str, Sequence[str]], Figure]
 """A function from the runs of each variant, the metric, a title and the notes to the comparison's figure."""
 
 _METRIC = "test metric"
+_PART = ".part"
 # For a standard output without the characters of the tables.
 _IN_ASCII = str.maketrans({"≠": "!=", "×": "x"})
 _DESCRIPTION = (
@@ -151,9 +152,9 @@ class NotWritten(ValueError):
     """
 
     def __init__(self, comparison: Comparison, error: OSError) -> None:
-        path = error.filename or comparison.directory
+        path = str(error.filename or comparison.directory).removesuffix(_PART)
         super().__init__(
-            f"The comparison is not written: {str(path)!r} cannot be written ({error.strerror or error}). "
+            f"The comparison is not written: {path!r} cannot be written ({error.strerror or error}). "
             "Make room there, or copy the runs to where you may write."
         )
         self.comparison = comparison
@@ -240,15 +241,15 @@ def _write(comparison: Comparison, figure: Figure) -> None:
     files[root / COMPARISON_TABLE] = _csv(_table_lines(comparison))
     if comparison.curve:
         files[root / COMPARISON_CURVE] = _csv(comparison.curve)
-    else:
-        (root / COMPARISON_CURVE).unlink(missing_ok=True)
     for path, content in files.items():
         _replace(path, content)
+    if not comparison.curve:
+        (root / COMPARISON_CURVE).unlink(missing_ok=True)
     _write_image(root, png.getvalue())
 
 
 def _replace(path: Path, content: bytes) -> None:
-    beside = path.with_name(f"{path.name}.part")
+    beside = path.with_name(f"{path.name}{_PART}")
     try:
         beside.write_bytes(content)
         beside.replace(path)
@@ -258,7 +259,13 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def _table_lines(comparison: Comparison) -> list[dict[str, str]]:
-    rows, results = comparison.rows, comparison.results
+    results = comparison.results
+    # A row's runs, by the names of their directories.
+    runs = _by_variant(comparison.runs).values()
+    rows = [
+        row | {"directory": ", ".join(run.path.relative_to(comparison.directory).as_posix() for run in group)}
+        for row, group in zip(comparison.rows, runs, strict=True)
+    ]
     published = [{"variant": PUBLISHED}] if any(PUBLISHED in result for result in results) else []
     return [
         row | {f"{TEST}/{result[_METRIC]}": result[row["variant"]] for result in results} for row in [*published, *rows]
@@ -481,7 +488,9 @@ def _notes(name: str, runs: Sequence[Run]) -> list[str]:
     text = f"{who} diverged: after {steps} {layer} put out the first NaN or infinity. "
     nonfinite, dead = _share(runs, "nonfinite"), _share(runs, "dead")
     if "-" not in (nonfinite, dead):
-        text += f"At the end {nonfinite} of its values are not finite and {dead} of its units are dead. "
+        text += (
+            f"At the end {nonfinite} of the whole network's values are not finite and {dead} of its units are dead. "
+        )
     text += "Diverged is not dead: a dead unit puts out zero for every input, a diverged one puts out NaN."
     return [*notes, text]
 
@@ -509,7 +518,7 @@ def _write_image(directory: Path, png: bytes) -> None:
     records = RecordWriter(content)
     for event in (Event(wall_time=now, file_version="brain.Event:2"), Event(wall_time=now, summary=summary)):
         records.write(event.SerializeToString())
-    name = EVENT_FILES.replace("*", f"{now:.6f}.{socket.gethostname()}.{os.getpid()}{COMPARISON_SUFFIX}")
+    name = EVENT_FILES.replace("*", f"{now:.6f}.{socket.gethostname()}.{os.getpid()}.0{COMPARISON_SUFFIX}")
     _replace(run / name, content.getvalue())
     for old in earlier:
         old.unlink()

@@ -191,13 +191,17 @@ class _Typed:
 
     def _parse(self, word: str) -> Override:
         try:
-            return self._parser.parse_override(word)
+            return self._parsed(word)
         except HydraException as error:
             # A path with a letter or a sign that means something in Hydra's grammar, or none.
             key, _, value = word.partition("=")
             if value and not re.search(r"[\[\]{}()'\"$\\,]", value):
-                return self._parser.parse_override(f"{key}={_quoted(value)}")
+                return self._parsed(f"{key}={_quoted(value)}")
             raise ValueError(faults.cannot_be_read(word, str(error))) from error
+
+    def _parsed(self, word: str) -> Override:
+        # Not by `parse_override`, whose globs know no options.
+        return self._parser.parse_overrides([word])[0]
 
     def _refuse_word(self, words: Sequence[str], index: int, contents: dict[str, Any]) -> None:
         """Say how a word that is no `key=value` is spelt."""

@@ -37,7 +37,7 @@ from bnlightning.experiments.ranks import (
     is_started_by_command,
     ranks_to_start,
 )
-from bnlightning.experiments.run import Run
+from bnlightning.experiments.run import Run, name_of_run
 from bnlightning.experiments.signals import Signals
 from bnlightning.experiments.sweep import override_for_runs, runs, subdirectory, swept_keys
 from bnlightning.experiments.workers import Workers, available_cores
@@ -245,7 +245,7 @@ class Command:
         run = Path(os.environ.get(OUTPUT_DIR, settings.sweep.dir)) / settings.sweep.subdir
         if config.resume and is_finished(run):
             if self.leads:
-                print(f"Finished already: {settings.sweep.subdir}", flush=True)
+                print(f"Finished already: {name_of_run(config, self.swept)}", flush=True)
             return
         if self.workers is not None:
             self.workers.submit(_train_in_worker, config, HydraConfig.instance().cfg, os.getcwd(), self.swept)

@@ -19,7 +19,7 @@ from bnlightning.experiments.sweep import override_for_runs, own_overrides, runs
 OUTPUT_DIR = "BNLIGHTNING_OUTPUT_DIR"
 """The environment variable that gives the directory to the configuration of each run."""
 # What a run writes does not depend on these.
-_SAME_RESULTS = ("output_dir", "resume", "n_jobs")
+_SAME_RESULTS = ("output_dir", "resume", "n_jobs", "trust_ckpt")
 
 
 @dataclass(frozen=True)

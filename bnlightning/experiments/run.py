@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import DictConfig, OmegaConf
 
+from bnlightning.compare.names import parse_run_directory
 from bnlightning.experiments import faults
 from bnlightning.experiments.signals import Signals
 from bnlightning.experiments.trainer_parts import Progress, RunLogger
@@ -47,6 +48,7 @@ class Run:
         reads = "weights_only" in inspect.signature(self.trainer.fit).parameters
         self._reading: dict[str, Any] = {"weights_only": not config.trust_ckpt} if reads else {}
         self._given = _given(config, swept)
+        self._name = name_of_run(config, swept)
 
     def hide_progress(self) -> None:
         """Show no progress bar: those of several runs at the same time would overwrite each other."""
@@ -62,7 +64,7 @@ class Run:
         """
         if self.trainer.is_global_zero:
             threads = torch.get_num_threads()
-            print(f"Training {HydraConfig.get().sweep.subdir} on {threads} thread{'s' * (threads > 1)}", flush=True)
+            print(f"Training {self._name} on {threads} thread{'s' * (threads > 1)}", flush=True)
         try:
             self._evaluate_and_fit()
         except ValueError as error:
@@ -90,6 +92,17 @@ class Run:
 
     def _validate(self) -> None:
         self.trainer.validate(self._model, self._data, verbose=False)
+
+
+def name_of_run(config: DictConfig, swept: Sequence[str]) -> str:
+    """The run that Hydra does now, as people call it: "batch norm (ours), depth 10, seed 2".
+
+    Args:
+        config: Its configuration.
+        swept: The keys of which the command gives several values.
+    """
+    known = {key.rpartition(".")[2]: value for key, value in _given(config, swept).items()}
+    return parse_run_directory(HydraConfig.get().sweep.subdir, known).in_words_with_seed
 
 
 def _given(config: DictConfig, swept: Sequence[str]) -> dict[str, Any]:
