@@ -126,3 +126,14 @@ def test_a_comparison_alone_is_no_run(tmp_path):
     (tmp_path / "custom").mkdir()
     (tmp_path / "custom" / "events.out.tfevents.1").touch()
     assert SweepDirectory(tmp_path, [], set()).holds_runs
+
+
+@pytest.mark.slow
+def test_a_path_that_the_locale_has_no_letters_for_is_refused(run_module, tmp_path):
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    result = run_module("bnlightning.train", "output_dir=\u00fc", **ascii_only)
+    assert result.returncode == 1 and result.stdout == ""
+    assert re.fullmatch(
+        r"output_dir='.*' is no text in this locale: set PYTHONUTF8=1 or LC_ALL=C\.UTF-8\.\n", result.stderr
+    )
+    assert list(tmp_path.iterdir()) == []
