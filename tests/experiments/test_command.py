@@ -124,7 +124,7 @@ def test_several_experiments_on_ranks_that_others_started_are_refused(monkeypatc
 
 @pytest.mark.slow
 def test_several_experiments_leave_what_each_leaves_alone(run_module, tmp_path):
-    options = ("trainer.max_steps=5", "callbacks=bare")
+    options = ("trainer.max_steps=5",)
     together = run_module("bnlightning.train", "experiment=tanh,relu", *options, "output_dir=out")
     assert together.returncode == 0 and together.stderr == "", together.stderr
     alone = run_module("bnlightning.train", "experiment=relu", *options, "output_dir=relu")
