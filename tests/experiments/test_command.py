@@ -125,16 +125,16 @@ def test_several_experiments_on_ranks_that_others_started_are_refused(monkeypatc
 @pytest.mark.slow
 def test_several_experiments_leave_what_each_leaves_alone(run_module, tmp_path):
     options = ("trainer.max_steps=5",)
-    together = run_module("bnlightning.train", "experiment=tanh,relu", *options, "output_dir=out")
+    together = run_module("bnlightning.train", "experiment=tanh,sigmoid", *options, "output_dir=out")
     assert together.returncode == 0 and together.stderr == "", together.stderr
-    alone = run_module("bnlightning.train", "experiment=relu", *options, "output_dir=relu")
+    alone = run_module("bnlightning.train", "experiment=sigmoid", *options, "output_dir=sigmoid")
     assert alone.returncode == 0
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"tanh", "relu"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"tanh", "sigmoid"}
     for variant in ("none", "custom"):
         assert (tmp_path / "out" / "tanh" / variant / "finished").is_file()
-        assert_same_results(tmp_path / "out" / "relu" / variant, tmp_path / "relu" / variant)
+        assert_same_results(tmp_path / "out" / "sigmoid" / variant, tmp_path / "sigmoid" / variant)
     assert (tmp_path / "out" / "tanh" / "comparison.png").is_file()
-    again = run_module("bnlightning.train", "experiment=tanh,relu", *options, "output_dir=out", "resume=true")
+    again = run_module("bnlightning.train", "experiment=tanh,sigmoid", *options, "output_dir=out", "resume=true")
     assert again.returncode == 0 and again.stdout.count("Finished already: ") == 4
 
 
