@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import os
 import sys
 from collections.abc import Callable, Collection
 from numbers import Integral, Real
@@ -147,3 +148,23 @@ def is_function_of_two(value: Any) -> bool:
     except (TypeError, ValueError):
         return False
     return True
+
+
+def check_path(name: str, value: str | os.PathLike[str]) -> None:
+    r"""Raise ``ValueError`` if a full path is no text here, as where Python takes the names of files for ASCII.
+
+    Args:
+        name: Name of the argument, for the message.
+        value: Path to check.
+
+    Example:
+        >>> check_path("directory", "/runs-\udcfc")
+        Traceback (most recent call last):
+        ...
+        ValueError: directory='/runs-\udcfc' is no text in this locale: set PYTHONUTF8=1 or LC_ALL=C.UTF-8.
+    """
+    path = os.path.abspath(value)
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}={path!r} is no text in this locale: set PYTHONUTF8=1 or LC_ALL=C.UTF-8.") from error

@@ -223,6 +223,11 @@ class RunName:
         return f"{self.folder}/{text}" if self.folder else text
 
     @property
+    def in_words_with_seed(self) -> str:
+        """What people read of one run: its variant, and its seed if the name has one."""
+        return self.in_words if self.seed is None else f"{self.in_words}, seed {self.seed}"
+
+    @property
     def _variant_in_words(self) -> str:
         return NORMS.get(self.variant, self.variant)
 

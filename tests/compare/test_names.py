@@ -134,3 +134,8 @@ def test_it_imports_the_standard_library_alone():
     imported = [node for node in ast.walk(ast.parse(Path(names.__file__).read_text())) if hasattr(node, "names")]
     modules = [getattr(node, "module", None) or node.names[0].name for node in imported]
     assert "re" in modules and {module.partition(".")[0] for module in modules} <= sys.stdlib_module_names
+
+
+def test_a_run_is_called_by_its_variant_and_its_seed():
+    assert parse_run_directory("custom_depth-2_seed-3").in_words_with_seed == "batch norm (ours), depth 2, seed 3"
+    assert parse_run_directory("none").in_words_with_seed == "no norm"
