@@ -38,7 +38,7 @@ def gradient_messages(parameters: int, histograms: int, sharded: bool) -> list[i
 
 def batch_norm_messages(channels: Sequence[int]) -> list[int]:
     """Of a publication of ``BatchNormMonitor``: by layer its channels."""
-    return [(7 * sum(channels) + 2 * len(channels)) * NUMBER]
+    return [(9 * sum(channels) + 3 * len(channels)) * NUMBER]
 
 
 def sync_messages(channels: int) -> list[int]:

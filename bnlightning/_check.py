@@ -1,8 +1,12 @@
 """Checks of a user's arguments. Each raises one message that names the argument, the value and the cure."""
 
+import inspect
 import math
-from collections.abc import Collection
+import os
+import sys
+from collections.abc import Callable, Collection
 from numbers import Integral, Real
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 
@@ -103,3 +107,64 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
     """
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}={value!r} is not known: choose one of {', '.join(choices)}.")
+
+
+def by_import_path(value: Any, is_wanted: Callable[[Any], bool] = callable) -> Any:
+    """A class or function for its import path, as a configuration saves it. Any other value stays as it is.
+
+    Only modules that are imported already count, so a word that is no import path has no side effects.
+
+    Args:
+        value: A value such as ``"torch.nn.ReLU"``.
+        is_wanted: Whether what the path leads to is meant, and not a pattern that happens to read the same.
+
+    Example:
+        >>> by_import_path("collections.OrderedDict"), by_import_path("net.*")
+        (<class 'collections.OrderedDict'>, 'net.*')
+    """
+    if not isinstance(value, str):
+        return value
+    parts = value.split(".")
+    for number in range(len(parts) - 1, 0, -1):
+        found = sys.modules.get(".".join(parts[:number]))
+        if found is not None:
+            for part in parts[number:]:
+                found = getattr(found, part, None)
+            return found if is_wanted(found) else value
+    return value
+
+
+def is_function_of_two(value: Any) -> bool:
+    """Whether ``value`` is a function that can be called with two arguments.
+
+    Example:
+        >>> is_function_of_two(lambda path, module: True), is_function_of_two(dict)
+        (True, False)
+    """
+    if not isinstance(value, FunctionType | BuiltinFunctionType):
+        return False
+    try:
+        inspect.signature(value).bind(None, None)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def check_path(name: str, value: str | os.PathLike[str]) -> None:
+    r"""Raise ``ValueError`` if a full path is no text here, as where Python takes the names of files for ASCII.
+
+    Args:
+        name: Name of the argument, for the message.
+        value: Path to check.
+
+    Example:
+        >>> check_path("directory", "/runs-\udcfc")
+        Traceback (most recent call last):
+        ...
+        ValueError: directory='/runs-\udcfc' is no text in this locale: set PYTHONUTF8=1 or LC_ALL=C.UTF-8.
+    """
+    path = os.path.abspath(value)
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}={path!r} is no text in this locale: set PYTHONUTF8=1 or LC_ALL=C.UTF-8.") from error

@@ -1,9 +1,18 @@
 import math
+import sys
 
 import numpy as np
 import pytest
+from torch import nn
 
-from bnlightning._check import check_choice, check_integer, check_number, check_share
+from bnlightning._check import (
+    by_import_path,
+    check_choice,
+    check_integer,
+    check_number,
+    check_share,
+    is_function_of_two,
+)
 
 
 @pytest.mark.parametrize("value", [1, 5, np.int64(3)])
@@ -61,3 +70,30 @@ def test_others_are_named_with_the_choices(value):
     with pytest.raises(ValueError) as raised:
         check_choice("norm", value, {"custom": 1, "torch": 2})
     assert str(raised.value) == f"norm={value!r} is not known: choose one of custom, torch."
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("torch.nn.ReLU", nn.ReLU),
+        ("torch.nn.functional.relu", nn.functional.relu),
+        ("net.*", "net.*"),
+        ("torch.nn.NoSuchThing", "torch.nn.NoSuchThing"),
+        ("torch.nn", "torch.nn"),
+        ("relu", "relu"),
+        ("", ""),
+        (nn.ReLU, nn.ReLU),
+        (None, None),
+    ],
+)
+def test_an_import_path_is_what_it_leads_to(value, expected):
+    assert by_import_path(value) is expected or by_import_path(value) == expected
+
+
+def test_nothing_is_imported_for_a_word_that_may_be_a_pattern():
+    assert by_import_path("this.Zen") == "this.Zen" and "this" not in sys.modules
+
+
+def test_what_is_not_wanted_stays_a_word():
+    assert by_import_path("torch.nn.ReLU", is_function_of_two) == "torch.nn.ReLU"
+    assert not is_function_of_two(lambda x: x) and not is_function_of_two(3)

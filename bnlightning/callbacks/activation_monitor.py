@@ -1,6 +1,7 @@
 """The callback that logs histograms and health of the activations."""
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,8 +11,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from bnlightning._check import check_integer, check_number, check_share
 from bnlightning.callbacks._monitor import MonitorCallback
-from bnlightning.callbacks._steps import EvaluationCadence, StepAxis
-from bnlightning.compare.names import TEST, TRAIN, VAL, health_tag, place_text
+from bnlightning.callbacks._steps import EvaluationCadence, StepAxis, step_count, steps_taken
+from bnlightning.compare.names import TEST, TRAIN, VAL, place_text
 from bnlightning.diagnosis.nonfinite import cures_nonfinite, where_nonfinite
 from bnlightning.diagnosis.thresholds import make_thresholds
 from bnlightning.monitors.activations import Activations
@@ -39,7 +40,10 @@ class ActivationMonitor(MonitorCallback):
     | validation within a fit | evaluations ``every_n_steps`` after the last sampled one, and the final one |
     | ``trainer.validate``, ``trainer.test`` | each one |
 
-    A sampled step stands where ``self.log`` puts it, an evaluation at the number of steps taken.
+    A sampled step stands where ``self.log`` puts it, an evaluation at the number of steps taken. Where the final
+    evaluation cannot be known beforehand, every one is looked at, and the final one is written when the fit ends.
+
+    The numbers under ``health/`` are in ``trainer.callback_metrics`` on all ranks, for ``EarlyStopping`` and others.
 
     **Logged metrics.** ``<layer>`` is a module's path in the LightningModule. An evaluation has ``val_`` or ``test_``
     before the statistic, as in ``layer_val_dead/<layer>``. Every tag has a description in TensorBoard.
@@ -93,8 +97,13 @@ class ActivationMonitor(MonitorCallback):
     count, and ``health/watched`` names them.
 
     **torch.compile.** Compiled graphs show no gradients of outputs. The first non-finite value is the first in the
-    order of the modules' paths. A sampled step has a graph of its own. What was compiled before the fit is compiled
-    again (:func:`torch.compiler.reset`), since it would not call the hooks.
+    order of the modules' paths. A step that is sampled or checked has a graph of its own, which inductor may round
+    differently in half precision. What was compiled before the fit is compiled again (:func:`torch.compiler.reset`),
+    since it would not call the hooks.
+
+    **Transforms and exports.** Calls inside a transform of :mod:`torch.func` are left out, and a warning says so once.
+    The hooks are on the modules only while a batch runs. A network that is exported, scripted, copied or saved between
+    two batches is that of the author alone.
 
     **Memory.** A layer takes 33 kB of the device's memory in each phase, and 40 bytes for each unit. One of
     float64 takes 262 kB. It takes at most 3 kB of the event file at each sampled step. The pictures keep at most 128
@@ -106,7 +115,8 @@ class ActivationMonitor(MonitorCallback):
             or a list of these. Patterns find only modules without submodules. An exact path finds any. By default all
             activations and normalisations that are modules of their own: torch's, ours, and others whose class is named
             so, such as ``RMSNorm``, ``LayerNorm2d``, ``NewGELUActivation`` or ``QuickGELU``. ``health/watched`` names
-            the classes that do not say what they are.
+            the classes that do not say what they are. The import path of a type
+            or a function stands for it, as in a saved configuration.
         check_finite_every_n_steps: Distance between two training steps that are checked for NaN and infinities, until
             one is found. ``None``: no step is checked. Only 1, the default, finds the very first one. The check covers
             all modules without submodules that could make one, watched or not. It tells only of what makes a loss
@@ -146,7 +156,7 @@ class ActivationMonitor(MonitorCallback):
     def __init__(
         self,
         every_n_steps: int = 50,
-        modules: Choice | Sequence[Choice] | None = None,
+        modules: Sequence[Choice] | Choice | None = None,
         check_finite_every_n_steps: int | None = 1,
         *,
         window_samples: int = 1000,
@@ -177,8 +187,14 @@ class ActivationMonitor(MonitorCallback):
         self.modules = checked_choices(modules)
         self.check_finite_every_n_steps = check_finite_every_n_steps
         self.window_samples = window_samples
+        self.tau = tau
         self.output_gradients = output_gradients
+        self.effective_rank = effective_rank
+        self.statistics = list(statistics)
         self.max_layers = max_layers
+        self.warn_dead_above = warn_dead_above
+        self.warn_dormant_above = warn_dormant_above
+        self.warn_saturated_above = warn_saturated_above
         self.stop_on_nonfinite = stop_on_nonfinite
         declared = [*layer_statistics(tau), *([EFFECTIVE_RANK] if effective_rank else []), *statistics]
         self._monitor = Activations(
@@ -188,7 +204,7 @@ class ActivationMonitor(MonitorCallback):
         # One for both, so that nothing is told twice.
         self._mishaps = self._monitor.mishaps
         self._evaluation = EvaluationCadence(every_n_steps)
-        self._checking = Schedule(check_finite_every_n_steps or 1)
+        self._checking, self._checked_at = Schedule(check_finite_every_n_steps or 1), -1
         self._told: set[str] = set()
         self._opened_at: dict[str, int] = {}
         self._axis = StepAxis()
@@ -203,10 +219,8 @@ class ActivationMonitor(MonitorCallback):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         # Not earlier: at the start of the fit, Lightning has not yet restored the step at which it goes on.
-        self._checking = Schedule(self.check_finite_every_n_steps or 1)
-        if not self._schedule.start(trainer.global_step):
-            self._evaluation.start(trainer.global_step)
-            self._forget()
+        self._checking, self._checked_at = Schedule(self.check_finite_every_n_steps or 1), -1
+        self._evaluation.start(trainer, anew=not self._start(trainer))
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
@@ -214,10 +228,14 @@ class ActivationMonitor(MonitorCallback):
         if not self._monitor.is_attached:
             return
         self._axis.start_batch(trainer)
-        if self._schedule.is_due(trainer.global_step):
-            self._opened_at[TRAIN] = trainer.global_step
+        step = steps_taken(trainer)
+        if self._schedule.is_due(step):
+            self._opened_at[TRAIN] = step
             self._monitor.open(self._axis.batch, grad_scale=_grad_scale(trainer) if self.output_gradients else None)
-        if self._is_checking and self._checking.is_due(trainer.global_step):
+        # Also once it is found: other steps have other graphs of torch.compile, of which there may not be many.
+        if self._checking.is_due(step):
+            self._checked_at = step
+        if self.check_finite_every_n_steps is not None and self._checked_at == step:
             self._monitor.begin_check(self._axis.batch, batch, batch_idx)
         # In manual optimisation, training_step goes backward by itself, perhaps without a word.
         self._monitor.tell_backward(False if pl_module.automatic_optimization else None)
@@ -253,7 +271,7 @@ class ActivationMonitor(MonitorCallback):
             self._report_nonfinite(trainer)
         self._monitor.pause()
         # Under gradient accumulation the sample goes on until the optimizer has stepped.
-        if self._monitor.is_open() and trainer.global_step > self._opened_at[TRAIN]:
+        if self._monitor.is_open() and steps_taken(trainer) > self._opened_at[TRAIN]:
             self._publish(trainer, TRAIN)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -261,11 +279,13 @@ class ActivationMonitor(MonitorCallback):
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._publish(trainer, TRAIN)
+        if self._evaluation.ends_with_aside(pl_module.device):
+            self._publish(trainer, VAL)
         self._draw(trainer)
         self._report_nonfinite(trainer)
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        self._detach()
+        self._detach(trainer)
 
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
@@ -274,12 +294,12 @@ class ActivationMonitor(MonitorCallback):
         if world_size() == 1:
             self._report_nonfinite(trainer)
         self._draw(trainer)
-        self._detach()
+        self._detach(trainer)
 
     # Evaluations, within a fit or by themselves.
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        if self._evaluation.is_due(trainer):
+        if self._evaluation.is_looked_at(trainer):
             self._begin_evaluation(trainer, pl_module, VAL)
 
     def on_test_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -305,43 +325,73 @@ class ActivationMonitor(MonitorCallback):
     ) -> None:
         self._monitor.observe(TEST)
 
-    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._publish(trainer, VAL)
+    def on_validation_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._monitor.pause()
 
-    def on_test_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_test_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._monitor.pause()
+
+    # Not at the end of the evaluation, where other callbacks decide by its numbers.
+
+    def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._monitor.pause()
+        if not self._evaluation.is_aside:
+            self._publish(trainer, VAL)
+
+    def on_test_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._publish(trainer, TEST)
 
     # Checkpoints.
 
-    def state_dict(self) -> dict[str, Any]:
+    def _arguments(self) -> dict[str, Any]:
+        names = inspect.signature(ActivationMonitor).parameters
+        return {name: getattr(self, name) for name in names}
+
+    def _state(self) -> dict[str, Any]:
         return {
-            "schedule": self._schedule.state_dict(),
             "evaluation": self._evaluation.last,
             "monitor": self._monitor.state_dict(),
             "is_checking": self._is_checking,
-            **self._shown_state(),
+            **super()._state(),
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._schedule.load_state_dict(state_dict["schedule"])
-        self._evaluation.resume(state_dict["evaluation"])
-        self._monitor.load_state_dict(state_dict["monitor"])
-        self._is_checking = state_dict["is_checking"]
-        self._load_shown_state(state_dict)
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        super()._restore(state)
+        self._monitor.load_state_dict(state["monitor"])
+        self._is_checking = state["is_checking"]
+        self._evaluation.resume(state["evaluation"])
 
     def _begin_apart(self) -> None:
         """An evaluation outside of a fit, of any network: it knows nothing of a fit, and a fit nothing of it."""
         monitor, is_checking = self._monitor.state_dict(), self._is_checking
-        gallery, troubles = self._gallery, self._troubles
+        gallery, troubles, health = self._gallery, self._troubles, dict(self._health)
         self._forget()
 
         def go_back() -> None:
             self._monitor.load_state_dict(monitor)
             self._is_checking, self._gallery, self._troubles = is_checking, gallery, troubles
+            self._health = health
 
         self._set_aside = go_back
 
-    def _detach(self) -> None:
+    def _detach(self, trainer: lightning.Trainer) -> None:
+        step_count(trainer).stop(trainer)
         self._monitor.detach()
         if self._set_aside is not None:
             self._set_aside()
@@ -349,8 +399,8 @@ class ActivationMonitor(MonitorCallback):
 
     def _forget(self) -> None:
         """Forget all earlier samples: a training begins anew."""
+        super()._forget()
         self._monitor.forget()
-        self._start_showing()
         self._is_checking = self.check_finite_every_n_steps is not None
 
     def _attach(self, pl_module: lightning.LightningModule) -> None:
@@ -362,6 +412,7 @@ class ActivationMonitor(MonitorCallback):
         if not self._monitor.is_attached:
             self._begin_apart()
             self._attach(pl_module)
+            self._metrics = trainer.callback_metrics
         self._monitor.open(self._axis.evaluation(trainer), phase)
 
     def _publish(self, trainer: lightning.Trainer, phase: str) -> None:
@@ -370,7 +421,7 @@ class ActivationMonitor(MonitorCallback):
         if record is None:
             return
         self._tell_what_is_left_out()
-        self._write(trainer, self._with_what_is_watched(trainer, record))
+        self._tell(trainer, self._with_what_is_watched(trainer, record))
         self._show(trainer, record, self.window_samples)
         self._end_nonfinite(trainer, record)
         self._report_nonfinite(trainer)
@@ -393,29 +444,44 @@ class ActivationMonitor(MonitorCallback):
         found = self._monitor.first_nonfinite() if self._is_checking and self._monitor.is_attached else None
         if found is None:
             return
+        is_told = any(other.has_found_nonfinite for other in self._of_this_class(trainer))
         self._is_checking = False
         if self.stop_on_nonfinite:
             trainer.should_stop = True
+        if is_told:
+            return
         warning = ""
         with self._mishaps.forgiven("name where the first NaN or infinity came from"):
-            warning = self._tell_nonfinite(trainer, found)
+            warning = self._tell_of_nonfinite(trainer, found)
         if warning:
             rank_zero_warn(warning)
 
-    def _tell_nonfinite(self, trainer: lightning.Trainer, found: Found) -> str:
+    @property
+    def has_found_nonfinite(self) -> bool:
+        """Whether the first NaN or infinity of the training has been found."""
+        return self.check_finite_every_n_steps is not None and not self._is_checking
+
+    def _tell_of_nonfinite(self, trainer: lightning.Trainer, found: Found) -> str:
         """Write where the first NaN or infinity came from, and return the warning."""
         step, _, place = found
+        # A fact of the network, whichever of several monitors finds it: its tag has no number.
         self._write(trainer, Record(step, texts={"first_nonfinite_layer": place_text(str(place))}))
         module_of = self._monitor.observer.module_of
         where = where_nonfinite(place, step, module_of)
         layer = labelled(place.path, module_of(place.path)) if place.is_of_module else str(place)
         self._take_down(trainer, _NONFINITE, TRAIN, step, {layer: f"{where}."})
-        consequence = (
-            "training stops" if self.stop_on_nonfinite else "training goes on (stop_on_nonfinite=True stops it)"
-        )
+        stops = any(one.stop_on_nonfinite for one in self._of_this_class(trainer))
+        consequence = "training stops" if stops else "training goes on (stop_on_nonfinite=True stops it)"
         return f"ActivationMonitor: {where}; {consequence}. {cures_nonfinite(place)}"
 
     def _tell_what_is_left_out(self) -> None:
+        transformed = self._monitor.observer.transformed
+        if transformed is not None and "transformed" not in self._told:
+            self._told.add("transformed")
+            rank_zero_warn(
+                f"ActivationMonitor leaves out {transformed} and whatever else is called inside a transform of "
+                "torch.func, such as vmap or grad: call the network itself, too, to have it counted."
+            )
         left_out = list(self._monitor.observer.left_out)
         if left_out and "left out" not in self._told:
             self._told.add("left out")
@@ -454,14 +520,14 @@ class ActivationMonitor(MonitorCallback):
 _NONFINITE = "NaN and infinities"
 _PICTURES = (
     Picture(
-        health_tag("layers_by_step"),
+        "layers_by_step",
         draw_surfaces,
         "The numbers of every layer at every sampled training step, over all ranks. Dead and dormant units are over "
         "the window. At most 128 steps. Healthy: white, which is measured and within the range under each scale. Up to "
         "80 % of zeros are healthy. Hatched was not measured.",
     ),
     Picture(
-        health_tag("values_by_step"),
+        "values_by_step",
         draw_distributions,
         "The distribution of each layer's outputs at every sampled training step, over all samples and ranks of the "
         "step. At most 16 layers and 128 steps. Healthy: bands that neither shrink nor widen. White is where no values "

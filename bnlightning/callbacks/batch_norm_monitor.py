@@ -1,5 +1,6 @@
 """The callback that logs how far the running statistics of batch norm layers are from those of the batch."""
 
+import inspect
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -9,8 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from bnlightning._check import check_integer, check_limit
 from bnlightning.callbacks._monitor import MonitorCallback
-from bnlightning.callbacks._steps import logged_step
-from bnlightning.compare.names import health_tag
+from bnlightning.callbacks._steps import logged_step, step_count, steps_taken
 from bnlightning.diagnosis.thresholds import make_thresholds
 from bnlightning.monitors.catching.selection import Choice, checked_choices
 from bnlightning.monitors.norms import Norms
@@ -52,6 +52,7 @@ class BatchNormMonitor(MonitorCallback):
     - ``health/norms_by_step``, a picture: the numbers of every layer at every sampled training step. Drawn after the
       second sample, at the end of the epochs 1, 2, 4, 8, ..., and when the fit ends.
     - ``health/warnings``, a text: the warnings of all monitors, newest first.
+    The numbers under ``health/`` are in ``trainer.callback_metrics``, on all ranks.
 
     A number that a layer does not have is not written. Without running statistics there is neither a drift nor a
     smallest variance. Without a scale there is no share of it. Before the first batch has replaced the initial values
@@ -85,7 +86,7 @@ class BatchNormMonitor(MonitorCallback):
     def __init__(
         self,
         every_n_steps: int = 50,
-        modules: Choice | Sequence[Choice] | None = None,
+        modules: Sequence[Choice] | Choice | None = None,
         max_layers: int = 200,
         *,
         warn_mean_drift_above: float | None = None,
@@ -102,6 +103,9 @@ class BatchNormMonitor(MonitorCallback):
             check_limit(f"warn_{name}_above", limit)
         self.modules = checked_choices(modules)
         self.max_layers = max_layers
+        self.warn_mean_drift_above = warn_mean_drift_above
+        self.warn_var_drift_above = warn_var_drift_above
+        self.warn_nonfinite_above = warn_nonfinite_above
         self._monitor = Norms(self.modules, max_layers=max_layers)
         catalogues = self._monitor.catalogues
         thresholds = make_thresholds(limits, catalogues[0].statistics, "norm")
@@ -125,14 +129,14 @@ class BatchNormMonitor(MonitorCallback):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         # Not earlier: at the start of the fit, Lightning has not yet restored the step at which it goes on.
-        if not self._schedule.start(trainer.global_step):
-            self._start_showing()
+        self._start(trainer)
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._schedule.is_due(trainer.global_step):
-            self._opened_at = trainer.global_step
+        step = steps_taken(trainer)
+        if self._schedule.is_due(step):
+            self._opened_at = step
             self._monitor.open(logged_step(trainer))
         self._monitor.observe()
 
@@ -141,7 +145,7 @@ class BatchNormMonitor(MonitorCallback):
     ) -> None:
         # An evaluation may come between two micro-batches.
         self._monitor.pause()
-        if trainer.global_step > self._opened_at:
+        if self._monitor.is_open and steps_taken(trainer) > self._opened_at:
             self._publish(trainer)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -152,24 +156,23 @@ class BatchNormMonitor(MonitorCallback):
         self._draw(trainer)
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        step_count(trainer).stop(trainer)
         self._monitor.detach()
 
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
         self._draw(trainer)
+        step_count(trainer).stop(trainer)
         self._monitor.detach()
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"schedule": self._schedule.state_dict(), **self._shown_state()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._schedule.load_state_dict(state_dict["schedule"])
-        self._load_shown_state(state_dict)
+    def _arguments(self) -> dict[str, Any]:
+        names = inspect.signature(BatchNormMonitor).parameters
+        return {name: getattr(self, name) for name in names}
 
     def _publish(self, trainer: lightning.Trainer) -> None:
         record = self._monitor.close()
-        self._write(trainer, record)
+        self._tell(trainer, record)
         if record is not None:
             self._show(trainer, record)
         # Only at the first sample: a later step may well run without these layers.
@@ -188,7 +191,7 @@ class BatchNormMonitor(MonitorCallback):
 
 _PICTURES = (
     Picture(
-        health_tag("norms_by_step"),
+        "norms_by_step",
         partial(draw_surfaces, kind="norm"),
         "The numbers of every batch norm layer at every sampled training step, over all ranks. At most 128 steps. "
         "Healthy: white, which is measured and within the range under each scale. Hatched was not measured.",

@@ -1,6 +1,7 @@
 """The callback that logs how large gradients and updates are, parameter by parameter."""
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -8,11 +9,12 @@ import lightning
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
-from bnlightning._check import check_integer, check_limit
+from bnlightning._check import by_import_path, check_integer, check_limit, is_function_of_two
 from bnlightning.callbacks._monitor import MonitorCallback
-from bnlightning.callbacks._steps import logged_step
-from bnlightning.compare.names import health_tag
+from bnlightning.callbacks._steps import logged_step, step_count, steps_taken, training_optimizers
 from bnlightning.diagnosis.thresholds import make_thresholds
 from bnlightning.monitors.gradients import Gradients, ParameterChoice
 from bnlightning.writing.gallery import Picture
@@ -64,8 +66,12 @@ class GradientMonitor(MonitorCallback):
     evaluates its closure repeatedly (LBFGS), the first evaluation counts. If a parameter is stepped several times
     within a batch, the last step counts.
 
+    Under manual optimisation, steps of an optimizer that Lightning does not wrap count as any other.
+
+    The numbers under ``health/`` are in ``trainer.callback_metrics``, on all ranks.
+
     A sampled step holds one more copy of the stepped weights until the end of the batch, and 32 KiB for each histogram.
-    With several ranks the first one computes, without communication, since all of them step with the same gradients.
+    With several ranks each computes by itself, without communication, since all of them step with the same gradients.
     DTensors (``ModelParallelStrategy``, FSDP2) are added up over the ranks in three collectives.
 
     Args:
@@ -101,6 +107,7 @@ class GradientMonitor(MonitorCallback):
         warn_update_ratio_above: float | None = None,
     ) -> None:
         check_integer("max_parameters", max_parameters, at_least=1)
+        parameters = by_import_path(parameters, is_function_of_two)
         _check_parameters(parameters)
         check_limit("warn_grad_norm_ratio_above", warn_grad_norm_ratio_above)
         check_limit("warn_grad_nonfinite_above", warn_grad_nonfinite_above)
@@ -112,6 +119,9 @@ class GradientMonitor(MonitorCallback):
         }
         self.parameters = parameters
         self.max_parameters = max_parameters
+        self.warn_grad_norm_ratio_above = warn_grad_norm_ratio_above
+        self.warn_grad_nonfinite_above = warn_grad_nonfinite_above
+        self.warn_update_ratio_above = warn_update_ratio_above
         self._monitor = Gradients(parameters, max_parameters=max_parameters)
         catalogues = self._monitor.catalogues
         thresholds = make_thresholds(limits, catalogues[0].statistics, "param")
@@ -121,6 +131,7 @@ class GradientMonitor(MonitorCallback):
         # before the last step that was sampled in the batch.
         self._began_at: int | None = None
         self._sampled: dict[int, int] = {}
+        self._handle: RemovableHandle | None = None
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         for base in type(trainer.strategy).__mro__:
@@ -131,9 +142,9 @@ class GradientMonitor(MonitorCallback):
                 )
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        if not self._schedule.start(trainer.global_step):
-            self._monitor.forget()
-            self._start_showing()
+        self._start(trainer)
+        if not pl_module.automatic_optimization:
+            self._look_at_raw_steps(trainer)
         self._warned = False
         self._check_loggers(trainer)
         self._monitor.attach(pl_module, pl_module.device)
@@ -150,12 +161,15 @@ class GradientMonitor(MonitorCallback):
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._began_at, self._sampled = trainer.global_step, {}
+        self._began_at, self._sampled = steps_taken(trainer), {}
         self._monitor.open(logged_step(trainer))
 
     def on_before_optimizer_step(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, optimizer: Optimizer
     ) -> None:
+        self._take(trainer, optimizer)
+
+    def _take(self, trainer: lightning.Trainer, optimizer: Optimizer) -> None:
         # A step without any gradient does nothing.
         if any(parameter.grad is not None for parameter in _stepped(optimizer)) and self._is_due(trainer, optimizer):
             self._monitor.take(_stepped(optimizer), _scale(trainer, optimizer))
@@ -167,7 +181,7 @@ class GradientMonitor(MonitorCallback):
         self._began_at = None
         record = self._monitor.close()
         if record is not None:
-            self._write(trainer, record)
+            self._tell(trainer, record)
             self._show(trainer, record)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -177,35 +191,70 @@ class GradientMonitor(MonitorCallback):
         self._draw(trainer)
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        self._monitor.detach()
+        self._detach(trainer)
 
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
         self._draw(trainer)
+        self._detach(trainer)
+
+    def _detach(self, trainer: lightning.Trainer) -> None:
+        step_count(trainer).stop(trainer)
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
         self._monitor.detach()
 
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "schedule": self._schedule.state_dict(),
-            "monitor": self._monitor.state_dict(),
-            **self._shown_state(),
-        }
+    def _look_at_raw_steps(self, trainer: lightning.Trainer) -> None:
+        """Look at the steps before which Lightning calls no hook, since the optimizer itself takes them."""
+        is_training = training_optimizers(trainer)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._schedule.load_state_dict(state_dict["schedule"])
-        self._monitor.load_state_dict(state_dict["monitor"])
-        self._load_shown_state(state_dict)
+        def look(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+            if not is_training(optimizer):
+                return None
+            closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+            if closure is None:
+                self._take(trainer, optimizer)
+                return None
+
+            def evaluate() -> Any:
+                loss = closure()
+                self._take(trainer, optimizer)
+                return loss
+
+            return args[:1], {**kwargs, "closure": evaluate}
+
+        self._handle = register_optimizer_step_pre_hook(look)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A callback that is copied in the middle of a fit has no part in it.
+        return vars(self) | {"_handle": None}
+
+    def _arguments(self) -> dict[str, Any]:
+        names = inspect.signature(GradientMonitor).parameters
+        return {name: getattr(self, name) for name in names}
+
+    def _state(self) -> dict[str, Any]:
+        return {"monitor": self._monitor.state_dict(), **super()._state()}
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        super()._restore(state)
+        self._monitor.load_state_dict(state["monitor"])
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._monitor.forget()
 
     def _is_due(self, trainer: lightning.Trainer, optimizer: Optimizer) -> bool:
         """Whether this step is sampled. In a due batch every step is, at the first call of its closure."""
         # Outside of a batch, some other hook takes the step.
-        if self._began_at is None or self._sampled.get(id(optimizer)) == trainer.global_step:
+        if self._began_at is None or self._sampled.get(id(optimizer)) == steps_taken(trainer):
             return False
         index = next((index for index, known in enumerate(trainer.optimizers) if known is optimizer), -1)
         is_due = self._schedule.is_due(self._began_at, index) or id(optimizer) in self._sampled
         if is_due:
-            self._sampled[id(optimizer)] = trainer.global_step
+            self._sampled[id(optimizer)] = steps_taken(trainer)
         return is_due
 
     def _tell_what_is_left_out(self) -> None:
@@ -222,7 +271,7 @@ class GradientMonitor(MonitorCallback):
 
 _PICTURES = (
     Picture(
-        health_tag("gradients_by_step"),
+        "gradients_by_step",
         partial(draw_surfaces, kind="param"),
         "The gradient and the update of every weight of two or more dimensions, at every sampled training step. The "
         "norm of the gradient is divided by that of the last weight. At most 128 steps. Healthy: white, which is "

@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from bnlightning.callbacks._packages import BothPackages
 
-class InitialWeights(Callback):
+
+class InitialWeights(BothPackages, Callback):
     """Start from the weights in a file, such as the first weights of another framework's training.
 
     The weights are set before the fit, or before an evaluation that precedes it. A resumed checkpoint replaces them.

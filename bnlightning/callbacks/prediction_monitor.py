@@ -6,15 +6,16 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from bnlightning._check import check_integer
-from bnlightning.callbacks._steps import EvaluationCadence
+from bnlightning.callbacks._packages import BothPackages
+from bnlightning.callbacks._steps import EvaluationCadence, step_count, steps_taken
 from bnlightning.compare.names import PREDICTION
+from bnlightning.writing.writers import summary_writers
 
 
-class PredictionMonitor(Callback):
+class PredictionMonitor(BothPackages, Callback):
     """Keep the evaluated points and their predictions, so that a finished run can be drawn.
 
     It works with any LightningModule whose ``validation_step`` takes batches ``(x, y)`` of one number a sample and
@@ -44,12 +45,16 @@ class PredictionMonitor(Callback):
         self.max_points = max_points
         self._cadence = EvaluationCadence(every_n_steps)
         self._points: list[Tensor] | None = None
+        # Those of an evaluation that may be the final one, and its step.
+        self._aside: tuple[Tensor, int] | None = None
 
-    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._cadence.start(trainer.global_step)
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        step_count(trainer).start(trainer)
+        self._cadence.start(trainer)
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        if self._cadence.is_due(trainer):
+        self._aside = None
+        if self._cadence.is_looked_at(trainer):
             self._points = []
 
     def on_validation_batch_end(
@@ -76,14 +81,30 @@ class PredictionMonitor(Callback):
         points, self._points = self._points, None
         if points is None:
             return
-        # Every rank gathers, even one that had no batch.
         local = torch.cat([*points, torch.zeros(0, 3, device=pl_module.device)])[: self.max_points]
+        if self._cadence.is_aside:
+            self._aside = local, steps_taken(trainer)
+        else:
+            self._log(trainer, local, steps_taken(trainer))
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        aside, self._aside = self._aside, None
+        if self._cadence.ends_with_aside(pl_module.device) and aside is not None:
+            self._log(trainer, *aside)
+
+    def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        step_count(trainer).stop(trainer)
+
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        step_count(trainer).stop(trainer)
+
+    def _log(self, trainer: lightning.Trainer, local: Tensor, step: int) -> None:
+        # Every rank gathers, even one that had no batch.
         everything = _gather(local).cpu()
-        if not trainer.is_global_zero:
-            return
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_tensor(PREDICTION, everything, global_step=trainer.global_step)
+        for writer in summary_writers(trainer.loggers) if trainer.is_global_zero else ():
+            writer.add_tensor(PREDICTION, everything, global_step=step)
 
 
 def _gather(points: Tensor) -> Tensor:

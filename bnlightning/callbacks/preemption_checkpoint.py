@@ -15,6 +15,8 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from bnlightning.callbacks._packages import BothPackages
+from bnlightning.callbacks._steps import step_count, steps_taken
 from bnlightning.monitors.counting.ranks import reduce_maxima, world_size
 
 # The time between two exchanges of the ranks, and the most steps between them.
@@ -22,7 +24,7 @@ _SECONDS = 1.0
 _MAX_STEPS = 1000
 
 
-class PreemptionCheckpoint(Checkpoint):
+class PreemptionCheckpoint(BothPackages, Checkpoint):
     """Save a checkpoint on SIGTERM and end the training after the same step on all ranks.
 
     Clusters send SIGTERM to one process or to all, some seconds before they take a machine away. Lightning's own answer
@@ -61,7 +63,8 @@ class PreemptionCheckpoint(Checkpoint):
         # Not earlier, because Lightning installs its own handler just before this hook. At the end of the fit Lightning
         # restores the handler that was there before.
         self._listen()
-        self._step = trainer.global_step
+        step_count(trainer).start(trainer)
+        self._step = steps_taken(trainer)
         self._steps_left = self._steps_asked = 1
         self._asked_at = time.monotonic()
 
@@ -74,9 +77,10 @@ class PreemptionCheckpoint(Checkpoint):
         batch_idx: int,
     ) -> None:
         # Gradients that accumulate between two optimizer steps are in no checkpoint.
-        if trainer.global_step == self._step:
+        step = steps_taken(trainer)
+        if step == self._step:
             return
-        self._step = trainer.global_step
+        self._step = step
         self._steps_left -= 1
         if self._steps_left > 0 or not self._ask(trainer.strategy.root_device):
             return
@@ -96,7 +100,7 @@ class PreemptionCheckpoint(Checkpoint):
             trainer.save_checkpoint(self.path)
             self._stops = True
         if self._stops:
-            self._stop(trainer, f"after step {trainer.global_step}: {self.path}")
+            self._stop(trainer, f"after step {steps_taken(trainer)}: {self.path}")
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if trainer.state.fn == TrainerFn.VALIDATING:
@@ -113,9 +117,15 @@ class PreemptionCheckpoint(Checkpoint):
         self._leave_evaluation(trainer)
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        step_count(trainer).stop(trainer)
         # A rank without anything to evaluate gets no other hook.
         if stage in ("validate", "test") and self._ask(trainer.strategy.root_device):
             self._stop(trainer, "in an evaluation")
+
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        step_count(trainer).stop(trainer)
 
     def _leave_evaluation(self, trainer: lightning.Trainer) -> None:
         # Several ranks may have different numbers of batches, so they end in teardown.

@@ -7,8 +7,10 @@ import lightning
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
+from bnlightning.callbacks._packages import BothPackages
 
-class TrainingProgressBar(TQDMProgressBar):
+
+class TrainingProgressBar(BothPackages, TQDMProgressBar):
     """Lightning's progress bar, without bars for the evaluations and only on a terminal.
 
     The bars of short evaluations would only flash. Output that goes to a file shows no bar at all.

@@ -7,9 +7,11 @@ import lightning
 from lightning.pytorch.callbacks import Callback
 
 from bnlightning._check import check_integer, check_number
+from bnlightning.callbacks._packages import BothPackages
+from bnlightning.callbacks._steps import step_count, steps_taken
 
 
-class PublishedValues(Callback):
+class PublishedValues(BothPackages, Callback):
     """Log published results beside the results of this run's test, so that a comparison shows both.
 
     It works with any LightningModule with a ``test_step``.
@@ -39,14 +41,14 @@ class PublishedValues(Callback):
         self.step = step
 
     def on_test_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        if self.step not in (None, trainer.global_step):
+        if self.step not in (None, steps_taken(trainer)):
             return
         published = {f"published/{name}": value for name, value in self.values.items()}
         for logger in trainer.loggers:
-            logger.log_metrics(published, step=trainer.global_step)
+            logger.log_metrics(published, step=steps_taken(trainer))
 
 
-class PublishedCurve(Callback):
+class PublishedCurve(BothPackages, Callback):
     """Log a published curve of a metric beside the curve of this run, so that a comparison shows both.
 
     It works with any LightningModule that logs the metric while it trains. A resumed run logs the values after the step
@@ -82,14 +84,23 @@ class PublishedCurve(Callback):
         self._logged = 0
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._logged = trainer.global_step // self.every_n_steps
+        step_count(trainer).start(trainer)
+        self._logged = steps_taken(trainer) // self.every_n_steps
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # With several optimizers, a batch may step over a value's step.
-        reached = min(trainer.global_step // self.every_n_steps, len(self.values))
+        reached = min(steps_taken(trainer) // self.every_n_steps, len(self.values))
         for index in range(self._logged, reached):
             for logger in trainer.loggers:
                 logger.log_metrics({f"published/{self.metric}": self.values[index]}, (index + 1) * self.every_n_steps)
         self._logged = max(self._logged, reached)
+
+    def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        step_count(trainer).stop(trainer)
+
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        step_count(trainer).stop(trainer)

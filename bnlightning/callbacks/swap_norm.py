@@ -9,13 +9,16 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.layer_sync import LayerSync
 from torch import nn
 
+from bnlightning._check import by_import_path
+from bnlightning.callbacks._packages import BothPackages, of_lightning
+from bnlightning.callbacks._state_key import described
 from bnlightning.nn.swap import SwapReport, swap_norm
 
 # The hooks in which a module may build layers after the callbacks' setup, the last one first.
 _LATE_HOOKS = ("configure_model", "setup")
 
 
-class SwapNorm(Callback):
+class SwapNorm(BothPackages, Callback):
     """Swap the batch norm layers of the LightningModule, by :func:`bnlightning.swap_norm`.
 
     The swap happens in ``setup``. Some modules override ``setup`` or ``configure_model`` and may build their layers
@@ -51,6 +54,7 @@ class SwapNorm(Callback):
     """
 
     def __init__(self, to: str | Callable[..., nn.Module], strict: bool = True, **options: Any) -> None:
+        to = by_import_path(to)
         if isinstance(to, str):
             with warnings.catch_warnings():
                 # Errors in the arguments are told here, warnings when the swap happens.
@@ -68,8 +72,7 @@ class SwapNorm(Callback):
         return self._generate_state_key(**self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
-        to = self.to if isinstance(self.to, str) else getattr(self.to, "__name__", "callable")
-        return {"to": to, "options": {name: repr(value) for name, value in self.options.items()}}
+        return {"to": described(self.to), "strict": self.strict, "options": described(self.options)}
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         if any(module is pl_module for module in self._swapped):
@@ -111,7 +114,7 @@ class SwapNorm(Callback):
         self._put_back = put_back
 
 
-class BatchNormSync(LayerSync):
+class BatchNormSync(BothPackages, LayerSync):
     """Synchronise the batch norm layers during a fit, by :func:`bnlightning.swap_norm`. A plugin of the Trainer.
 
     Use it instead of ``Trainer(sync_batchnorm=True)``, which would replace our layers by torch's and lose their
@@ -143,4 +146,4 @@ class BatchNormSync(LayerSync):
 
 
 def _is_overridden(module: lightning.LightningModule, name: str) -> bool:
-    return name in vars(module) or getattr(type(module), name) is not getattr(lightning.LightningModule, name)
+    return name in vars(module) or not of_lightning(getattr(type(module), name))

@@ -4,10 +4,15 @@ All numbers come from the runs' TensorBoard files, so that they are the ones Ten
 """
 
 import csv
+import io
+import os
 import re
 import shlex
+import socket
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +21,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from bnlightning._check import check_path
 from bnlightning.compare.figures import overview
 from bnlightning.compare.names import (
     COMPARISON,
@@ -51,6 +57,9 @@ Draw = Callable[[Mapping[str, Sequence[Run]], str, str, Sequence[str]], Figure]
 """A function from the runs of each variant, the metric, a title and the notes to the comparison's figure."""
 
 _METRIC = "test metric"
+_PART = ".part"
+# For a standard output without the characters of the tables.
+_IN_ASCII = str.maketrans({"≠": "!=", "×": "x"})
 _DESCRIPTION = (
     "The figure of the comparison of all runs below this directory. The same file as `comparison.png`; "
     "`comparison.md` has its tables."
@@ -103,6 +112,12 @@ class Comparison:
 
     def print(self) -> None:
         """Print the tables, the notes, the path of the figure and the command that opens TensorBoard on the runs."""
+        self.print_tables()
+        print(_printable(f"\nFigure: {self.figure}"))
+        print(_printable(f"Look closer: tensorboard --logdir {shlex.quote(str(self.directory))}"), flush=True)
+
+    def print_tables(self) -> None:
+        """Print the tables and the notes."""
         from rich.console import Console
 
         # Where the output goes to a file, a width of 80 would fold the table.
@@ -110,9 +125,7 @@ class Comparison:
         for table in self._tables():
             console.print(_table(table), soft_wrap=False)
         for note in self.notes:
-            console.print(note)
-        console.print(f"\nFigure: {self.figure}")
-        console.print(f"Look closer: tensorboard --logdir {shlex.quote(str(self.directory))}")
+            console.print(_printable(note))
 
     def _tables(self) -> list[list[dict[str, str]]]:
         """The tables that people see.
@@ -128,6 +141,23 @@ class Comparison:
         if self.curve:
             tables.append(_with_differences(self.curve))
         return tables
+
+
+class NotWritten(ValueError):
+    """Raised if the runs are compared, but the files cannot be written.
+
+    Args:
+        comparison: The comparison, whose tables can be printed.
+        error: What the operating system says.
+    """
+
+    def __init__(self, comparison: Comparison, error: OSError) -> None:
+        path = str(error.filename or comparison.directory).removesuffix(_PART)
+        super().__init__(
+            f"The comparison is not written: {path!r} cannot be written ({error.strerror or error}). "
+            "Make room there, or copy the runs to where you may write."
+        )
+        self.comparison = comparison
 
 
 def compare_runs(directory: str | Path, metric: str = VAL_LOSS, draw: Draw | None = None) -> Comparison:
@@ -161,9 +191,9 @@ def compare_runs(directory: str | Path, metric: str = VAL_LOSS, draw: Draw | Non
             fits and the distribution of every layer's values.
 
     Raises:
-        ValueError: If there is no run in the directory, or none with this metric.
+        ValueError: If there is no run in the directory, or none with this metric, or if the files cannot be written.
     """
-    root = Path(directory).resolve()
+    root = _readable(directory)
     paths = find_runs(root)
     if not paths:
         raise ValueError(f"directory={str(directory)!r} holds no TensorBoard files of a run: give the one that does.")
@@ -181,32 +211,74 @@ def compare_runs(directory: str | Path, metric: str = VAL_LOSS, draw: Draw | Non
     comparison = Comparison(root, runs, rows, notes, results, curve, root / COMPARISON_FIGURE)
     with own_settings():
         figure = (draw or overview.draw)(variants, metric, title_of(root.name, root.parent.name), notes)
-        figure.savefig(comparison.figure)
-    _write_image(root, comparison.figure)
-    _write_tables(comparison)
+        try:
+            _write(comparison, figure)
+        except OSError as error:
+            raise NotWritten(comparison, error) from error
     return comparison
 
 
-def _write_tables(comparison: Comparison) -> None:
-    root, rows, results = comparison.directory, comparison.rows, comparison.results
-    (root / COMPARISON_PAGE).write_text(comparison.markdown, encoding="utf-8")
+def _readable(directory: str | Path) -> Path:
+    """The directory's full path, if its files can be listed and their names are text."""
+    check_path("directory", directory)
+    root = Path(directory).resolve()
+    if not root.is_dir():
+        what = "is a file" if root.exists() else "does not exist"
+        raise ValueError(f"directory={str(directory)!r} {what}: give the directory that holds the runs.")
+    if not os.access(root, os.R_OK | os.X_OK):
+        raise ValueError(
+            f"directory={str(directory)!r} cannot be read (Permission denied): give one that you may read."
+        )
+    return root
+
+
+def _write(comparison: Comparison, figure: Figure) -> None:
+    """Write all files, each as a whole or not at all."""
+    root = comparison.directory
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    files = {comparison.figure: png.getvalue(), root / COMPARISON_PAGE: comparison.markdown.encode()}
+    files[root / COMPARISON_TABLE] = _csv(_table_lines(comparison))
+    if comparison.curve:
+        files[root / COMPARISON_CURVE] = _csv(comparison.curve)
+    for path, content in files.items():
+        _replace(path, content)
+    if not comparison.curve:
+        (root / COMPARISON_CURVE).unlink(missing_ok=True)
+    _write_image(root, png.getvalue())
+
+
+def _replace(path: Path, content: bytes) -> None:
+    beside = path.with_name(f"{path.name}{_PART}")
+    try:
+        beside.write_bytes(content)
+        beside.replace(path)
+    finally:
+        with suppress(OSError):
+            beside.unlink()
+
+
+def _table_lines(comparison: Comparison) -> list[dict[str, str]]:
+    results = comparison.results
+    # A row's runs, by the names of their directories.
+    runs = _by_variant(comparison.runs).values()
+    rows = [
+        row | {"directory": ", ".join(run.path.relative_to(comparison.directory).as_posix() for run in group)}
+        for row, group in zip(comparison.rows, runs, strict=True)
+    ]
     published = [{"variant": PUBLISHED}] if any(PUBLISHED in result for result in results) else []
-    lines = [
+    return [
         row | {f"{TEST}/{result[_METRIC]}": result[row["variant"]] for result in results} for row in [*published, *rows]
     ]
-    _write_csv(root / COMPARISON_TABLE, lines)
-    if comparison.curve:
-        _write_csv(root / COMPARISON_CURVE, comparison.curve)
-    else:
-        (root / COMPARISON_CURVE).unlink(missing_ok=True)
 
 
-def _write_csv(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        # The last row is a variant's: it has all columns.
-        writer = csv.DictWriter(file, list(rows[-1]), restval="-")
-        writer.writeheader()
-        writer.writerows(rows)
+def _csv(rows: Sequence[Mapping[str, str]]) -> bytes:
+    text = io.StringIO(newline="")
+    # The last row is a variant's: it has all columns.
+    writer = csv.DictWriter(text, list(rows[-1]), restval="-")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
 
 
 def _markdown(rows: Sequence[dict[str, str]]) -> list[str]:
@@ -218,10 +290,20 @@ def _table(rows: Sequence[dict[str, str]]) -> Any:
     from rich.table import Column, Table
     from rich.text import Text
 
-    table = Table(*(Column(Text(column), overflow="fold") for column in rows[0]))
+    table = Table(*(Column(Text(_printable(column)), overflow="fold") for column in rows[0]))
     for row in rows:
-        table.add_row(*map(Text, row.values()))
+        table.add_row(*(Text(_printable(text)) for text in row.values()))
     return table
+
+
+def _printable(text: str) -> str:
+    """The text in characters that the standard output has."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return text.translate(_IN_ASCII).encode(encoding, "backslashreplace").decode(encoding)
+    return text
 
 
 def _results(
@@ -406,28 +488,37 @@ def _notes(name: str, runs: Sequence[Run]) -> list[str]:
     text = f"{who} diverged: after {steps} the first NaN or infinity was in {layer}. "
     nonfinite, dead = _share(runs, "nonfinite"), _share(runs, "dead")
     if "-" not in (nonfinite, dead):
-        text += f"At the end {nonfinite} of its values are not finite and {dead} of its units are dead. "
+        text += (
+            f"At the end {nonfinite} of the whole network's values are not finite and {dead} of its units are dead. "
+        )
     text += "Diverged is not dead: a dead unit puts out zero for every input, a diverged one puts out NaN."
     return [*notes, text]
 
 
-def _write_image(directory: Path, png: Path) -> None:
+def _write_image(directory: Path, png: bytes) -> None:
     """Write the figure as a TensorBoard run of its own, with a description."""
     import matplotlib.image
+    from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_BLOB_SEQUENCE, Summary
     from tensorboard.plugins.image.metadata import create_summary_metadata
-    from torch.utils.tensorboard import FileWriter
+    from tensorboard.summary.writer.record_writer import RecordWriter
 
     run = directory / COMPARISON
+    run.mkdir(exist_ok=True)
     # Comparisons of earlier versions wrote into the directory itself.
-    for folder in (directory, run):
-        for old in folder.glob(f"{EVENT_FILES}{COMPARISON_SUFFIX}"):
-            old.unlink()
-    height, width, channels = matplotlib.image.imread(png).shape
-    image = Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=png.read_bytes())
+    earlier = [old for folder in (directory, run) for old in folder.glob(f"{EVENT_FILES}{COMPARISON_SUFFIX}")]
+    height, width, channels = matplotlib.image.imread(io.BytesIO(png)).shape
+    image = Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=png)
     metadata = create_summary_metadata(COMPARISON, _DESCRIPTION, converted_to_tensor=True)
     # Without it TensorBoard's fast loader drops the description.
     metadata.data_class = DATA_CLASS_BLOB_SEQUENCE
-    writer = FileWriter(str(run), filename_suffix=COMPARISON_SUFFIX)
-    writer.add_summary(Summary(value=[Summary.Value(tag=COMPARISON, image=image, metadata=metadata)]))
-    writer.close()
+    summary = Summary(value=[Summary.Value(tag=COMPARISON, image=image, metadata=metadata)])
+    # Not by TensorBoard's writer, whose thread would be the one to meet a full disk.
+    now, content = time.time(), io.BytesIO()
+    records = RecordWriter(content)
+    for event in (Event(wall_time=now, file_version="brain.Event:2"), Event(wall_time=now, summary=summary)):
+        records.write(event.SerializeToString())
+    name = EVENT_FILES.replace("*", f"{now:.6f}.{socket.gethostname()}.{os.getpid()}.0{COMPARISON_SUFFIX}")
+    _replace(run / name, content.getvalue())
+    for old in earlier:
+        old.unlink()

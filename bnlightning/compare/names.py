@@ -13,7 +13,8 @@ TensorBoard sorts groups by name. What matters most therefore begins with a lett
 | ``param_<statistic>/<path>`` | one number or histogram for a parameter |
 | ``train/<name>``, ``val/<name>``, ``test/<name>`` | what the LightningModule itself logs |
 
-An evaluation has its phase before the statistic: ``layer_val_dead/net.act1``, ``health/val_dead``.
+An evaluation has its phase before the statistic: ``layer_val_dead/net.act1``, ``health/val_dead``. A second monitor of
+the same class in a Trainer has ``#1`` behind its numbers for the whole network: ``health/dead#1``.
 
 A run's directory is named by its variant and by whatever else is swept: ``custom_seed-2``,
 ``none_depth-10_learning_rate-0.1``. :func:`run_directory` composes such a name, :func:`parse_run_directory` takes it
@@ -143,14 +144,21 @@ def written(path: str) -> str:
     return _AMBIGUOUS.sub(lambda match: f"%{ord(match[0]):02X}", path) or "(no name)"
 
 
-def health_tag(name: str, phase: str = TRAIN) -> str:
+def health_tag(name: str, phase: str = TRAIN, number: int = 0) -> str:
     """The tag of a number for the whole network.
+
+    Args:
+        name: Name of the number.
+        phase: ``"train"``, ``"val"`` or ``"test"``.
+        number: How many monitors of the same class come before the one that writes it.
 
     Example:
         >>> health_tag("dead", "val")
         'health/val_dead'
+        >>> health_tag("dead", number=1)
+        'health/dead#1'
     """
-    return f"health/{in_phase(name, phase)}"
+    return f"health/{in_phase(name, phase)}{f'#{number}' if number else ''}"
 
 
 def in_phase(name: str, phase: str) -> str:
@@ -226,6 +234,11 @@ class RunName:
         """
         text = words_of(self.parts)
         return f"{self.folder}/{text}" if self.folder else text
+
+    @property
+    def in_words_with_seed(self) -> str:
+        """What people read of one run: its variant, and its seed if the name has one."""
+        return self.in_words if self.seed is None else f"{self.in_words}, seed {self.seed}"
 
     @property
     def _variant_in_words(self) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from bnlightning.compare.comparison import Comparison, Draw, compare_runs
+from bnlightning.compare.comparison import Comparison, Draw, NotWritten, compare_runs
 from bnlightning.compare.names import SWEEP_CONFIG, VAL_LOSS
 
 
@@ -24,10 +24,13 @@ def compare_sweep(directory: str | Path, metric: str, draw: Draw | None) -> Comp
         draw: The function that draws the sweep's own figure, ``None`` for the default one.
 
     Raises:
+        NotWritten: If the files cannot be written.
         ValueError: If there is no run in the directory, or none with this metric.
     """
     try:
         return compare_runs(directory, metric, draw)
+    except NotWritten:
+        raise
     except ValueError as error:
         if draw is None:
             raise

@@ -1,16 +1,20 @@
 """What any run of a command would refuse, found before the first begins."""
 
+import warnings
 from pathlib import Path
 from textwrap import shorten
+from typing import Any
 
 import hydra
 import lightning
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from bnlightning._check import check_integer
 from bnlightning.experiments import faults
+from bnlightning.experiments.spelling import keys_of
 from bnlightning.experiments.sweep import overrides_of, runs
 
 
@@ -24,23 +28,32 @@ def check_runs(config: DictConfig) -> None:
         values = list(override.sweep_string_iterator()) if override.is_sweep_override() else []
         if len(set(values)) < len(values):
             raise ValueError(faults.same_run_twice(override.input_line))
+        if override.key_or_group == "seed" and override.is_sweep_override():
+            for seed in override.sweep_iterator():
+                _check_seed(seed)
     for run in runs(config, with_seeds=False):
         _check_run(hydra.compose(config.hydra.job.config_name, overrides=run))
 
 
+def _check_seed(seed: Any) -> None:
+    check_integer("seed", seed, at_least=0, at_most=2**32 - 1)
+
+
 def _check_run(config: DictConfig) -> None:
-    check_integer("seed", config.seed, at_least=0, at_most=2**32 - 1)
+    _check_seed(config.seed)
     if config.num_threads is not None:
         check_integer("num_threads", config.num_threads, at_least=1)
     if config.n_jobs is not None:
         check_integer("n_jobs", config.n_jobs, at_least=1)
-    if not isinstance(config.resume, bool):
-        raise ValueError(faults.not_a_boolean("resume", config.resume))
+    for name in ("resume", "trust_ckpt"):
+        if not isinstance(config[name], bool):
+            raise ValueError(faults.not_a_boolean(name, config[name]))
     for name in ("max_steps", "max_epochs"):
         if config.trainer.get(name) is not None:
             check_integer(f"trainer.{name}", config.trainer[name], at_least=-1)
-    model = instantiate(config.model, _convert_="all")
-    data = instantiate(config.data, _convert_="all")
+    _check_callbacks(config.callbacks)
+    model = _made(config, "model")
+    data = _made(config, "data")
     # What is to be downloaded, once for all runs, or the message that it cannot be.
     data.prepare_data()
     if hasattr(model, "check_data"):
@@ -49,14 +62,42 @@ def _check_run(config: DictConfig) -> None:
         _check_checkpoint(config, model)
 
 
+def _check_callbacks(callbacks: DictConfig) -> None:
+    for name, callback in callbacks.items():
+        if not (isinstance(callback, DictConfig) and "_target_" in callback):
+            raise ValueError(faults.no_callback(str(name)))
+
+
+def _made(config: DictConfig, section: str) -> Any:
+    try:
+        return instantiate(config[section], _convert_="all")
+    except InstantiationException as error:
+        refusal = error.__cause__
+        if isinstance(refusal, ValueError):
+            raise ValueError(_as_typed(refusal, config, section)) from refusal
+        raise
+
+
+def _as_typed(refusal: ValueError, config: DictConfig, section: str) -> str:
+    """A refusal of an argument, with the key that people type in the place of the argument's name."""
+    name, _, rest = str(refusal).partition("=")
+    contents: Any = OmegaConf.to_container(config[section], resolve=False)
+    keys = [key for key in keys_of(contents) if key.rpartition(".")[2] == name]
+    return f"{section}.{keys[0]}={rest}" if len(keys) == 1 else str(refusal)
+
+
 def _check_checkpoint(config: DictConfig, model: lightning.LightningModule) -> None:
     path = config.ckpt_path
     if not Path(path).is_file():
         raise ValueError(faults.checkpoint_is_missing(path))
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=not config.trust_ckpt)
         weights, step = checkpoint["state_dict"], checkpoint["global_step"]
     except Exception as error:
+        if not config.trust_ckpt and (held := faults.code_in_checkpoint(error)):
+            raise ValueError(faults.checkpoint_is_not_trusted(path, held)) from error
         raise ValueError(faults.checkpoint_is_damaged(path, _short(error))) from error
     try:
         model.load_state_dict(weights)

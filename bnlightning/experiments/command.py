@@ -6,6 +6,8 @@ import shutil
 import sys
 import tempfile
 import threading
+import traceback
+from collections.abc import Mapping
 from concurrent.futures.process import BrokenProcessPool
 from contextvars import ContextVar
 from pathlib import Path
@@ -19,22 +21,70 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from bnlightning._conf import CONF_DIR
-from bnlightning.compare.comparison import Draw
+from bnlightning.compare.comparison import Draw, NotWritten
 from bnlightning.compare.sweep import compare_sweep
 from bnlightning.experiments import faults
+from bnlightning.experiments.arguments import CONFIG_NAME, read_arguments
 from bnlightning.experiments.checks import check_runs
 from bnlightning.experiments.directory import OUTPUT_DIR, SweepDirectory, is_finished, make_directory, mark_finished
 from bnlightning.experiments.listing import list_for_help
-from bnlightning.experiments.ranks import Ranks, agree, ranks_to_start
-from bnlightning.experiments.run import Run
+from bnlightning.experiments.ranks import (
+    Ranks,
+    agree,
+    as_before,
+    is_first,
+    is_one_of_several,
+    is_started_by_command,
+    ranks_to_start,
+)
+from bnlightning.experiments.run import Run, name_of_run
 from bnlightning.experiments.signals import Signals
 from bnlightning.experiments.sweep import override_for_runs, runs, subdirectory, swept_keys
 from bnlightning.experiments.workers import Workers, available_cores
 
 
 def main() -> None:
-    """The command line."""
-    Command().run()
+    """The command line: one command, or one for each experiment that it names."""
+    if is_started_by_command():
+        # The arguments have been read.
+        Command().run()
+        return
+    try:
+        commands = read_arguments(sys.argv[1:])
+        if len(commands) > 1 and is_one_of_several():
+            raise ValueError(faults.EXPERIMENTS_ON_RANKS)
+    except faults.REFUSALS_OF_A_SWEEP as error:
+        # Once, whatever the number of processes.
+        sys.exit(faults.message(error) if is_first() else 1)
+    if len(commands) == 1:
+        (sys.argv[1:],) = commands.values()
+        Command().run()
+    else:
+        _run_each(commands)
+
+
+def _run_each(commands: Mapping[str, list[str]]) -> None:
+    """Run one command after another, also after one that has failed, unless somebody ends them all."""
+    left, failed = list(commands), []
+    for experiment, arguments in commands.items():
+        left.remove(experiment)
+        command = Command(experiment=experiment)
+        sys.argv[1:] = arguments
+        try:
+            with as_before():
+                command.run()
+        except SystemExit as stop:
+            if stop.code:
+                failed.append(experiment)
+            if isinstance(stop.code, str):
+                print(stop.code, file=sys.stderr, flush=True)
+        except Exception:
+            failed.append(experiment)
+            traceback.print_exc()
+        if command.is_ended:
+            break
+    if failed or left:
+        sys.exit(faults.experiments_missing(failed, left))
 
 
 class Command:
@@ -45,6 +95,7 @@ class Command:
 
     Args:
         swept: The keys of which the command gives several values.
+        experiment: The experiment, if there are others.
 
     Attributes:
         signals: What it was told by the terminal or by a cluster.
@@ -57,8 +108,10 @@ class Command:
     running: ClassVar[ContextVar["Command"]] = ContextVar("running")
     """The command in whose :meth:`run` this is. Hydra makes its callbacks by itself, so that they have to look."""
 
-    def __init__(self, swept: tuple[str, ...] = ()) -> None:
+    def __init__(self, swept: tuple[str, ...] = (), experiment: str = "") -> None:
         self.swept = swept
+        self.experiment = experiment
+        self._is_ended = False
         self.signals = Signals()
         self.directory: SweepDirectory | None = None
         self.workers: Workers | None = None
@@ -69,6 +122,11 @@ class Command:
         return Command, (self.swept,)
 
     @property
+    def is_ended(self) -> bool:
+        """Whether somebody has ended it: by Ctrl-C, which Lightning turns into an exit, or by SIGTERM."""
+        return self._is_ended or self.signals.interrupted
+
+    @property
     def leads(self) -> bool:
         """Whether this process makes the directory, speaks and has the exit status."""
         return self.ranks is None or self.ranks.rank == 0
@@ -76,6 +134,7 @@ class Command:
     def run(self) -> None:
         """Do what ``sys.argv`` says, from the arguments to the exit status."""
         faults.ignore_warnings()
+        faults.print_anything()
         threading.excepthook = faults.thread_excepthook
         # Each command has its own directory, also where one before it in this process or shell left its.
         os.environ.pop(OUTPUT_DIR, None)
@@ -85,7 +144,7 @@ class Command:
             sys.exit(str(error))
         # conf/train.yaml's --help names them.
         OmegaConf.register_new_resolver("bnlightning.experiments", list_for_help, replace=True)
-        application = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="train")(self.do)
+        application = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=CONFIG_NAME)(self.do)
         token = Command.running.set(self)
         with self.signals.answered(sigterm=self.ranks is None):
             try:
@@ -113,6 +172,8 @@ class Command:
             override_for_runs(config, "hydra.sweep.subdir", f"'{subdirectory(config)}'")
             if self.leads:
                 self._make_directory(config)
+                if self.experiment:
+                    print(f"Experiment {self.experiment}", flush=True)
                 self.workers = self._start_workers(config)
         except faults.REFUSALS_OF_A_SWEEP as error:
             if self.ranks is not None:
@@ -135,6 +196,9 @@ class Command:
         directory = Path(config.hydra.sweep.dir).resolve()
         try:
             compare_sweep(directory, metric, draw).print()
+        except NotWritten as error:
+            error.comparison.print_tables()
+            print(error, file=sys.stderr)
         except (ValueError, OSError) as error:
             print(faults.not_compared(directory, error), file=sys.stderr)
 
@@ -173,6 +237,7 @@ class Command:
         """Hydra's task: train one run, or hand it to a worker."""
         # Also where one of Hydra's launchers has brought this.
         faults.ignore_warnings()
+        faults.print_anything()
         settings = HydraConfig.get()
         if settings.job.num < self.first_job:
             return
@@ -180,7 +245,7 @@ class Command:
         run = Path(os.environ.get(OUTPUT_DIR, settings.sweep.dir)) / settings.sweep.subdir
         if config.resume and is_finished(run):
             if self.leads:
-                print(f"Finished already: {settings.sweep.subdir}", flush=True)
+                print(f"Finished already: {name_of_run(config, self.swept)}", flush=True)
             return
         if self.workers is not None:
             self.workers.submit(_train_in_worker, config, HydraConfig.instance().cfg, os.getcwd(), self.swept)
@@ -222,6 +287,7 @@ class Command:
         """Stop what still runs, and leave no more than was trained and a word on where it is."""
         # Lightning's answer to SIGTERM has no exit status; rank 0's is that of all.
         if isinstance(stop, KeyboardInterrupt | SIGTERMException):
+            self._is_ended = True
             stop = SystemExit(1 if self.leads else 0)
         if stop.code:
             self._clear_up()
@@ -241,7 +307,7 @@ class Command:
 
     def _say_what_remains(self) -> None:
         if self.directory is not None and self.directory.holds_runs:
-            print(faults.stopped(self.directory.path), file=sys.stderr, flush=True)
+            print(faults.stopped(self.directory.path, self.experiment), file=sys.stderr, flush=True)
 
 
 class CompareRuns(Callback):
@@ -276,6 +342,7 @@ class CompareRuns(Callback):
 def _train_in_worker(config: DictConfig, hydra_config: Any, directory: str, swept: tuple[str, ...]) -> None:
     """Train in a process that Hydra has not set up."""
     faults.ignore_warnings()
+    faults.print_anything()
     setup_globals()
     HydraConfig.instance().cfg = hydra_config
     settings = hydra_config.hydra

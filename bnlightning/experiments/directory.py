@@ -11,6 +11,7 @@ from typing import Any
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from bnlightning._check import check_path
 from bnlightning.compare.names import COMPARISON, EVENT_FILES, FINISHED, SWEEP_CONFIG
 from bnlightning.experiments import faults
 from bnlightning.experiments.sweep import override_for_runs, own_overrides, runs
@@ -18,7 +19,7 @@ from bnlightning.experiments.sweep import override_for_runs, own_overrides, runs
 OUTPUT_DIR = "BNLIGHTNING_OUTPUT_DIR"
 """The environment variable that gives the directory to the configuration of each run."""
 # What a run writes does not depend on these.
-_SAME_RESULTS = ("output_dir", "resume", "n_jobs")
+_SAME_RESULTS = ("output_dir", "resume", "n_jobs", "trust_ckpt")
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,7 @@ def make_directory(config: DictConfig) -> SweepDirectory:
     Raises:
         ValueError: If it cannot be written, holds runs that are not to be resumed, or those of another configuration.
     """
+    check_path("output_dir", config.hydra.sweep.dir)
     directory = Path(config.hydra.sweep.dir).resolve()
     given = any(
         override.startswith(("output_dir=", "hydra.sweep.dir="))

@@ -4,13 +4,16 @@ A new sentence for something that fails while a run trains is one function here,
 """
 
 import errno
+import io
 import os
+import pickle
 import re
 import shlex
+import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,14 +118,110 @@ def thread_excepthook(arguments: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(arguments)
 
 
+def print_anything() -> None:
+    """Have no character end a command for which the standard output has no code."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def ignore_warnings() -> None:
     """Leave out the warnings that say nothing to who gave the command."""
     # Lightning 2.6 with torch 2.15.
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
     # The comparison tells which runs diverged, where and when.
     warnings.filterwarnings("ignore", message="ActivationMonitor: at step .* the first NaN")
+    # A checkpoint to resume from is another run's.
+    warnings.filterwarnings("ignore", message="The dirpath has changed from")
     # The variant without batch normalisation has the monitors of the others.
     warnings.filterwarnings("ignore", message="BatchNormMonitor.modules=None. finds nothing to watch")
+
+
+# What is typed.
+
+
+def misspelt(word: str, *spellings: str) -> str:
+    """A word that is no ``key=value``."""
+    if spellings:
+        return f"{word!r} is not understood: type {' or '.join(spellings)}."
+    return f"{word!r} is not understood: type KEY=VALUE, such as experiment=tanh. {_KEYS_ARE_LISTED}"
+
+
+def unknown(what: str, like: Sequence[str], known: Sequence[str] = ()) -> str:
+    """There is no such key, group or option."""
+    meant = f"Did you mean {' or '.join(like)}? " if like else ""
+    there = f"Choose one of {', '.join(known)}." if known else _KEYS_ARE_LISTED
+    return f"{what} is not known. {meant}{there}"
+
+
+def is_a_list(key: str, value: Any) -> str:
+    """Brackets make one value of several."""
+    if isinstance(value, Mapping):
+        return f"{key}={_as_typed(value)} is not possible: give one value, without braces."
+    values = ",".join(_as_typed(each) for each in value)
+    return (
+        f"{key}=[{values}] is not possible: brackets make a list, which is one value. "
+        f"Leave them out to train with each: {key}={values}."
+    )
+
+
+def assigned(key: str, value: Any) -> str:
+    """A value of a key as it is typed."""
+    return f"{key}={_as_typed(value)}"
+
+
+def does_not_fit(key: str, value: Any, wanted: str) -> str:
+    """A value of another type."""
+    return f"{key}={_as_typed(value)} is not possible: give {wanted}."
+
+
+def cannot_be_left_out(line: str) -> str:
+    """Every run needs it."""
+    return f"{line} is not possible: every run needs it. Give another value instead."
+
+
+def of_the_command(line: str, key: str) -> str:
+    """A sweep over what all runs share."""
+    return f"{line} is not possible: {key} is one for all runs of a command. Give one value."
+
+
+def hydras_own(line: str, cure: str) -> str:
+    """A setting of Hydra's that has no place here."""
+    return f"{line} is not possible: {cure}."
+
+
+def cannot_be_read(word: str, why: str) -> str:
+    """Hydra's grammar does not have it."""
+    first = why.splitlines()[0]
+    return f"{word} cannot be read ({first}): quote a value with special characters twice, \"key='value'\"."
+
+
+def config_dir_is_missing(path: str) -> str:
+    """There is no such directory."""
+    return f"--config-dir={path} is not a directory: give the one that holds your configuration files."
+
+
+def options_exclude_each_other(options: Sequence[str]) -> str:
+    """Two ways to use the command at once."""
+    return f"{' and '.join(options)} are not possible together: give one of them."
+
+
+def shows_one_configuration(line: str) -> str:
+    """--cfg with a sweep."""
+    return f"{line} is not possible with --cfg and --info, which show one configuration: give one value."
+
+
+RESOLVE_WITHOUT_CFG = "--resolve is not possible without --cfg: give --cfg job --resolve."
+CONFIG_PATH = "--config-path is not possible: give --config-dir, which adds your files to the command's own."
+RERUN = "--experimental-rerun is not possible: give resume=true output_dir=PATH to go on with a sweep."
+_KEYS_ARE_LISTED = "--help lists what people change most, --cfg job all keys."
+
+
+def _as_typed(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(_as_typed(each) for each in value)}]"
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{_as_typed(each)}" for key, each in value.items()) + "}"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 # What is refused before any run.
@@ -140,6 +239,11 @@ def not_a_boolean(name: str, value: Any) -> str:
     return f"{name}={value!r} is not possible: give true or false."
 
 
+def no_callback(name: str) -> str:
+    """An entry of ``callbacks`` that is not made by anything."""
+    return f"callbacks.{name} is no callback: name its class, +callbacks.{name}._target_=CLASS, or ~callbacks.{name}."
+
+
 def checkpoint_is_missing(path: str) -> str:
     """There is no such file."""
     return f"ckpt_path={path!r} is not a file: give a checkpoint, such as checkpoints/last.ckpt of a run."
@@ -148,6 +252,22 @@ def checkpoint_is_missing(path: str) -> str:
 def checkpoint_is_damaged(path: str, why: str) -> str:
     """The file cannot be read."""
     return f"ckpt_path={path!r} is no checkpoint of Lightning's, or a damaged one ({why}): give another."
+
+
+def code_in_checkpoint(error: Exception) -> str:
+    """What a checkpoint holds beside data, by the error of torch that would not run it; empty for another error."""
+    if not isinstance(error, pickle.UnpicklingError) or "arbitrary code execution" not in str(error):
+        return ""
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    return found[1] if found else "something that torch does not know"
+
+
+def checkpoint_is_not_trusted(path: str, held: str) -> str:
+    """The file is not data only."""
+    return (
+        f"ckpt_path={path!r} holds more than numbers and texts ({held}), so that reading it could run code: "
+        "give trust_ckpt=true if you trust who wrote it, or another."
+    )
 
 
 def checkpoint_does_not_fit(path: str, norm: str | None, why: str) -> str:
@@ -262,6 +382,17 @@ def of_run(run: str, what: object) -> str:
     return f"{run}: {what}"
 
 
+# Several experiments.
+
+EXPERIMENTS_ON_RANKS = "With torchrun and srun one experiment is possible: give each a command of its own."
+
+
+def experiments_missing(failed: Sequence[str], left: Sequence[str]) -> str:
+    """Some of them failed or were not begun."""
+    told = [f"{', '.join(names)} {what}" for names, what in ((failed, "failed"), (left, "not begun")) if names]
+    return f"Experiments: {'; '.join(told)}."
+
+
 # The end of the command.
 
 
@@ -270,10 +401,16 @@ def not_compared(directory: Path, error: Exception) -> str:
     return f"The runs in {directory} are finished, but not compared: {error}"
 
 
-def stopped(directory: Path) -> str:
-    """The command has ended before its last run, and this is how to go on."""
+def stopped(directory: Path, experiment: str = "") -> str:
+    """The command has ended before its last run, and this is how to go on.
+
+    Args:
+        directory: Where the runs are.
+        experiment: The experiment, if the command has several.
+    """
     path = shlex.quote(str(directory))
+    which = f"experiment={experiment} " if experiment else ""
     return (
         f"Stopped. What was trained so far: python -m bnlightning.compare {path}\n"
-        f"To train the rest: the same command with resume=true output_dir={path}"
+        f"To train the rest: the same command with {which}resume=true output_dir={path}"
     )

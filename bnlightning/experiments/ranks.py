@@ -13,8 +13,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -32,6 +32,8 @@ _VARIABLE = "BNLIGHTNING_STORE"
 # How long a process may go on with a job after another has failed in it.
 _SECONDS_TO_END = 30.0
 _TIMEOUT = timedelta(minutes=30)
+# What Lightning's launcher tells the processes that it starts, this one among them.
+_LAUNCHERS = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,6 +240,38 @@ def _leave_group() -> None:
             distributed.destroy_process_group()
     # What is left of the failed job holds its connections.
     gc.collect()
+
+
+def is_started_by_command() -> bool:
+    """Whether this process is a further rank of a command, started by Lightning's launcher."""
+    return _VARIABLE in os.environ
+
+
+def is_one_of_several() -> bool:
+    """Whether torchrun or srun has started this process among others."""
+    if TorchElasticEnvironment.detect():
+        return int(os.environ["WORLD_SIZE"]) > 1
+    return SLURMEnvironment.detect() and int(os.environ["SLURM_NTASKS"]) > 1
+
+
+def is_first() -> bool:
+    """Whether this process is alone or the first one of them."""
+    variable = "RANK" if TorchElasticEnvironment.detect() else "SLURM_PROCID"
+    return not is_one_of_several() or int(os.environ[variable]) == 0
+
+
+@contextmanager
+def as_before() -> Iterator[None]:
+    """Leave no processes and no process group behind, so that the next command begins as the first one did."""
+    environment = dict(os.environ)
+    try:
+        yield
+    finally:
+        _leave_group()
+        for variable in _LAUNCHERS:
+            os.environ.pop(variable, None)
+            if variable in environment:
+                os.environ[variable] = environment[variable]
 
 
 def ranks_to_start(trainer: lightning.Trainer, ranks: Ranks | None, in_parallel: bool) -> Ranks | None:

@@ -1,5 +1,6 @@
 """One run: its parts, made from the configuration, and what is done with them."""
 
+import inspect
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import DictConfig, OmegaConf
 
+from bnlightning.compare.names import parse_run_directory
 from bnlightning.experiments import faults
 from bnlightning.experiments.signals import Signals
 from bnlightning.experiments.trainer_parts import Progress, RunLogger
@@ -42,7 +44,11 @@ class Run:
         callbacks = [*instantiate(config.callbacks, _convert_="all").values(), self._progress]
         self.trainer: lightning.Trainer = instantiate(config.trainer, _convert_="all", callbacks=callbacks)
         self._ckpt_path = config.ckpt_path
+        # For strategies that read checkpoints by themselves. Lightning 2.5 has no such argument.
+        reads = "weights_only" in inspect.signature(self.trainer.fit).parameters
+        self._reading: dict[str, Any] = {"weights_only": not config.trust_ckpt} if reads else {}
         self._given = _given(config, swept)
+        self._name = name_of_run(config, swept)
 
     def hide_progress(self) -> None:
         """Show no progress bar: those of several runs at the same time would overwrite each other."""
@@ -58,7 +64,7 @@ class Run:
         """
         if self.trainer.is_global_zero:
             threads = torch.get_num_threads()
-            print(f"Training {HydraConfig.get().sweep.subdir} on {threads} thread{'s' * (threads > 1)}", flush=True)
+            print(f"Training {self._name} on {threads} thread{'s' * (threads > 1)}", flush=True)
         try:
             self._evaluate_and_fit()
         except ValueError as error:
@@ -78,7 +84,7 @@ class Run:
                     "ignore", message="Evaluation with running statistics that no batch has updated"
                 )
                 self._validate()
-        self.trainer.fit(self._model, self._data, ckpt_path=self._ckpt_path)
+        self.trainer.fit(self._model, self._data, ckpt_path=self._ckpt_path, **self._reading)
         if evaluates and self._progress.evaluated_at != self.trainer.global_step:
             self._validate()
         if is_overridden("test_step", self._model):
@@ -86,6 +92,17 @@ class Run:
 
     def _validate(self) -> None:
         self.trainer.validate(self._model, self._data, verbose=False)
+
+
+def name_of_run(config: DictConfig, swept: Sequence[str]) -> str:
+    """The run that Hydra does now, as people call it: "batch norm (ours), depth 10, seed 2".
+
+    Args:
+        config: Its configuration.
+        swept: The keys of which the command gives several values.
+    """
+    known = {key.rpartition(".")[2]: value for key, value in _given(config, swept).items()}
+    return parse_run_directory(HydraConfig.get().sweep.subdir, known).in_words_with_seed
 
 
 def _given(config: DictConfig, swept: Sequence[str]) -> dict[str, Any]:

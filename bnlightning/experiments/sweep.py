@@ -13,7 +13,10 @@ from bnlightning.compare.names import NO_VARIANT, run_directory
 def overrides_of(config: DictConfig) -> list[Override]:
     """What the experiment's file and the command line set, the later of two for one key."""
     declared = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
-    parsed = OverridesParser.create().parse_overrides([*declared, *config.hydra.overrides.task])
+    running = GlobalHydra.instance()
+    # Which options a glob stands for.
+    loader = running.config_loader() if running.is_initialized() else None
+    parsed = OverridesParser.create(config_loader=loader).parse_overrides([*declared, *config.hydra.overrides.task])
     return list({override.key_or_group: override for override in parsed}.values())
 
 

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import lightning
+import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
@@ -38,8 +39,26 @@ DESCRIPTIONS = {
 """What a tag is over and what is healthy, by the tag or by a pattern of tags: the first that fits is the tag's."""
 
 
+def _to_cpu(storage: Any, location: str) -> Any:
+    return storage
+
+
 class CheckpointFiles(TorchCheckpointIO):
-    """Lightning's checkpoints, each of which is there whole or not at all, wherever temporary files are kept."""
+    """Lightning's checkpoints, each of which is there whole or not at all, wherever temporary files are kept.
+
+    Args:
+        trusted: Whether a checkpoint that is read may run code of its own.
+    """
+
+    def __init__(self, trusted: bool = False) -> None:
+        super().__init__()
+        self.trusted = trusted
+
+    def load_checkpoint(self, path: Any, map_location: Any = _to_cpu, weights_only: bool | None = None) -> Any:
+        """Read nothing but data, unless the checkpoint is trusted."""
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"Checkpoint file not found: {path}")
+        return torch.load(path, map_location=map_location, weights_only=not self.trusted)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write beside the file, then rename; somewhere else than in a file system, as Lightning does."""

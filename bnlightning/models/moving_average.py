@@ -5,7 +5,6 @@ from collections import OrderedDict
 from typing import Any
 
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,6 +15,7 @@ from bnlightning.compare.names import NOTE
 from bnlightning.models.regression import RegressionSteps
 from bnlightning.nn import BatchNorm1d, get_norm_layer
 from bnlightning.nn.moments import world_size
+from bnlightning.writing.writers import summary_writers
 
 _MAX_POINTS = 8
 
@@ -126,9 +126,8 @@ class LitMovingAverage(RegressionSteps):
     def on_test_end(self) -> None:
         """Write the note on the running variance."""
         note = self._note()
-        for logger in self.loggers if note else ():
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text(NOTE, note, global_step=self.global_step)
+        for writer in summary_writers(self.loggers) if note else ():
+            writer.add_text(NOTE, note, global_step=self.global_step)
 
     def _note(self) -> str:
         """Return the sum that gave the running variance, found from the numbers and not from the layer's convention."""

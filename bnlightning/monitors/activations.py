@@ -137,7 +137,7 @@ class Activations:
 
     def observe(self, phase: str = TRAIN) -> None:
         """Begin a batch of ``phase``. The next call of each module is its first."""
-        self._observer.start(self._accumulators[phase] if phase in self._steps else None)
+        self._observer.start(self._accumulators[phase] if phase in self._steps else None, phase == TRAIN)
 
     def start_pass(self) -> None:
         """Send the same batch through the network once more. The next call of each module is its first."""
@@ -192,7 +192,7 @@ class Activations:
         """
         if self._check is not None:
             self._check.begin(step, batch, batch_idx)
-            self._observer.check = self._check
+            self._observer.start_check(self._check)
 
     def expect_new_parameters(self) -> None:
         """Take note that an optimizer steps, for the check."""
@@ -216,7 +216,7 @@ class Activations:
             return False
         self._observer.look_at_sums()
         check.end()
-        self._observer.check = None
+        self._observer.stop_check()
         return check.is_immediate
 
     def first_nonfinite(self) -> Found | None:

@@ -25,7 +25,6 @@ from bnlightning.monitors.catching.selection import device_of, user_path
 from bnlightning.monitors.counting.histogram import TypicalRanges
 from bnlightning.monitors.counting.parameter_statistics import parameter_catalogue
 from bnlightning.monitors.counting.parameters import ParameterAccumulators, ParameterCounts
-from bnlightning.monitors.counting.ranks import is_first_rank, is_sharded
 from bnlightning.monitors.record import Entry, Record
 
 Predicate = Callable[[str, nn.Parameter], bool]
@@ -96,8 +95,8 @@ class Gradients:
     def take(self, parameters: Iterable[nn.Parameter], scale: float = 1.0) -> None:
         """Take down gradients and weights just before a step. A parameter that is stepped again is taken down anew.
 
-        Only the first rank computes, since all ranks step with the same gradients. Sharded parameters are the
-        exception.
+        Every rank computes by itself, since all ranks step with the same gradients. Of sharded parameters each takes
+        down its part.
 
         Args:
             parameters: The parameters that the step is for. Those without a gradient are passed over.
@@ -110,8 +109,6 @@ class Gradients:
         if self._accumulators is None:
             known = by_path(self._module)
             self._choose(known)
-            if not is_first_rank() and not any(map(is_sharded, known.values())):
-                return
             self._accumulators = ParameterAccumulators(known, self.chosen, self._device)
         self._accumulators.record(parameters, scale)
 
@@ -122,14 +119,14 @@ class Gradients:
         With sharded parameters every rank must call this.
 
         Returns:
-            The record, on the first rank. ``None`` on others, or if nothing was taken down.
+            The record, the same on all ranks. ``None`` if nothing was taken down.
         """
         step, accumulators = self._step, self._accumulators
         self.abandon()
         if step is None or accumulators is None:
             return None
         accumulators.finish()
-        return None if not is_first_rank() else self.record(step, accumulators.statistics())
+        return self.record(step, accumulators.statistics())
 
     def record(self, step: int, found: Mapping[str, ParameterCounts]) -> Record:
         """Make the record of what was counted.

@@ -14,20 +14,28 @@
 >>> monitor.detach()
 """
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.hooks import RemovableHandle
 
-from bnlightning.monitors.catching.compiled import is_compiled
-from bnlightning.monitors.catching.hooks import NoHook, is_recomputation
+from bnlightning.monitors.catching.compiled import (
+    add_receiver,
+    copied,
+    is_exporting,
+    make_one,
+    observe,
+    remove_receiver,
+)
+from bnlightning.monitors.catching.hooks import NoHook, apart, is_recomputation, is_recorded, is_transformed
+from bnlightning.monitors.catching.plain import plain
 from bnlightning.monitors.catching.selection import Choice, device_of, is_chosen, user_path
+from bnlightning.monitors.catching.switch import Switch
 from bnlightning.monitors.counting.norm_statistics import norm_catalogue
 from bnlightning.monitors.counting.norms import NormAccumulators, NormCounts
-from bnlightning.monitors.counting.ranks import is_first_rank
 from bnlightning.monitors.record import Entry, Record
 
 
@@ -50,7 +58,7 @@ class Norms:
         self.modules_of: dict[str, str] = {}
         # Whether no layer was called on any rank in the last sample.
         self.saw_nothing = False
-        self._handles: list[RemovableHandle] = []
+        self._switch: Switch | None = None
         self._catcher: _Catcher | None = None
         self._step: int | None = None
 
@@ -72,22 +80,21 @@ class Norms:
         self.watched, self.left_out = paths[: self.max_layers], paths[self.max_layers :]
         if not self.watched:
             return
-        if is_compiled(module):
-            # Graphs that were compiled before would not call the hooks.
-            torch.compiler.reset()
         watched = [layers[path] for path in self.watched]
         self.modules_of = {path: type(layers[path]).__name__ for path in self.watched}
-        self._catcher = _Catcher(NormAccumulators(watched, device_of(module) if device is None else device))
-        self._handles = [
-            layer.register_forward_pre_hook(_Hook(self._catcher, index), with_kwargs=True)
-            for index, layer in enumerate(watched)
-        ]
+        self._switch = Switch(module)
+        device = device_of(module) if device is None else device
+        self._catcher = _Catcher(NormAccumulators(watched, device), make_one(device))
+        for index, layer in enumerate(watched):
+            self._switch.add_before(layer, _Hook(self._catcher, index))
 
     def detach(self) -> None:
         """Take all hooks away."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._catcher, self._step = [], None, None
+        if self._switch is not None:
+            self._switch.remove()
+        if self._catcher is not None:
+            remove_receiver(self._catcher.number)
+        self._switch = self._catcher = self._step = None
 
     def open(self, step: int) -> None:
         """Open a sample: what is observed from now on makes the record of ``step``."""
@@ -102,27 +109,27 @@ class Norms:
 
     def observe(self) -> None:
         """Begin a training batch."""
-        if self._catcher is not None:
+        if self._catcher is not None and self._switch is not None:
             self._catcher.is_observing = self.is_open
+            self._switch.begin(self.is_open)
 
     def pause(self) -> None:
         """End a training batch. An evaluation that comes before the next one is not observed."""
-        if self._catcher is not None:
+        if self._catcher is not None and self._switch is not None:
             self._catcher.is_observing = False
+            self._switch.end()
 
     def close(self) -> Record | None:
         """Close the sample and reduce it over the ranks. Every rank must call this.
 
         Returns:
-            The record, on the first rank. ``None`` on others, or if no sample was open.
+            The record, the same on all ranks. ``None`` if no sample was open.
         """
         self.pause()
         step, self._step = self._step, None
         if self._catcher is None or step is None:
             return None
         self._catcher.accumulators.reduce()
-        if not is_first_rank():
-            return None
         read = zip(self.watched, self._catcher.accumulators.statistics(), strict=True)
         layers = {path: counts for path, counts in read if counts is not None}
         self.saw_nothing = bool(layers) and not any(counts.seen for counts in layers.values())
@@ -143,23 +150,32 @@ class Norms:
 
     def __getstate__(self) -> dict[str, Any]:
         # A network that is copied in the middle of a fit brings a copy of this along. It has no part in that fit.
-        return vars(self) | {"_handles": [], "_catcher": None, "_step": None, "watched": [], "left_out": []}
+        return vars(self) | {"_switch": None, "_catcher": None, "_step": None, "watched": [], "left_out": []}
 
 
 class _Catcher:
     """The state that the hooks of one network share."""
 
-    def __init__(self, accumulators: NormAccumulators) -> None:
+    def __init__(self, accumulators: NormAccumulators, one: Tensor) -> None:
         self.accumulators = accumulators
+        self.one = one
         self.is_observing = False
+        self.number = add_receiver(self._receive, lambda *_: None)
+        self._lock = threading.Lock()
 
-    def catch(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def catch(self, index: int, input: Tensor) -> None:
         """Take the input of a call of layer ``index``."""
-        if not self.is_observing or is_recomputation():
+        if is_recomputation() or is_transformed() or is_recorded():
             return
-        input = args[0] if args else kwargs.get("input")
-        if isinstance(input, Tensor):
-            self.accumulators.update(index, input)
+        values = plain(input)
+        if values is not None:
+            with apart(), self._lock:
+                self.accumulators.update(index, values)
+
+    def _receive(self, index: int, position: int, input: Tensor) -> None:
+        """Take a value from inside a compiled graph."""
+        if self.is_observing:
+            self.catch(index, input)
 
 
 class _Hook:
@@ -168,9 +184,17 @@ class _Hook:
     def __init__(self, catcher: _Catcher, index: int) -> None:
         self.catcher = catcher
         self.index = index
+        with torch.inference_mode(False):
+            self.index_tensor = torch.tensor(index)
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.catcher.catch(self.index, args, kwargs)
+        input = args[0] if args else kwargs.get("input")
+        if not self.catcher.is_observing or not isinstance(input, Tensor):
+            return
+        if not torch.compiler.is_compiling():
+            self.catcher.catch(self.index, input)
+        elif not is_exporting() and not is_transformed() and type(input) is Tensor:
+            observe(copied(input, self.catcher.one), self.catcher.number, self.index_tensor, -1)
 
     def __reduce__(self) -> Any:
         return NoHook, ()

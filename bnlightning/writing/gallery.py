@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from bnlightning.compare.names import health_tag
 from bnlightning.monitors.record import Record
 from bnlightning.monitors.statistic import Look
 from bnlightning.writing.history import History
@@ -20,12 +21,12 @@ class Picture:
     """One picture of a run.
 
     Args:
-        tag: Its tag.
+        name: Its name: the tag is ``health/<name>``.
         draw: Draws it from the samples so far and the looks of the statistics.
         description: What it shows, over which samples, steps and ranks, and what is healthy. In Markdown.
     """
 
-    tag: str
+    name: str
     draw: Draw
     description: str
 
@@ -81,18 +82,19 @@ class Gallery:
         """Add a sampled training step."""
         self.history.add_record(record, self.looks, self.kind)
 
-    def drawn(self) -> list[Summaries]:
-        """What loggers are told of the samples so far: each picture by itself. Nothing if there is nothing new."""
+    def drawn(self, number: int = 0) -> list[Summaries]:
+        """What loggers are told of the samples so far: each picture by itself. Nothing if there is nothing new.
+
+        Args:
+            number: How many monitors of the same kind come before this one. It tells apart their pictures.
+        """
         steps = self.history.steps
         # A single step makes no picture.
         if len(steps) < 2 or steps[-1] == self._drawn_at:
             return []
         self._drawn_at = step = int(steps[-1])
-        return [
-            Summaries(
-                step,
-                pictures={picture.tag: lambda draw=picture.draw: draw(self.history, self.looks)},  # type: ignore[misc]
-                describe={picture.tag: picture.description}.get,
-            )
-            for picture in self.pictures
-        ]
+        return [self._summaries(picture, health_tag(picture.name, number=number), step) for picture in self.pictures]
+
+    def _summaries(self, picture: Picture, tag: str, step: int) -> Summaries:
+        pictures = {tag: lambda: picture.draw(self.history, self.looks)}
+        return Summaries(step, pictures=pictures, describe={tag: picture.description}.get)

@@ -56,12 +56,13 @@ class Summaries:
     mishaps: Mishaps = field(default_factory=Mishaps, compare=False)
 
 
-def summarize(record: Record, catalogues: Sequence[Catalogue[Any, Any]]) -> Summaries:
+def summarize(record: Record, catalogues: Sequence[Catalogue[Any, Any]], number: int = 0) -> Summaries:
     """Make what loggers are told from a record.
 
     Args:
         record: The record of a monitor.
         catalogues: The declarations of its numbers, which hold the descriptions.
+        number: How many monitors of the same kind come before this one. It tells apart what is on the whole network.
 
     Example:
         >>> from bnlightning.monitors.record import Entry, Record
@@ -76,9 +77,9 @@ def summarize(record: Record, catalogues: Sequence[Catalogue[Any, Any]]) -> Summ
                 summaries.scalars[str(Tag(kind, name, path, record.phase))] = value
             for name, histogram in entry.histograms.items():
                 summaries.histograms[str(Tag(kind, name, path, record.phase))] = histogram
-    summaries.scalars |= {health_tag(name, record.phase): value for name, value in record.health.items()}
+    summaries.scalars |= {health_tag(name, record.phase, number): value for name, value in record.health.items()}
     # Texts are about the network, in whatever phase they are told.
-    summaries.texts |= {health_tag(name): text for name, text in record.texts.items()}
+    summaries.texts |= {health_tag(name, number=number): text for name, text in record.texts.items()}
     return summaries
 
 
@@ -88,7 +89,7 @@ def _description(catalogues: Sequence[Catalogue[Any, Any]], name: str) -> str | 
     if tag is not None:
         found = [each.description(tag.statistic) for each in catalogues if each.kind == tag.kind]
     else:
-        group, _, rest = name.partition("/")
+        group, _, rest = name.partition("#")[0].partition("/")
         short = rest.removeprefix(f"{VAL}_").removeprefix(f"{TEST}_") if group == "health" else ""
         found = [each.health_description(short) for each in catalogues] + [_TEXTS.get(short)]
     return next((text for text in found if text is not None), None)

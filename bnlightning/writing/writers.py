@@ -19,6 +19,8 @@ from typing import Any
 
 from bnlightning.writing.canvas import draw_png
 from bnlightning.writing.layout import Chart, charts_of, layout
+from bnlightning.writing.mlflow import write_to_mlflow
+from bnlightning.writing.plain_names import plain_name
 from bnlightning.writing.summaries import Summaries
 
 Write = Callable[[Any, Summaries], None]
@@ -58,10 +60,9 @@ def writer_of(logger: Any) -> Write:
     Raises:
         ValueError: If no writer is registered for the logger, and it has no ``log_metrics``.
     """
-    for base in type(logger).__mro__:
-        found = _WRITERS.get(base) or _WRITERS.get(base.__name__)
-        if found is not None:
-            return found
+    found = _registered(logger)
+    if found is not None:
+        return found
     if hasattr(logger, "log_metrics"):
         return write_scalars
     raise ValueError(
@@ -70,8 +71,27 @@ def writer_of(logger: Any) -> Write:
     )
 
 
+def summary_writers(loggers: Iterable[Any]) -> list[Any]:
+    """The ``SummaryWriter`` of each logger that writes TensorBoard's files, under either name of Lightning."""
+    found = []
+    for logger in loggers:
+        writer = _registered(logger)
+        if writer is write_to_tensorboard_logger:
+            found.append(logger.experiment)
+        elif writer is write_to_summary_writer:
+            found.append(logger)
+    return found
+
+
 def write_scalars(logger: Any, summaries: Summaries) -> None:
-    """Tell any logger of Lightning the scalars."""
+    """Tell any logger of Lightning the scalars, under names that every logger takes."""
+    if summaries.scalars:
+        scalars = {plain_name(tag): value for tag, value in summaries.scalars.items()}
+        logger.log_metrics(scalars, step=summaries.step)
+
+
+def write_scalars_by_tag(logger: Any, summaries: Summaries) -> None:
+    """Tell a logger that takes any name the scalars, such as Lightning's CSVLogger."""
     if summaries.scalars:
         logger.log_metrics(summaries.scalars, step=summaries.step)
 
@@ -165,7 +185,17 @@ _WRITERS: dict[type | str, Write] = {
     "SummaryWriter": write_to_summary_writer,
     "TensorBoardLogger": write_to_tensorboard_logger,
     "WandbLogger": write_to_wandb,
+    "MLFlowLogger": write_to_mlflow,
+    "CSVLogger": write_scalars_by_tag,
 }
+
+
+def _registered(logger: Any) -> Write | None:
+    for base in type(logger).__mro__:
+        found = _WRITERS.get(base) or _WRITERS.get(base.__name__)
+        if found is not None:
+            return found
+    return None
 
 
 # Of float32.

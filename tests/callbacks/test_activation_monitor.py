@@ -900,7 +900,7 @@ def test_an_evaluation_at_the_start_of_a_second_fit_stands_where_that_fit_is(tmp
             monitor.on_validation_start(self.trainer, self)
             monitor.on_validation_batch_start(self.trainer, self, None, 0)
             self(torch.ones(4, 3))
-            monitor.on_validation_end(self.trainer, self)
+            monitor.on_validation_epoch_end(self.trainer, self)
 
     quiet_trainer(tmp_path / "second", max_steps=1, callbacks=[monitor]).fit(EvaluatesFirst(), loader())
     assert list(scalar(read_events(tmp_path / "second"), "layer_val_mean/body.2")) == [0]

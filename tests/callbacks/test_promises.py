@@ -6,13 +6,16 @@
 """
 
 import math
+import pickle
+import re
+import threading
 from datetime import timedelta
 
 import lightning
 import numpy as np
 import pytest
 import torch
-from helpers import quiet_trainer, read_events, run_on_lightning_ranks, scalar
+from helpers import MemoryLogger, quiet_trainer, read_events, run_on_lightning_ranks, scalar
 from lightning.pytorch.strategies import DDPStrategy
 from tensorboard.util.tensor_util import make_ndarray
 from torch import nn
@@ -349,6 +352,35 @@ def test_compiled_networks_are_watched_like_others(how, backend, tmp_path):
     torch.testing.assert_close(compiled.state_dict(), without.state_dict(), rtol=0, atol=0)
 
 
+class Normed(Halves):
+    def __init__(self):
+        super().__init__()
+        self.first[1] = nn.BatchNorm1d(8)
+
+
+class Convolutional(Normed):
+    def __init__(self):
+        super().__init__()
+        layers = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        self.first = nn.Sequential(*layers, self.first)
+        self.first.compile()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*but have no `val_dataloader`:UserWarning")
+def test_inductor_computes_the_same_in_steps_that_are_looked_at():
+    states = []
+    for callbacks in ([], [ActivationMonitor(2), BatchNormMonitor(2)]):
+        torch.compiler.reset()
+        module = Convolutional()
+        x = torch.randn(64, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+        quiet_trainer(max_epochs=5, callbacks=callbacks).fit(module, DataLoader(TensorDataset(x), batch_size=16))
+        states.append(module.state_dict())
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -371,3 +403,124 @@ def test_a_compiled_network_names_the_layer_of_the_first_nonfinite_value(where, 
     (found,) = events.Tensors("health/first_nonfinite_layer/text_summary")
     assert (found.step, found.tensor_proto.string_val[0].decode()) == (2, place)
     assert scalar(events, "layer_mean/gate")[0] > 0
+
+
+class Derivative(Tapped):
+    """A step as those of physics have it: derivatives of the network, one by one, and the network itself."""
+
+    def training_step(self, batch):
+        derivative = torch.func.vmap(torch.func.grad(lambda x: super(Derivative, self).forward(x).sum()))(batch[0])
+        return derivative.square().mean() + self(batch[0]).square().mean()
+
+
+def fit_derivative(callbacks, logger=False):
+    torch.manual_seed(0)
+    module = Derivative()
+    x = torch.randn(24, 6, generator=torch.Generator().manual_seed(1))
+    trainer = quiet_trainer(max_epochs=1, callbacks=callbacks, logger=logger)
+    trainer.fit(module, DataLoader(TensorDataset(x), batch_size=8))
+    return module.state_dict()
+
+
+@pytest.mark.filterwarnings("ignore:.*but have no `val_dataloader`:UserWarning")
+@pytest.mark.parametrize("options", [{}, {"check_finite_every_n_steps": None}, {"output_gradients": True}])
+def test_transforms_of_the_network_do_no_harm_and_are_told_once(options):
+    logger = MemoryLogger()
+    with pytest.warns(UserWarning, match=r"leaves out first\.0 and whatever else is called inside a transform") as told:
+        watched = fit_derivative([ActivationMonitor(2, **options), GradientMonitor(1)], logger)
+    assert sum("transform" in str(each.message) for each in told) == 1
+    torch.testing.assert_close(watched, fit_derivative([]), rtol=0, atol=0)
+    assert ("layer_mean/gate", 2) in logger.scalars and ("layer_mean/gate#1", 2) not in logger.scalars
+
+
+class Exports(lightning.Callback):
+    """Exports the network in all ways, in the middle of a fit and at its end."""
+
+    def __init__(self):
+        self.programs = []
+
+    def on_train_end(self, *hook):
+        net, x = hook[1].first, torch.ones(4, 6)
+        program = torch.export.export(net, (x,)).run_decompositions()
+        recorded = [program.graph, torch.jit.script(net).inlined_graph, torch.jit.trace(net, x).inlined_graph]
+        self.programs += [re.sub(r" #.*|___torch_mangle_\d+\.|\d+", "", str(each)) for each in recorded]
+        self.programs.append(b"bnlightning.monitors" in pickle.dumps(net))
+        torch.compile(net, backend="eager")(x)
+
+    on_train_epoch_end = on_train_batch_end = on_validation_end = on_train_end
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_network_is_exported_as_if_there_were_no_monitor():
+    programs = []
+    for monitors in ([], [ActivationMonitor(1), GradientMonitor(1), BatchNormMonitor(1)]):
+        torch.manual_seed(0)
+        exports, logger = Exports(), MemoryLogger()
+        loader = DataLoader(TensorDataset(torch.randn(24, 6)), batch_size=8)
+        trainer = quiet_trainer(max_epochs=2, callbacks=[*monitors, exports], logger=logger)
+        trainer.fit(Normed(), loader, loader)
+        programs.append(exports.programs)
+    assert programs[0] == programs[1] and len(programs[0]) == 4 * (6 + 2 + 2 + 1)
+    # And the monitors went on.
+    assert [step for tag, step in logger.scalars if tag == "layer_mean/first.2"] == list(range(6))
+    assert [step for tag, step in logger.scalars if tag == "layer_val_mean/first.2"] == [3, 6]
+
+
+class CompiledMethod(Normed):
+    @torch.compile(backend="eager")
+    def forward(self, x):
+        return super().forward(x)
+
+
+@torch.compile(backend="eager")
+def call(module, x):
+    return module(x)
+
+
+class CompiledFunction(Normed):
+    """The module knows nothing of what is compiled."""
+
+    def forward(self, x):
+        return self.head(self.second(call(self.first, x)))
+
+
+@pytest.mark.filterwarnings("ignore:.*but have no `val_dataloader`:UserWarning")
+@pytest.mark.parametrize("kind", [CompiledMethod, CompiledFunction])
+def test_what_was_compiled_before_the_fit_is_watched(kind):
+    torch.compiler.reset()
+    module, logger = kind(), MemoryLogger()
+    loader = DataLoader(TensorDataset(torch.randn(24, 6)), batch_size=8)
+    quiet_trainer(max_epochs=1).fit(module, loader)
+    monitors = [ActivationMonitor(2), BatchNormMonitor(2)]
+    quiet_trainer(max_epochs=1, callbacks=monitors, logger=logger).fit(module, loader)
+    for tag in ("layer_mean/first.2", "norm_mean_drift/first.1"):
+        assert [step for name, step in logger.scalars if name == tag] == [0, 2]
+
+
+class Constant(Halves):
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+    def forward(self, x):
+        tap(torch.full((len(x), 3), self.number), "number")
+        return super().forward(x)
+
+
+@pytest.mark.filterwarnings("ignore:.*but have no `val_dataloader`:UserWarning")
+def test_trainings_in_two_threads_have_their_own_taps():
+    loggers = {1.0: MemoryLogger(), 2.0: MemoryLogger()}
+
+    def train(number, logger):
+        trainer = quiet_trainer(max_epochs=10, callbacks=[ActivationMonitor(2)], logger=logger)
+        trainer.fit(Constant(number), DataLoader(TensorDataset(torch.randn(24, 6)), batch_size=8))
+
+    threads = [threading.Thread(target=train, args=each) for each in loggers.items()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number, logger in loggers.items():
+        values = [value for (tag, _), value in logger.scalars.items() if tag.startswith("layer_mean/number")]
+        assert values == [number] * 15

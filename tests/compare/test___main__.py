@@ -46,3 +46,14 @@ def test_the_command_line(finished, capsys, tmp_path):
         main([str(tmp_path)])
     assert failure.value.code == 1
     assert "holds no TensorBoard files of a run" in capsys.readouterr().err
+
+
+def test_what_cannot_be_written_is_told_behind_the_table(tmp_path, capsys, write_run):
+    write_run(tmp_path / "custom", val__loss={0: 1.0})
+    (tmp_path / "comparison.png").mkdir()
+    with pytest.raises(SystemExit) as failure:
+        main([str(tmp_path)])
+    output, errors = capsys.readouterr()
+    assert failure.value.code == 1
+    assert "batch norm (ours)" in output and "Figure" not in output
+    assert errors.count("\n") == 1 and errors.startswith("The comparison is not written: ") and "Errno" not in errors

@@ -1,4 +1,6 @@
 import csv
+import dataclasses
+import io
 import math
 
 import matplotlib.image
@@ -9,6 +11,7 @@ from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
 from bnlightning import compare_runs
+from bnlightning.compare.comparison import NotWritten
 from bnlightning.compare.figures.overview import draw as draw_overview
 from bnlightning.compare.runs import measured_in_tests, read_run
 
@@ -25,7 +28,9 @@ def test_compares_and_replaces_an_earlier_comparison(finished):
     assert none["first non-finite"].endswith("(1 of 2 runs)") and custom["first non-finite"] == "none seen"
     assert len(comparison.notes) == 1 and comparison.notes[0].startswith("no norm (1 of 2 runs) diverged: after ")
     with (finished / "comparison.csv").open() as file:
-        assert list(csv.DictReader(file)) == comparison.rows
+        written = list(csv.DictReader(file))
+    assert [row.pop("directory") for row in written] == ["none_seed-1, none_seed-2", "custom_seed-1, custom_seed-2"]
+    assert written == comparison.rows
     assert (finished / "comparison.md").read_text() == comparison.markdown
     assert comparison.markdown.splitlines()[2].startswith("| no norm | 1, 2 | ")
     pixels = matplotlib.image.imread(comparison.figure)
@@ -225,3 +230,37 @@ def test_no_setting_of_matplotlib_changes_the_figure(tmp_path, write_run):
     with matplotlib.rc_context(settings):
         assert compare_runs(tmp_path).figure.read_bytes() == expected
         assert matplotlib.rcParams["font.size"] == 30
+
+
+def test_what_cannot_be_written_still_has_tables(tmp_path, write_run, capsys):
+    write_run(tmp_path / "custom", val__loss={0: 1.0})
+    # In the place of a file.
+    (tmp_path / "comparison.md").mkdir()
+    with pytest.raises(
+        NotWritten, match=r"comparison\.md' cannot be written \(Is a directory\)\. Make room"
+    ) as failure:
+        compare_runs(tmp_path)
+    failure.value.comparison.print_tables()
+    assert "batch norm (ours)" in capsys.readouterr().out
+    assert not list(tmp_path.rglob("*.part")) and not (tmp_path / "comparison").exists()
+
+
+def test_a_directory_that_cannot_be_read_is_told(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for name, what in (("nowhere", "does not exist"), ("file", "is a file")):
+        with pytest.raises(ValueError, match=rf"directory='.*{name}' {what}: give the directory that holds the runs"):
+            compare_runs(tmp_path / name)
+    # Of whoever runs as root nobody asks.
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(ValueError, match=r"cannot be read \(Permission denied\)"):
+        compare_runs(tmp_path)
+
+
+def test_tables_are_printed_in_the_characters_that_there_are(with_tests, monkeypatch):
+    comparison = compare_runs(with_tests)
+    for encoding, mark in (("utf-8", "≠ 0.99418956"), ("ascii", "!= 0.99418956"), ("latin-1", "!= 0.99418956")):
+        output = io.BytesIO()
+        monkeypatch.setattr("sys.stdout", io.TextIOWrapper(output, encoding=encoding, write_through=True))
+        dataclasses.replace(comparison, notes=["größer"]).print()
+        text = output.getvalue().decode(encoding)
+        assert mark in text and ("gr\\xf6\\xdfer" if encoding == "ascii" else "größer") in text

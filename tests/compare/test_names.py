@@ -150,3 +150,8 @@ def test_paths_that_look_like_calls_and_outputs_are_told_apart():
     labels = {label for path in paths for label in (written(path), written(path) + "#1", written(path) + ":0")}
     assert len(labels) == 3 * len(paths)
     assert all(parse_tag(str(Tag("layer", "dead", label))).path == label for label in labels)
+
+
+def test_a_run_is_called_by_its_variant_and_its_seed():
+    assert parse_run_directory("custom_depth-2_seed-3").in_words_with_seed == "batch norm (ours), depth 2, seed 3"
+    assert parse_run_directory("none").in_words_with_seed == "no norm"

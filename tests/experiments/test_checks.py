@@ -1,9 +1,10 @@
 import re
+from pathlib import Path
 
 import hydra
 import pytest
+import torch
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import InstantiationException
 from hydra.types import RunMode
 
 from bnlightning import CONF_DIR
@@ -21,9 +22,9 @@ def check(*overrides):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.activation=tan", r"^activation='tan' is not known: choose one of elu, .*tanh\.$"),
-        ("model.depth=0", r"^depth=0 is not possible: give an integer of at least 1\.$"),
-        ("model.width=-3", r"^width=-3 is not possible: give an integer of at least 1\.$"),
+        ("model.activation=tan", r"^model\.activation='tan' is not known: choose one of elu, .*tanh\.$"),
+        ("model.depth=0", r"^model\.depth=0 is not possible: give an integer of at least 1\.$"),
+        ("model.width=-3", r"^model\.width=-3 is not possible: give an integer of at least 1\.$"),
         ("data.batch_size=1", r"^batch_size=1 is not possible with norm='custom'.*Choose another data\.batch_size"),
         ("data.num_points=2501", r"^batch_size=10 is not possible with norm='custom': it leaves a batch of one"),
         ("num_threads=0", r"^num_threads=0 is not possible"),
@@ -32,6 +33,14 @@ def check(*overrides):
         ("ckpt_path=missing.ckpt", r"^ckpt_path='missing.ckpt' is not a file"),
         ("ckpt_path=a_file", r"^ckpt_path='a_file' is no checkpoint of Lightning's, or a damaged one \("),
         ("resume=flase", r"^resume='flase' is not possible: give true or false\.$"),
+        ("seed=1,a", r"^seed='a' is not possible: give an integer from 0"),
+        ("seed=range(0.5,2)", r"^seed=0\.5 is not possible: give an integer from 0"),
+        (
+            "model.norm_options.convention=kears",
+            r"^model\.norm_options\.convention='kears' is not known: choose one of",
+        ),
+        ("trust_ckpt=perhaps", r"^trust_ckpt='perhaps' is not possible: give true or false\.$"),
+        ("+callbacks.mine.every=3", r"^callbacks\.mine is no callback: name its class"),
         ("seed=1,2,1", r"^seed=1,2,1 would train the same run twice: give each value once\.$"),
         ("trainer.max_epochs=1.5", r"^trainer\.max_epochs=1\.5 is not possible: give an integer of at least -1\.$"),
         ("trainer.max_steps=many", r"^trainer\.max_steps='many' is not possible: give an integer of at least -1\.$"),
@@ -45,14 +54,37 @@ def test_what_is_not_possible_is_refused(override, message, tmp_path, monkeypatc
     assert re.search(message, faults.message(refusal.value))
 
 
+class WritesAFile:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.write_text, (self.path, "what it likes")
+
+
+@pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}])
+def test_a_checkpoint_runs_no_code_unless_it_is_trusted(options, tmp_path):
+    written, path = tmp_path / "written", tmp_path / "theirs.ckpt"
+    torch.save({"state_dict": {}, "global_step": 3, "more": WritesAFile(written)}, path, **options)
+    with pytest.raises(
+        ValueError, match=r"^ckpt_path='.*theirs\.ckpt' holds more than .* \(getattr\).*trust_ckpt=true"
+    ):
+        check(f"ckpt_path={path}")
+    assert not written.exists()
+    # Read then, and found to be of no such model.
+    with pytest.raises(ValueError, match="does not fit the model"):
+        check(f"ckpt_path={path}", "trust_ckpt=true")
+    assert written.exists()
+
+
 def test_what_is_possible_is_not():
     check("+experiment=tanh", "model.norm=none,custom", "seed=1,2", "model.depth=2")
 
 
 def test_a_run_of_many_is_refused_whichever_it_is():
-    with pytest.raises(InstantiationException) as refusal:
+    with pytest.raises(ValueError) as refusal:
         check("model.norm=none,custom", "model.depth=2,0,3")
-    assert faults.message(refusal.value).startswith("depth=0 is not possible")
+    assert faults.message(refusal.value).startswith("model.depth=0 is not possible")
 
 
 @pytest.mark.slow

@@ -1,10 +1,12 @@
 import csv
+import errno
 import os
 import pickle
 import re
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import matplotlib.image
 import numpy as np
@@ -13,13 +15,14 @@ import torch
 from helpers import read_events, scalar
 from omegaconf import OmegaConf
 
+from bnlightning.compare.comparison import NotWritten
 from bnlightning.compare.figures import draw_parameter
 from bnlightning.compare.runs import read_run
-from bnlightning.experiments import CompareRuns
-from bnlightning.experiments.command import Command
+from bnlightning.experiments import CompareRuns, faults
+from bnlightning.experiments.command import Command, main
 from bnlightning.experiments.listing import find_experiments
 
-from .commands import SHORT, run_directory
+from .commands import SHORT, assert_same_results, run_directory
 
 EXPERIMENTS = [experiment.name for experiment in find_experiments() if not experiment.needs_mnist]
 # By what an experiment sweeps; the others' are these two.
@@ -53,6 +56,86 @@ def test_runs_that_cannot_be_compared_are_finished_all_the_same(tmp_path, capsys
     Command().end(OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}}), "val/loss", None)
     told = capsys.readouterr().err
     assert told.startswith(f"The runs in {tmp_path} are finished, but not compared: ")
+
+
+def test_what_is_compared_but_not_written_is_printed(tmp_path, capsys, monkeypatch):
+    comparison = SimpleNamespace(directory=tmp_path, print_tables=lambda: print("the tables"))
+
+    def refuse(*arguments):
+        raise NotWritten(comparison, OSError(errno.EROFS, "Read-only file system"))
+
+    monkeypatch.setattr("bnlightning.experiments.command.compare_sweep", refuse)
+    Command().end(OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}}), "val/loss", None)
+    told = capsys.readouterr()
+    assert told.out == "the tables\n"
+    assert (
+        told.err == f"The comparison is not written: '{tmp_path}' cannot be written (Read-only file system). Make room "
+        "there, or copy the runs to where you may write.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("ends", "begun", "told"),
+    [
+        ([None, None, None], ["tanh", "relu", "sigmoid"], None),
+        (["refused", 1, None], ["tanh", "relu", "sigmoid"], "Experiments: tanh, relu failed."),
+        ([None, RuntimeError("mine"), None], ["tanh", "relu", "sigmoid"], "Experiments: relu failed."),
+        # As Lightning leaves a fit that Ctrl-C ended.
+        ([None, "ctrl-c", None], ["tanh", "relu"], "Experiments: relu failed; sigmoid not begun."),
+    ],
+)
+def test_experiments_are_done_one_after_another(ends, begun, told, monkeypatch, capsys):
+    done = []
+
+    def run(self):
+        end = ends[len(done)]
+        done.append(self.experiment)
+        assert sys.argv[1:] == [f"+experiment={self.experiment}", f"output_dir='out/{self.experiment}'"]
+        os.environ["LOCAL_RANK"] = "0"
+        if isinstance(end, Exception):
+            raise end
+        self.signals.interrupted = end == "ctrl-c"
+        if end is not None:
+            sys.exit(end)
+
+    monkeypatch.setattr(Command, "run", run)
+    monkeypatch.setattr("sys.argv", ["train", "experiment=tanh,relu,sigmoid", "output_dir=out"])
+    if told is None:
+        main()
+    else:
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code == told
+    assert done == begun and "LOCAL_RANK" not in os.environ
+    errors = capsys.readouterr().err
+    assert ("refused" in errors) == ("refused" in ends) and ("RuntimeError: mine" in errors) == ("mine" in str(ends))
+
+
+def test_several_experiments_on_ranks_that_others_started_are_refused(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train", "experiment=tanh,relu"])
+    monkeypatch.setattr("bnlightning.experiments.command.is_one_of_several", lambda: True)
+    for is_first in (True, False):
+        monkeypatch.setattr("bnlightning.experiments.command.is_first", lambda is_first=is_first: is_first)
+        with pytest.raises(SystemExit) as end:
+            main()
+        # One of them says it.
+        assert end.value.code == (faults.EXPERIMENTS_ON_RANKS if is_first else 1)
+
+
+@pytest.mark.slow
+def test_several_experiments_leave_what_each_leaves_alone(run_module, tmp_path):
+    options = ("trainer.max_steps=5",)
+    together = run_module("bnlightning.train", "experiment=tanh,sigmoid", *options, "output_dir=out")
+    assert together.returncode == 0 and together.stderr == "", together.stderr
+    alone = run_module("bnlightning.train", "experiment=sigmoid", *options, "output_dir=sigmoid")
+    assert alone.returncode == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"tanh", "sigmoid"}
+    for variant in ("none", "custom"):
+        assert (tmp_path / "out" / "tanh" / variant / "finished").is_file()
+        assert_same_results(tmp_path / "out" / "sigmoid" / variant, tmp_path / "sigmoid" / variant)
+    assert (tmp_path / "out" / "tanh" / "comparison.png").is_file()
+    again = run_module("bnlightning.train", "experiment=tanh,sigmoid", *options, "output_dir=out", "resume=true")
+    assert again.returncode == 0 and again.stdout.count("Finished already: ") == 4
 
 
 # Those on MNIST are run in test_mnist_experiments.py.

@@ -23,7 +23,8 @@ def test_what_was_there_before_stays(run_module, tmp_path):
         ["output_dir=.", "model.depth=0"],
         ["output_dir=.", "model.norm=.."],
         ["output_dir=empty", f"model.norm={tmp_path / 'out'}"],
-        ["hydra.mode=RUN", "hydra.run.dir=."],
+        ["hydra.mode=RUN"],
+        ["hydra.run.dir=."],
     ):
         result = run_module("bnlightning.train", "trainer.max_steps=5", *arguments)
         assert result.returncode == 1, arguments
@@ -70,10 +71,10 @@ def test_a_killed_sweep_is_resumed_to_what_an_unbroken_one_gives(n_jobs, run_mod
     assert result.returncode == 0 and result.stderr == "", result.stderr
     lines = result.stdout.splitlines()
     assert {line for line in lines if line.startswith("Finished already: ")} == {
-        f"Finished already: {name}" for name in finished
+        f"Finished already: {name.replace('custom_seed-', 'batch norm (ours), seed ')}" for name in finished
     }
     assert {line for line in lines if line.startswith("Training ")} == {
-        f"Training {name} on 1 thread" for name in names - finished
+        f"Training {name.replace('custom_seed-', 'batch norm (ours), seed ')} on 1 thread" for name in names - finished
     }
     assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in before}
     for name in names:
@@ -113,7 +114,7 @@ def test_a_sweep_is_resumed_only_as_it_was(run_module, tmp_path):
     assert fresh.stdout.startswith(f"Nothing to resume in {tmp_path / 'new'}: all runs are trained.\n")
     result = run_module("bnlightning.train", *sweep, "seed=1,2,3", "resume=true", "n_jobs=2")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("Finished already: custom_seed-1\n")
+    assert result.stdout.startswith("Finished already: batch norm (ours), seed 1\n")
     assert (tmp_path / "out" / "custom_seed-3" / "notes.txt").read_text() == "mine"
     assert len(list(tmp_path.glob("out/*/finished"))) == 3
 
@@ -125,3 +126,14 @@ def test_a_comparison_alone_is_no_run(tmp_path):
     (tmp_path / "custom").mkdir()
     (tmp_path / "custom" / "events.out.tfevents.1").touch()
     assert SweepDirectory(tmp_path, [], set()).holds_runs
+
+
+@pytest.mark.slow
+def test_a_path_that_the_locale_has_no_letters_for_is_refused(run_module, tmp_path):
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    result = run_module("bnlightning.train", "output_dir=\u00fc", **ascii_only)
+    assert result.returncode == 1 and result.stdout == ""
+    assert re.fullmatch(
+        r"output_dir='.*' is no text in this locale: set PYTHONUTF8=1 or LC_ALL=C\.UTF-8\.\n", result.stderr
+    )
+    assert list(tmp_path.iterdir()) == []

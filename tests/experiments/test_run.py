@@ -125,8 +125,8 @@ def test_the_number_of_threads_is_each_runs_own(run_module, tmp_path):
     options = ("model.norm=none", "trainer.max_steps=2", "callbacks=bare", "output_dir=out")
     result = run_module("bnlightning.train", "num_threads=2,null", *options, OMP_NUM_THREADS="1")
     assert result.stdout.splitlines()[:2] == [
-        "Training none_num_threads-2 on 2 threads",
-        "Training none_num_threads-None on 1 thread",
+        "Training no norm, num threads 2 on 2 threads",
+        "Training no norm, num threads None on 1 thread",
     ]
 
 

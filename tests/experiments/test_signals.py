@@ -106,8 +106,8 @@ def test_a_worker_stops_where_a_callback_has_answered():
 @pytest.mark.slow
 def test_an_interrupted_sweep_says_where_the_finished_runs_are(tmp_path):
     process = start(tmp_path, "+experiment=tanh", "trainer.max_steps=1500", "output_dir=out")
-    assert process.stdout.readline() == "Training custom on 1 thread\n"
-    assert process.stdout.readline() == "Training none on 1 thread\n"
+    assert process.stdout.readline() == "Training batch norm (ours) on 1 thread\n"
+    assert process.stdout.readline() == "Training no norm on 1 thread\n"
     # The line comes just before the run begins to write.
     wait_for_files(process, tmp_path, "out/none/events.out.tfevents.*")
     process.send_signal(signal.SIGINT)
@@ -129,8 +129,8 @@ def test_interrupted_parallel_runs_all_stop(signum, tmp_path):
     (os.killpg if signum == signal.SIGINT else os.kill)(process.pid, signum)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 1 and sorted(output.splitlines()) == [
-        "Training custom_seed-1 on 1 thread",
-        "Training custom_seed-2 on 1 thread",
+        "Training batch norm (ours), seed 1 on 1 thread",
+        "Training batch norm (ours), seed 2 on 1 thread",
     ]
     assert [line for line in errors.splitlines() if not line.startswith("Stopped by SIGTERM after step")] == [
         f"Stopped. What was trained so far: python -m bnlightning.compare {tmp_path / 'out'}",

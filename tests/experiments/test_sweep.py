@@ -41,7 +41,8 @@ def test_what_the_command_line_gives_is_not_overridden():
 def test_sweeps_are_named_by_what_they_sweep(run_module, tmp_path):
     result = run_module(
         "bnlightning.train",
-        "+experiment=tanh,relu",
+        "schedule=steps,epochs",
+        "trainer.max_epochs=1",
         "data.seed=3,4",
         "seed=1,2",
         "trainer.max_steps=5",
@@ -50,8 +51,8 @@ def test_sweeps_are_named_by_what_they_sweep(run_module, tmp_path):
     assert result.returncode == 0, result.stderr
     names = {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()}
     assert names - {"comparison"} == {
-        f"custom_experiment-{experiment}_data.seed-{data}_seed-{seed}"
-        for experiment in ("tanh", "relu")
+        f"custom_schedule-{schedule}_data.seed-{data}_seed-{seed}"
+        for schedule in ("steps", "epochs")
         for data in (3, 4)
         for seed in (1, 2)
     }

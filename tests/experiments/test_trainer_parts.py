@@ -1,6 +1,7 @@
 import errno
 import math
 import os
+import pickle
 
 import pytest
 import torch
@@ -196,3 +197,14 @@ def test_progress_tells_how_far_a_run_has_come_and_hears_what_was_lost(tmp_path)
     ):
         with pytest.raises(KeyboardInterrupt):
             hook()
+
+
+def test_a_checkpoint_is_read_as_data_unless_it_is_trusted(tmp_path):
+    torch.save({"global_step": 3, "path": tmp_path}, tmp_path / "theirs.ckpt")
+    # Whatever Lightning asks for.
+    for asked in (None, True, False):
+        with pytest.raises(pickle.UnpicklingError):
+            CheckpointFiles().load_checkpoint(tmp_path / "theirs.ckpt", weights_only=asked)
+    assert CheckpointFiles(trusted=True).load_checkpoint(tmp_path / "theirs.ckpt")["path"] == tmp_path
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        CheckpointFiles().load_checkpoint(tmp_path / "nowhere")

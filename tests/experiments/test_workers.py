@@ -67,7 +67,8 @@ def test_parallel_runs_give_what_they_give_one_after_the_other(run_module, tmp_p
     assert one.returncode == two.returncode == 0, two.stderr
     assert one.stderr == two.stderr == ""
     names = [f"{norm}_seed-{seed}" for norm in ("none", "custom") for seed in (1, 2)]
-    assert one.stdout.splitlines()[:4] == [f"Training {name} on 1 thread" for name in names]
+    words = [f"{norm}, seed {seed}" for norm in ("no norm", "batch norm (ours)") for seed in (1, 2)]
+    assert one.stdout.splitlines()[:4] == [f"Training {run} on 1 thread" for run in words]
     assert sorted(two.stdout.splitlines()[:4]) == sorted(one.stdout.splitlines()[:4])
     files = []
     for directory in (tmp_path / "one", tmp_path / "two"):
@@ -100,5 +101,5 @@ def test_only_a_single_run_shows_a_progress_bar(n_jobs, tmp_path):
             output += os.read(master, 4096)
     os.close(master)
     assert process.wait() == 0
-    assert output.count(b"Training custom_seed-") == 2
+    assert output.count(b"Training batch norm (ours), seed ") == 2
     assert (b"it/s" in output) == (n_jobs == 1)

@@ -10,7 +10,7 @@ def gallery():
     return Gallery(
         "norm",
         {"mean_drift": Look("drift")},
-        [Picture(tag, lambda history, looks: Figure(), f"What {tag} shows.") for tag in ("health/a", "health/b")],
+        [Picture(name, lambda history, looks: Figure(), f"What health/{name} shows.") for name in "ab"],
     )
 
 

@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from bnlightning.monitors.counting.histogram import Histogram
 from bnlightning.writing import writers
 from bnlightning.writing.summaries import Summaries
-from bnlightning.writing.writers import register_writer, write, writer_of
+from bnlightning.writing.writers import register_writer, summary_writers, write, writer_of
 
 
 def draw():
@@ -248,3 +248,17 @@ def test_ctrl_c_is_no_mishap():
     logger = type("Interrupted", (OtherLogger,), {"log_metrics": lambda *_, **__: interrupt(None, None)})()
     with pytest.raises(KeyboardInterrupt):
         write([logger], summaries())
+
+
+def test_the_summary_writers_are_those_of_tensorboard_loggers(tmp_path):
+    trainer = quiet_trainer(tmp_path)
+    with SummaryWriter(tmp_path / "other") as writer:
+        assert summary_writers([OtherLogger(), trainer.logger, writer]) == [trainer.logger.experiment, writer]
+
+
+def test_an_unknown_logger_gets_names_that_any_takes_and_a_file_gets_the_tags(tmp_path):
+    loggers = [OtherLogger(), CSVLogger(tmp_path, name="", version="")]
+    write(loggers, Summaries(3, {"layer_mean/net.act#1": 1.0, "layer_mean/net.act1": 2.0}))
+    assert loggers[0].logged == [({"layer_mean/net.act call 1": 1.0, "layer_mean/net.act1": 2.0}, 3)]
+    loggers[1].save()
+    assert (tmp_path / "metrics.csv").read_text().splitlines()[0] == "layer_mean/net.act#1,layer_mean/net.act1,step"

@@ -2,12 +2,13 @@
 
 There, a hook leaves the call of an operator in the graph. The compiler cannot look into that operator, and its body
 runs with the graph. A plain attribute tells whether a hook leaves the call, and the graph is guarded on it. Steps that
-nobody looks at therefore have a second graph, without any trace of the hook.
+nobody looks at therefore have a second graph, without any trace of the hook. So has an exported program.
 """
 
 import itertools
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ _numbers = itertools.count()
 _unsafe: Any = getattr(torch.Tag, "cudagraph_unsafe", None)
 
 
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", bool)
+"""Whether ``torch.export`` traces a program. Always ``False`` before torch 2.7, which cannot tell."""
 _options: dict[str, Any] = {"mutates_args": ("receiver",)} | ({"tags": (_unsafe,)} if _unsafe is not None else {})
 
 
@@ -79,15 +82,61 @@ def add_receiver(receive: Receiver, receive_tap: TapReceiver) -> Tensor:
     return torch.tensor(number)
 
 
+def make_one(device: torch.device) -> Tensor:
+    """The one for :func:`copied`."""
+    with torch.inference_mode(False):
+        return torch.ones((), device=device)
+
+
+def copied(x: Tensor, one: Tensor | None) -> Tensor:
+    """A copy of ``x`` to show to :func:`observe`, in float32 at least.
+
+    Shown the value itself, the compiler would have to write it down, in its own precision. It would split the user's
+    own operations there, and their results would differ in the last bits. It does not know that ``one`` is a one.
+    """
+    assert one is not None
+    return x.detach().to(torch.promote_types(x.dtype, torch.float32)) * one
+
+
 def remove_receiver(number: Tensor) -> None:
     """Undo :func:`add_receiver`."""
     _receivers.pop(int(number), None)
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether a module or a part of it is compiled, in any of the ways there are."""
+    """Whether a module, a part of it or one of its methods is compiled, in any of the ways there are."""
     # Private: the way of Lightning, and that of nn.Module.compile.
     return getattr(module, "_compiler_ctx", None) is not None or any(
-        type(part).__name__ == "OptimizedModule" or getattr(part, "_compiled_call_impl", None) is not None
+        type(part).__name__ == "OptimizedModule"
+        or getattr(part, "_compiled_call_impl", None) is not None
+        or any(map(_is_compiled_function, _attributes(part)))
         for part in module.modules()
     )
+
+
+def has_compiled() -> bool:
+    """Whether ``torch.compile`` has compiled anything in this process, since the last :func:`torch.compiler.reset`."""
+    # Private, and not worth an import of torch.compile, which takes a second.
+    seen = getattr(sys.modules.get("torch._dynamo.convert_frame"), "input_codes", None)
+    return bool(getattr(seen, "seen", ()))
+
+
+def number_of_compilations() -> int:
+    """How often ``torch.compile`` has compiled anything in this process. A graph that is made anew counts again."""
+    # Private, but where torch's own tests look.
+    counters = getattr(sys.modules.get("torch._dynamo.utils"), "counters", None)
+    return int(counters["frames"]["total"]) if counters else 0
+
+
+def _attributes(module: nn.Module) -> Iterator[Any]:
+    """What is set on a module or on its classes, down to those of torch and Lightning."""
+    yield from vars(module).values()
+    for kind in type(module).__mro__:
+        if not kind.__module__.startswith(("torch.nn.", "lightning.", "pytorch_lightning.")):
+            yield from vars(kind).values()
+
+
+def _is_compiled_function(value: Any) -> bool:
+    # Private: what torch.compile makes of a function remembers that function, as does one that it shall not compile.
+    own = getattr(value, "__dict__", ()) if callable(value) else ()
+    return "_torchdynamo_orig_callable" in own and "_torchdynamo_disable" not in own

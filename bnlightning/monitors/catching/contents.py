@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnlightning.monitors.catching.plain import plain
+
 _MAX_DEPTH = 4
 
 
@@ -55,9 +57,10 @@ def values_of(x: Tensor) -> Values:
     # By name, because importing these classes takes long.
     if kind == "MaskedTensor":
         raise UnreadableError("a masked tensor")
-    if hasattr(x, "to_local"):
-        # Of a distributed tensor, the part of this rank.
-        x = x.to_local()
+    own = plain(x)
+    if own is None:
+        raise UnreadableError(f"a {kind}, which only its own operations can read")
+    x = own
     if x.is_nested:
         return _of_parts(x)
     if x.is_quantized:

@@ -1,20 +1,36 @@
 """The observer: hooks on the modules of a network, and what they do while a monitor looks."""
 
 import math
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from bnlightning.compare.names import written
 from bnlightning.monitors.catching.backward import Backwards, leaf_behind
-from bnlightning.monitors.catching.compiled import add_receiver, is_compiled, observe, observe_tap, remove_receiver
+from bnlightning.monitors.catching.compiled import (
+    add_receiver,
+    copied,
+    is_exporting,
+    make_one,
+    observe,
+    observe_tap,
+    remove_receiver,
+)
 from bnlightning.monitors.catching.contents import UnreadableError, Values, tensors_in, values_of
 from bnlightning.monitors.catching.finite_check import FiniteCheck
-from bnlightning.monitors.catching.hooks import NoHook, is_recomputation
+from bnlightning.monitors.catching.hooks import (
+    NoHook,
+    apart,
+    is_batched,
+    is_recomputation,
+    is_recorded,
+    is_transformed,
+    is_usual,
+)
 from bnlightning.monitors.catching.selection import (
     Choice,
     features,
@@ -27,10 +43,11 @@ from bnlightning.monitors.catching.selection import (
     saturation_limits,
     unit_dim,
 )
+from bnlightning.monitors.catching.switch import Switch
 from bnlightning.monitors.counting.layers import LayerAccumulators, LayerKey, Limits
 from bnlightning.monitors.counting.precision import counted_dtype, real_dtype
 from bnlightning.monitors.words import labelled, listed
-from bnlightning.nn.tap import add_listener, remove_listener
+from bnlightning.nn.tap import add_listener, listeners_here, remove_listener
 
 MAX_CALLS = 16
 """Largest number of calls of one module that are told apart. Further ones count as the last of them."""
@@ -68,8 +85,19 @@ class ModuleInfo:
     module: str = TAP
 
 
+@dataclass
+class _Pass:
+    """What one thread called in a forward pass: the number of calls by path, and the last layer that tells."""
+
+    calls: dict[str, int] = field(default_factory=dict)
+    features: tuple[int, bool] | None = None
+
+
 class Observer:
-    """Watches the modules of a network through one forward hook each, kept from :meth:`attach` to :meth:`detach`.
+    """Watches the modules of a network through one forward hook each, from :meth:`attach` to :meth:`detach`.
+
+    The hooks are on the modules only while values are sampled or checked, as :class:`Switch` describes. Several threads
+    may run the same network at once, each with its part of the batch. A call is then numbered within its thread.
 
     Args:
         choices: The modules to watch. ``None``: activations and normalisations.
@@ -77,7 +105,10 @@ class Observer:
 
     Attributes:
         accumulators: The accumulators that values go into now. ``None`` while nothing is sampled.
-        is_sampling: Whether there are accumulators. Compiled graphs are guarded on it.
+        is_sampling: Whether there are accumulators.
+        is_showing: Whether compiled graphs show values. They are guarded on it.
+        is_summing: Whether compiled graphs add up values for a check, likewise.
+        home: The thread that runs the steps.
         check: The check for non-finite values that is running. ``None`` while none is.
         grad_scale: Factor for the gradients of outputs. ``None``: gradients are not counted.
         backwards: The backward passes whose gradients count.
@@ -87,6 +118,7 @@ class Observer:
         unreadable: Kind of tensor, by layer, of what cannot be counted.
         left_out: Layers beyond ``max_layers``.
         unknown: Paths, by class, of modules that are not watched because nothing tells what they are.
+        transformed: The first layer that was called inside a transform of ``torch.func``. Such calls are left out.
     """
 
     def __init__(self, choices: Sequence[Choice] | None, max_layers: int) -> None:
@@ -102,16 +134,24 @@ class Observer:
         self.unreadable: dict[str, str] = {}
         self.left_out: dict[str, None] = {}
         self.unknown: dict[str, list[str]] = {}
+        self.transformed: str | None = None
         self._labels: dict[str, set[int]] = {}
         self._module_of: dict[str, str] = {}
         self._sees_activations = False
-        self._calls: dict[str, int] = {}
-        self._features: tuple[int, bool] | None = None
-        self._handles: list[RemovableHandle] = []
+        self._passes: dict[threading.Thread, _Pass] = {}
         self._hooks: list[_Hook] = []
+        self._switch: Switch | None = None
         self._number: Tensor | None = None
-        self._is_compiled = False
-        self.is_sampling = False
+        self.one: Tensor | None = None
+        self._watches: set[int] = set()
+        self.lock = threading.RLock()
+        self._checks_every_batch = True
+        self.is_sampling = self.is_showing = self.is_summing = self._is_in_batch = False
+        self.home = threading.current_thread()
+
+    def __reduce__(self) -> Any:
+        # A copy in the middle of a fit has no part in that fit.
+        return Observer, (self.choices, self.max_layers)
 
     @property
     def watched(self) -> list[str]:
@@ -183,11 +223,8 @@ class Observer:
             device: The device of the network.
         """
         self.detach()
-        self._is_compiled = is_compiled(module)
-        if self._is_compiled:
-            # Graphs that were compiled before the hooks came would never call them.
-            torch.compiler.reset()
-        self._number = add_receiver(self._receive, self._receive_tap)
+        self._switch = Switch(module)
+        self._number, self.one = add_receiver(self._receive, self._receive_tap), make_one(device)
         before = None
         for paths, submodule in modules_by_path(module):
             path = next((path for path in paths if path and is_chosen(self.choices, path, submodule)), paths[0])
@@ -195,44 +232,62 @@ class Observer:
             if path and self.choices is None and not info.is_watched and is_unknown(submodule):
                 self.unknown.setdefault(type(submodule).__name__, []).append(path)
             if info.is_watched or info.is_checked or info.features is not None:
-                self._hook(info, submodule, device)
+                self._hook(self._switch, info, submodule, device)
             before = info.features or before
             self._module_of[info.path] = info.module
-        add_listener(self.on_tap)
+            self._watches.add(_identity(submodule))
+        self.home = threading.current_thread()
+        add_listener(self)
 
     def detach(self) -> None:
         """Take all hooks away, and forget what they saw."""
-        for handle in self._handles:
-            handle.remove()
-        remove_listener(self.on_tap)
+        if self._switch is not None:
+            self._switch.remove()
+        remove_listener(self)
         if self._number is not None:
             remove_receiver(self._number)
-        self.accumulators = self.check = self._features = self._number = None
-        self.is_sampling = self._is_compiled = False
-        self._sees_activations = False
-        for names in (
-            self.refused,
-            self.without_tensor,
-            self.unreadable,
-            self.left_out,
-            self.unknown,
-            self._labels,
-            self._calls,
-            self._module_of,
-        ):
+        self.accumulators = self.check = self._switch = self._number = self.one = self.transformed = None
+        self.is_sampling = self.is_showing = self.is_summing = self._is_in_batch = False
+        self._checks_every_batch, self._sees_activations = True, False
+        known = self.unreadable, self.unknown, self._labels, self._module_of, self._passes, self._watches
+        for names in (self.refused, self.without_tensor, self.left_out, *known):
             names.clear()
-        for hooks in (self._handles, self._hooks, self.modules):
+        for hooks in (self._hooks, self.modules):
             hooks.clear()
 
-    def start(self, accumulators: LayerAccumulators | None) -> None:
-        """Send values into ``accumulators`` from now on, or nowhere. The next call of each module is its first."""
+    def start(self, accumulators: LayerAccumulators | None, is_training: bool = False) -> None:
+        """Begin a batch: send values into ``accumulators``, or nowhere. The next call of each module is its first.
+
+        Args:
+            accumulators: Where values go.
+            is_training: Whether it is a training batch.
+        """
         self.accumulators = accumulators
-        self.is_sampling = accumulators is not None
+        self.is_sampling, self._is_in_batch = accumulators is not None, True
+        self.home = threading.current_thread()
+        self._decide_on_graphs(is_training)
         self.start_pass()
+        self._turn()
 
     def stop(self) -> None:
-        """Stop sampling."""
-        self.accumulators, self.is_sampling = None, False
+        """End a batch: stop sampling."""
+        self.accumulators = None
+        self.is_sampling = self.is_showing = self.is_summing = self._is_in_batch = False
+        self._passes.clear()
+        self._turn()
+
+    def start_check(self, check: FiniteCheck) -> None:
+        """Show ``check`` the values of all modules that are checked."""
+        self.check = check
+        totals = [total for hook in self._hooks for total in hook.sums] if self._is_compiled else []
+        if totals:
+            torch._foreach_zero_(totals)
+        self._turn()
+
+    def stop_check(self) -> None:
+        """Show nothing to a check any more."""
+        self.check = None
+        self._turn()
 
     def look_at_sums(self) -> None:
         """Have the check look at what compiled modules have added up since the last call of this."""
@@ -246,50 +301,99 @@ class Observer:
 
     def start_pass(self) -> None:
         """Begin a forward pass: the next call of each module is its first."""
-        self._calls.clear()
-        self._features = None
+        self._passes.clear()
 
-    def on_call(self, info: ModuleInfo, output: Any) -> None:
-        """Take the output of a module that was called while sampling."""
-        if is_recomputation():
+    def watches(self, module: nn.Module) -> bool:
+        """Whether ``module`` is the network, a part of it, or a replica of either."""
+        return _identity(module) in self._watches
+
+    def on_call(self, info: ModuleInfo, given: tuple[Any, ...], output: Any) -> None:
+        """Take what a module took in and put out, while sampling or checking."""
+        if not self.is_sampling and self.check is None:
             return
-        if info.features is not None:
-            self._features = info.features
-        if info.is_watched:
-            self._record_output(info, output)
+        if is_usual():
+            self._take(info, given, output)
+        elif is_transformed():
+            self.transformed = self.transformed or info.path
+        elif not is_recorded():
+            with apart():
+                self._take(info, given, output)
 
-    def on_tap(self, name: str, x: Tensor, limits: Limits | None) -> None:
+    def hear(self, name: str, x: Tensor, limits: Limits | None) -> None:
         """Take a tensor that :func:`bnlightning.tap` shows."""
-        if torch.compiler.is_compiling():
-            if self.is_sampling:
-                low, high = limits if limits is not None else (-math.inf, math.inf)
-                observe_tap(x.detach(), self._number, name, low, high)
-        else:
-            self._receive_tap(name, x, limits)
+        if self.accumulators is None or is_recomputation():
+            return
+        if is_transformed():
+            self.transformed = self.transformed or name
+        elif not is_recorded():
+            with apart():
+                self._record(ModuleInfo(written(name), True, False, True, True, limits, None), [("", x)])
+
+    def trace(self, name: str, x: Tensor, limits: Limits | None) -> None:
+        """Leave the call of an operator in a compiled graph, for a tensor that :func:`bnlightning.tap` shows."""
+        if self.is_showing and not is_exporting() and not is_transformed():
+            low, high = limits if limits is not None else (-math.inf, math.inf)
+            observe_tap(copied(x, self.one), self._number, name, low, high)
 
     def _receive(self, index: int, position: int, x: Tensor) -> None:
         """Take a value from inside a compiled graph."""
         info = self.modules[index]
         if self.accumulators is None or is_recomputation():
             return
-        self._features = info.features_before
+        self._pass().features = info.features_before
         self._record(info, [(f":{position}" if position >= 0 else "", x)], is_new_call=position <= 0)
 
     def _receive_tap(self, name: str, x: Tensor, limits: Limits | None) -> None:
-        if self.accumulators is not None and not is_recomputation():
-            self._record(ModuleInfo(written(name), True, False, True, True, limits, None), [("", x)])
+        # Threads share compiled graphs. Only now is known which one runs this.
+        if self in listeners_here():
+            self.hear(name, x, limits)
 
-    def _hook(self, info: ModuleInfo, module: nn.Module, device: torch.device) -> None:
+    @property
+    def _is_compiled(self) -> bool:
+        return self._switch is not None and self._switch.is_compiled
+
+    def _decide_on_graphs(self, is_training: bool) -> None:
+        """Decide what compiled graphs leave out. Never are there more than two kinds of graphs for training batches."""
+        is_checked = is_training and self.check is not None
+        self._checks_every_batch &= is_checked or not is_training
+        if self._checks_every_batch:
+            self.is_showing, self.is_summing = self.is_sampling, is_checked
+        else:
+            # Batches that nobody looks at have the graph that they have without a monitor.
+            self.is_showing = self.is_sampling or is_checked
+            self.is_summing = is_training and self.is_showing
+
+    def _turn(self) -> None:
+        if self._switch is None:
+            return
+        if self._is_in_batch or self.check is not None:
+            self._switch.begin(self.is_sampling or self.check is not None)
+        else:
+            self._switch.end()
+
+    def _pass(self) -> _Pass:
+        return self._passes.setdefault(threading.current_thread(), _Pass())
+
+    def _hook(self, switch: Switch, info: ModuleInfo, module: nn.Module, device: torch.device) -> None:
         hook = _Hook(self, info, len(self.modules), device)
         try:
-            handle = module.register_forward_hook(hook, with_kwargs=True)
+            switch.add(module, hook)
         except RuntimeError:
             # Compiled by TorchScript.
             self.refused.append(info.path)
             return
-        self._handles.append(handle)
         self._hooks.append(hook)
         self.modules.append(info)
+
+    def _take(self, info: ModuleInfo, given: tuple[Any, ...], output: Any) -> None:
+        if info.is_checked and self.check is not None:
+            # Recomputations need not be told apart: they find nothing that the first computation did not.
+            self.check.update(info.path, given, output)
+        if self.is_sampling and not is_recomputation():
+            if info.features is not None:
+                self._pass().features = info.features
+            if info.is_watched:
+                self._record_output(info, output)
 
     def _record_output(self, info: ModuleInfo, output: Any) -> None:
         found = list(tensors_in(output))
@@ -299,17 +403,19 @@ class Observer:
             self.without_tensor[info.path] = type(output).__name__
 
     def _record(self, info: ModuleInfo, found: Sequence[tuple[str, Tensor]], is_new_call: bool = True) -> None:
-        calls = self._calls[info.path] = self._calls.get(info.path, 0) + is_new_call
-        call = min(calls, MAX_CALLS) - 1
-        for suffix, tensor in found:
-            label = info.path + (f"#{call}" if call else "") + suffix
-            try:
-                values = values_of(tensor)
-            except UnreadableError as kind:
-                self.unreadable.setdefault(label, str(kind))
-                continue
-            if self._has_room(label):
-                self._update(info, label, tensor, values)
+        with self.lock:
+            numbers = self._pass().calls
+            calls = numbers[info.path] = numbers.get(info.path, 0) + is_new_call
+            call = min(calls, MAX_CALLS) - 1
+            for suffix, tensor in found:
+                label = info.path + (f"#{call}" if call else "") + suffix
+                try:
+                    values = values_of(tensor)
+                except UnreadableError as kind:
+                    self.unreadable.setdefault(label, str(kind))
+                    continue
+                if self._has_room(label):
+                    self._update(info, label, tensor, values)
 
     def _has_room(self, label: str) -> bool:
         if label not in self._labels and len(self._labels) >= self.max_layers:
@@ -318,16 +424,16 @@ class Observer:
         return True
 
     def _update(self, info: ModuleInfo, label: str, tensor: Tensor, values: Values) -> None:
+        accumulators = self.accumulators
+        assert accumulators is not None
         numbers = self._labels.setdefault(label, set())
-        dim = unit_dim(values.shape, self._features)
+        dim = unit_dim(values.shape, self._pass().features)
         units = (values.shape[dim] if len(values.shape) > 1 else 1) if info.has_units else 0
         if units not in numbers and len(numbers) >= _MAX_NUMBERS_OF_UNITS:
             units = 0
         numbers.add(units)
         self._module_of[label] = info.module
         self._sees_activations |= info.is_activation
-        accumulators = self.accumulators
-        assert accumulators is not None
         is_wide = counted_dtype(values.x) is torch.float64
         key = LayerKey(label, info.is_activation, units, info.limits if units else None, is_wide=is_wide)
         accumulators.update(key, values.x, dim, values.lengths)
@@ -355,28 +461,29 @@ class _Hook:
         if torch.compiler.is_compiling():
             self._trace(args, output)
             return
-        observer = self.observer
-        if self.is_checked and observer.check is not None:
-            # Recomputations need not be told apart: they find nothing that the first computation did not.
-            observer.check.update(self.info.path, (args, kwargs) if kwargs else args, output)
-        if observer.is_sampling:
-            observer.on_call(self.info, output)
+        self.observer.on_call(self.info, (args, kwargs) if kwargs else args, output)
 
     def __reduce__(self) -> Any:
         return NoHook, ()
 
     def _trace(self, args: tuple[Any, ...], output: Any) -> None:
         """The part of the hook that goes into a compiled graph: only what the graph can be guarded on."""
+        observer = self.observer
+        if is_exporting():
+            return
+        if is_transformed():
+            if observer.is_showing:
+                observer.transformed = self.info.path
+            return
         found = [output] if isinstance(output, Tensor) else list(output) if isinstance(output, tuple | list) else []
-        if self.is_checked:
+        if self.is_checked and observer.is_summing:
             for total, values in zip(self.sums, (args, found), strict=True):
-                for x in values:
-                    if isinstance(x, Tensor) and x.is_floating_point():
-                        total.add_(x.detach().sum(dtype=total.dtype))
-        if self.is_watched and self.observer.is_sampling:
+                for x in filter(_is_traced, values):
+                    total.add_(x.detach().sum(dtype=total.dtype))
+        if self.is_watched and observer.is_showing:
             for position, x in enumerate(found):
-                if isinstance(x, Tensor) and x.is_floating_point():
-                    observe(x.detach(), self.number, self.index, -1 if found[0] is output else position)
+                if _is_traced(x):
+                    observe(copied(x, observer.one), self.number, self.index, -1 if found[0] is output else position)
 
 
 class _GradHook:
@@ -389,12 +496,27 @@ class _GradHook:
         self.leaf = leaf
 
     def __call__(self, grad: Tensor) -> None:
-        scale = self.observer.grad_scale
-        if self.observer.accumulators is not self.accumulators or scale is None:
+        observer = self.observer
+        if observer.accumulators is not self.accumulators or observer.grad_scale is None:
             return
-        if self.observer.backwards.counts(self.leaf):
+        if is_transformed() or is_batched(grad) or is_recorded() or not observer.backwards.counts(self.leaf):
+            return
+        try:
             values = values_of(grad).x
-            self.accumulators.update(self.key, values.to(counted_dtype(values)) * scale)
+        except UnreadableError:
+            return
+        with apart(), observer.lock:
+            self.accumulators.update(self.key, values.to(counted_dtype(values)) * observer.grad_scale)
+
+
+def _is_traced(x: Any) -> bool:
+    # Within a graph, other types may know nothing of our operators.
+    return type(x) is Tensor and x.is_floating_point()
+
+
+def _identity(module: nn.Module) -> int:
+    # Replicas, such as those of nn.DataParallel, are other objects, but have the same dictionary of hooks.
+    return id(module._forward_hooks)
 
 
 def _module_info(

@@ -12,6 +12,7 @@ from torch.nn.modules import normalization as torch_normalizations
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from bnlightning._check import by_import_path, is_function_of_two
 from bnlightning.nn.batch_norm_act import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
 from bnlightning.nn.networks import get_act_layer
 
@@ -186,8 +187,9 @@ def checked_choices(modules: Choice | Sequence[Choice] | None) -> list[Choice] |
     if modules is None:
         return None
     chosen = [modules] if isinstance(modules, str) or not isinstance(modules, Sequence) else list(modules)
+    chosen = [by_import_path(entry, _is_rule) for entry in chosen]
     for entry in chosen:
-        is_module_type = isinstance(entry, type) and issubclass(entry, nn.Module)
+        is_module_type = _is_module_type(entry)
         is_function = callable(entry) and not isinstance(entry, type | nn.Module)
         if not (isinstance(entry, str) or is_module_type or is_function):
             raise ValueError(
@@ -195,6 +197,14 @@ def checked_choices(modules: Choice | Sequence[Choice] | None) -> list[Choice] |
                 "functions of a path and a module."
             )
     return chosen
+
+
+def _is_rule(entry: object) -> bool:
+    return _is_module_type(entry) or is_function_of_two(entry)
+
+
+def _is_module_type(entry: object) -> bool:
+    return isinstance(entry, type) and issubclass(entry, nn.Module)
 
 
 def is_chosen(choices: Sequence[Choice] | None, name: str, module: nn.Module) -> bool:

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from bnlightning.monitors.counting.precision import real_dtype
-from bnlightning.monitors.counting.ranks import reduce_sums
+from bnlightning.monitors.counting.ranks import is_first_rank, reduce_sums
 from bnlightning.nn.functional import statistics_dtype
 
 Array = NDArray[np.float64]
@@ -136,14 +136,16 @@ class NormAccumulators:
         """Add up the moments of all ranks, on all ranks, in one collective. Every rank must call it, once a step.
 
         A rank on which a layer did not run adds nothing for it. Non-finite sums stay non-finite. Running statistics
-        stay those of this rank. The counts of scales are added up, since scales may be sharded.
+        become those of the first rank. The counts of scales are added up, since scales may be sharded.
         """
         n, sums, squared_sums, squares = self._moments
         has = n > 0
         mean = sums / n.clamp(min=1)
         squares = squares + (squared_sums - sums * mean).clamp(min=0)
         rows = torch.stack((n, sums, n * mean.square(), squares, has.to(n), mean, mean.square()))
-        self._reduced, self._scales = reduce_sums([rows, self._scales])
+        held = (self._running, self._counted)
+        of_first = [tensor if is_first_rank() else torch.zeros_like(tensor) for tensor in held]
+        self._reduced, self._scales, self._running, self._counted = reduce_sums([rows, self._scales, *of_first])
 
     def statistics(self) -> list[NormCounts | None]:
         """The statistics of each layer. ``None`` for a lazy layer without parameters. It waits for the device once."""

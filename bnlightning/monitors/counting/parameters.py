@@ -90,7 +90,7 @@ class ParameterAccumulators:
             row = self._row.get(id(parameter))
             if row is None or parameter.grad is None:
                 continue
-            gradient, weight = own_part(parameter.grad, parameter), own_part(parameter)
+            gradient, weight = self._part(parameter.grad, parameter), self._part(parameter)
             if gradient is None or weight is None:
                 continue
             values = _values(gradient)
@@ -103,6 +103,10 @@ class ParameterAccumulators:
                 self._before[row] = parameter, weights[row]
         if gradients:
             self._take_down(list(gradients), list(gradients.values()), list(weights.values()))
+
+    def _part(self, tensor: Tensor, like: Tensor | None = None) -> Tensor | None:
+        """What this rank adds to the sums over the ranks. All of it if there are none."""
+        return own_part(tensor, like) if self._is_sharded else tensor
 
     def _take_down(self, rows: list[int], gradients: list[Tensor], weights: list[Tensor]) -> None:
         self._counts[rows, _VALUES] = [len(values) for values in gradients]
@@ -137,7 +141,7 @@ class ParameterAccumulators:
         are. Without sharded parameters it takes none.
         """
         before, self._before = self._before, {}
-        updates = [weights.sub_(_values(own_part(parameter))) for parameter, weights in before.values()]
+        updates = [weights.sub_(_values(self._part(parameter))) for parameter, weights in before.values()]
         if updates:
             self._sums[list(before), _UPDATE] = _square_sums(updates)
         if self._is_sharded:

@@ -1,4 +1,6 @@
 import copy
+import re
+import threading
 
 import pytest
 import torch
@@ -8,6 +10,12 @@ from bnlightning.monitors.catching.hooks import NoHook
 from bnlightning.monitors.catching.observer import MAX_CALLS, Observer
 from bnlightning.monitors.counting.layers import LayerAccumulators
 from bnlightning.nn.tap import tap
+
+# Torch's own, also of what derivatives are made of.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated:DeprecationWarning"),
+]
 
 CPU = torch.device("cpu")
 
@@ -63,8 +71,13 @@ def test_hooks_of_a_copy_do_nothing():
     module = nn.Sequential(nn.ReLU())
     observer = Observer(None, 200)
     observer.attach(module, False, CPU)
+    observer.start(LayerAccumulators())
     (hook,) = copy.deepcopy(module)[0]._forward_hooks.values()
     assert isinstance(hook, NoHook)
+    # Between batches a network has no hooks that could be copied or scripted.
+    observer.stop()
+    assert not module[0]._forward_hooks
+    assert copy.deepcopy(observer).modules == []
     observer.detach()
 
 
@@ -75,6 +88,94 @@ def test_a_shared_module_is_chosen_by_any_of_its_paths():
     observer.attach(net, True, CPU)
     assert observer.watched == ["second"]
     observer.detach()
+
+
+def sampled(module, run, **options):
+    """The means of what is seen while ``run`` calls ``module`` in any way, and the observer."""
+    observer, accumulators = Observer(None, 200), LayerAccumulators()
+    observer.attach(module, False, CPU)
+    observer.grad_scale = options.get("grad_scale")
+    observer.start(accumulators)
+    run(module)
+    observer.stop()
+    means = {}
+    for key, sums in accumulators.reduce(CPU).items():
+        means[key.label + (" gradient" if key.is_gradient else "")] = sums.sum / sums.numel
+    return means, observer
+
+
+TANH = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+TWO = torch.ones(2, 4)
+EXPECTED = {"1": pytest.approx(TANH(TWO).mean().item())}
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda net: torch.func.vmap(net)(TWO),
+        lambda net: torch.func.vmap(torch.func.grad(lambda x: net(x).sum()))(TWO),
+        lambda net: torch.func.jvp(net, (TWO,), (TWO,)),
+        lambda net: torch.func.hessian(lambda x: net(x).sum())(TWO),
+        lambda net: torch.func.grad(lambda p: torch.func.functional_call(net, p, (TWO,)).sum())(
+            dict(net.named_parameters())
+        ),
+    ],
+    ids=["vmap", "vmap of grad", "jvp", "hessian", "grad by parameters"],
+)
+def test_calls_inside_a_transform_are_left_out_and_told(transform):
+    means, observer = sampled(TANH, lambda net: (transform(net), net(TWO)))
+    assert means == EXPECTED and observer.transformed == "0"
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        lambda net: torch.jit.trace(net, TWO, check_trace=False),
+        lambda net: torch.fx.experimental.proxy_tensor.make_fx(net)(TWO),
+        lambda net: torch.export.export(net, (TWO,)),
+        lambda net: copy.deepcopy(net)(TWO),
+    ],
+    ids=["trace", "make_fx", "export", "copy"],
+)
+def test_a_recorded_program_is_that_of_the_network_alone_and_not_counted(record):
+    def operators(program):
+        return re.sub(r"___torch_mangle_\d+\.| #.*", "", str(getattr(program, "graph", "")))
+
+    programs = []
+    means, _ = sampled(TANH, lambda net: (programs.append(record(net)), net(TWO)))
+    assert means == EXPECTED and operators(programs[0]) == operators(record(TANH))
+
+
+def test_vectorised_gradients_are_left_out():
+    def run(net):
+        x = TWO.clone().requires_grad_()
+        y = net(x).sum(1)
+        torch.autograd.grad(y, x, torch.eye(2), is_grads_batched=True, retain_graph=True)
+        y.sum().backward()
+
+    means, _ = sampled(TANH, run, grad_scale=1.0)
+    assert means == EXPECTED | {"1 gradient": 1.0}
+
+
+def test_modes_of_the_user_see_the_network_alone():
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as alone:
+        TANH(TWO)
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        means, _ = sampled(TANH, lambda net: net(TWO))
+    assert means == EXPECTED and counter.get_flop_counts() == alone.get_flop_counts()
+
+
+def test_workers_of_one_step_add_up_and_number_their_calls_alone():
+    def run(net):
+        for _ in range(2):
+            workers = [threading.Thread(target=lambda x=x: net(x)) for x in (TWO, TWO)]
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                worker.join()
+
+    means, observer = sampled(TANH, run)
+    assert means == EXPECTED and observer.seen == ["1"]
 
 
 def test_classes_that_do_not_say_what_they_are_are_named():
