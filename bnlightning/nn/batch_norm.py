@@ -24,6 +24,7 @@ from bnlightning.nn.functional import (
     reduced_dims,
     statistics_dtype,
 )
+from bnlightning.nn.fusing import register_fusion
 from bnlightning.nn.moments import world_size
 from bnlightning.nn.sync import batch_norm_sync, moments_over_ranks
 
@@ -288,9 +289,7 @@ class _ConventionBatchNorm(_TorchBatchNorm):
     def parametrizations(self) -> Any:
         """The attribute that ``torch.nn.utils.parametrize`` sets on a module. The layer has none until then.
 
-        Raises:
-            RuntimeError: If torch's ``fuse_modules`` reads it. That function knows torch's own classes only, and would
-                say no more than that it has no method.
+        Torch's ``fuse_modules`` reads it before it looks for a function that fuses. It is then told of our classes.
         """
         frame: FrameType | None = sys._getframe(1)
         while frame is not None and frame.f_code.co_name in (
@@ -300,10 +299,7 @@ class _ConventionBatchNorm(_TorchBatchNorm):
         ):
             frame = frame.f_back
         if frame is not None and frame.f_code.co_name == "fuse_known_modules":
-            raise RuntimeError(
-                f"fuse_modules cannot fuse {self}: it knows torch's own layers only. Call swap_norm(model, 'torch') "
-                "first."
-            )
+            register_fusion({nn.BatchNorm1d: BatchNorm1d, nn.BatchNorm2d: BatchNorm2d, nn.BatchNorm3d: BatchNorm3d})
         # nn.Module is asked next, as for any attribute that a class does not have.
         raise AttributeError("parametrizations")
 

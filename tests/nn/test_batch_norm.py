@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from bnlightning import BatchNorm1d, BatchNorm2d, BatchNorm3d, swap_norm
+from bnlightning import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 PAIRS = [
     (BatchNorm1d, nn.BatchNorm1d, (6, 4)),
@@ -289,18 +289,6 @@ def test_fusion_with_a_convolution_in_evaluation():
     module(x)
     module.eval()
     torch.testing.assert_close(torch.nn.utils.fuse_conv_bn_eval(*module[:2])(x), module[:2](x))
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_fuse_modules_says_what_to_do():
-    # It takes long to import.
-    from torch.ao.quantization import fuse_modules
-
-    module = block(BatchNorm2d(4)).eval()
-    with pytest.raises(RuntimeError, match=r"Call swap_norm\(model, 'torch'\) first"):
-        fuse_modules(module, [["0", "1", "2"]])
-    swap_norm(module, "torch")
-    assert type(fuse_modules(module, [["0", "1", "2"]])[1]) is nn.Identity
 
 
 def test_what_is_no_tensor_is_named():

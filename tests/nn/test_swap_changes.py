@@ -60,7 +60,7 @@ def test_a_class_that_does_not_fit_leaves_the_layer_as_it_was():
 
 def test_another_class_since_is_noticed():
     layer = nn.BatchNorm1d(3)
-    change = InPlace(layer, nn.Identity, {"_parameters": {}, "_buffers": {}})
+    change = InPlace(layer, nn.Identity, vars(nn.Identity()) | {})
     change.apply()
     layer.__class__ = nn.Dropout
     assert not change.is_intact()

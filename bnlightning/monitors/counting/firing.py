@@ -107,8 +107,7 @@ class Firing:
     Example:
         A unit that fires for half of the samples is dead after 8 silent ones in a row.
 
-        >>> import torch
-        >>> from bnlightning.monitors.counting.layers import LayerAccumulators
+        >>> from bnlightning.monitors.counting.layers import LayerAccumulators, LayerKey
         >>> firing, key = Firing(), LayerKey("net.act", is_activation=True, units=1)
         >>> for outputs in (torch.arange(100) % 2, torch.zeros(4), torch.zeros(4)):
         ...     accumulators = LayerAccumulators()
