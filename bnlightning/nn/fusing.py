@@ -20,8 +20,8 @@ class _FuseInEvaluation:
         if is_qat or isinstance(modules[0], nn.modules.batchnorm._BatchNorm):
             names = " and ".join(type(module).__name__ for module in modules)
             raise RuntimeError(
-                f"fuse_modules cannot fuse bnlightning's {names}: what comes out would train by torch's convention. Call "
-                "swap_norm(model, 'torch') first."
+                f"fuse_modules cannot fuse bnlightning's {names}: what comes out would train by torch's convention. "
+                "Call swap_norm(model, 'torch') first."
             )
         return self.fuse(is_qat, *modules)
 

@@ -141,7 +141,7 @@ def test_several_experiments_leave_what_each_leaves_alone(run_module, tmp_path):
 # Those on MNIST are run in test_mnist_experiments.py.
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_runs_and_leaves_one_tidy_directory(experiment, run_module, tmp_path):
-    # Twelve steps: neither evaluated nor sampled in the ordinary course.
+    # Twelve steps: the fit's last evaluation is at step 10, and the command evaluates once more at the end.
     result = run_module("bnlightning.train", f"+experiment={experiment}", "trainer.max_steps=12")
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
@@ -162,7 +162,7 @@ def test_every_experiment_runs_and_leaves_one_tidy_directory(experiment, run_mod
         if experiment == "moving_average":
             assert first_layer is None and not predictions
         else:
-            assert [h.step for h in logged.Histograms(first_layer)] == predictions == [0, 12]
+            assert [h.step for h in logged.Histograms(first_layer)] == predictions == [0, 10, 12]
         checkpoint = torch.load(directory / variant / "checkpoints" / "last.ckpt", weights_only=True)
         assert checkpoint["global_step"] == 12
     assert str(directory / "comparison.png") in result.stdout
