@@ -253,7 +253,7 @@ def test_two_find_a_nonfinite_value_once(tmp_path):
         def training_step(self, batch, batch_idx):
             return super().training_step([batch[0] * float("nan")], batch_idx)
 
-    with pytest.warns(UserWarning, match="ActivationMonitor: the batch of step 0"):
+    with pytest.warns(UserWarning, match=r"ActivationMonitor: at step 0 .* in the input of net\.0 \(Linear\)"):
         callbacks = [ActivationMonitor(1, "net.2"), ActivationMonitor(2, "net.4")]
         trainer = quiet_trainer(tmp_path, max_steps=2, callbacks=callbacks)
         trainer.fit(Broken(), loader())
