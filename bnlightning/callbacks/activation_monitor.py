@@ -511,7 +511,8 @@ class ActivationMonitor(MonitorCallback):
             )
             return record
         with self._mishaps.forgiven("report what is watched"):
-            text = self._monitor.observer.report(seen)
+            has_activation = any(layer.is_activation for layer in record.layers.values())
+            text = self._monitor.observer.report(seen, has_activation=has_activation)
             rank_zero_info(f"ActivationMonitor: {text}")
             record = replace(record, texts={**record.texts, "watched": escaped(text)})
         return record

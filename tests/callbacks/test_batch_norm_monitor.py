@@ -696,7 +696,8 @@ def test_two_ranks_are_as_one_with_the_whole_batch(two_ranks, tmp_path):
 def test_a_publication_is_one_collective(two_ranks):
     for rank in two_ranks[1]:
         # 7 numbers a channel, 2 a layer.
-        packed = 7 * (3 + 4 * 48) + 2 * 5
+        # 9 numbers a channel, 3 a layer.
+        packed = 9 * (3 + 4 * 48) + 3 * 5
         assert rank["calls"].count((packed,)) == 3
         assert [shape for shape in rank["calls"] if len(shape) == 1 and shape[0] > 200] == [(packed,)] * 3
 

@@ -137,7 +137,6 @@ class Observer:
         self.transformed: str | None = None
         self._labels: dict[str, set[int]] = {}
         self._module_of: dict[str, str] = {}
-        self._sees_activations = False
         self._passes: dict[threading.Thread, _Pass] = {}
         self._hooks: list[_Hook] = []
         self._switch: Switch | None = None
@@ -163,11 +162,12 @@ class Observer:
         """The layers seen so far: paths with the number of the call and the place in the output."""
         return list(self._labels)
 
-    def report(self, seen: Sequence[str]) -> str:
+    def report(self, seen: Sequence[str], *, has_activation: bool = True) -> str:
         """Sentences on what is watched and what cannot be.
 
         Args:
             seen: The layers that were seen on any rank.
+            has_activation: Whether one of them is an activation.
         """
         paths = {_path_of(label) for label in seen}
         named = listed([labelled(label, self.module_of(label)) for label in seen], _MAX_LISTED)
@@ -186,7 +186,7 @@ class Observer:
             sentences.append(self.report_unknown())
         if self.refused:
             sentences.append(f"TorchScript compiled these, and takes no hooks: {listed(self.refused, _MAX_LISTED)}.")
-        if not self._sees_activations:
+        if not has_activation:
             sentences.append(
                 "No activation is among them. One that is called as a function, such as torch.relu(x), cannot be seen: "
                 "make it a module, or show it by bnlightning.tap(x, 'name')."
@@ -248,7 +248,7 @@ class Observer:
             remove_receiver(self._number)
         self.accumulators = self.check = self._switch = self._number = self.one = self.transformed = None
         self.is_sampling = self.is_showing = self.is_summing = self._is_in_batch = False
-        self._checks_every_batch, self._sees_activations = True, False
+        self._checks_every_batch = True
         known = self.unreadable, self.unknown, self._labels, self._module_of, self._passes, self._watches
         for names in (self.refused, self.without_tensor, self.left_out, *known):
             names.clear()
@@ -433,7 +433,6 @@ class Observer:
             units = 0
         numbers.add(units)
         self._module_of[label] = info.module
-        self._sees_activations |= info.is_activation
         is_wide = counted_dtype(values.x) is torch.float64
         key = LayerKey(label, info.is_activation, units, info.limits if units else None, is_wide=is_wide)
         accumulators.update(key, values.x, dim, values.lengths)
