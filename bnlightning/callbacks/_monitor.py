@@ -77,6 +77,11 @@ class MonitorCallback(BothPackages, Callback):
         """What the monitor looks for, in words."""
         return [self._rule(threshold) for threshold in self.thresholds]
 
+    @property
+    def unset(self) -> list[str]:
+        """The arguments of limits that are not set."""
+        return [name for name, value in self._arguments().items() if name.startswith("warn_") and value is None]
+
     def _start_showing(self) -> None:
         """Forget what was shown: a training begins anew."""
         looks: dict[str, Look] = self._catalogues[0].looks() if self._catalogues else {}
@@ -167,7 +172,8 @@ class MonitorCallback(BothPackages, Callback):
             monitors = [each for each in _callbacks(trainer) if isinstance(getattr(each, "troubles", None), Troubles)]
             troubles = [each.troubles for each in monitors]
             step = max((each.step for each in troubles), default=0)
-            text = table(troubles, [rule for each in monitors for rule in each.rules], step)
+            rules, unset = ([one for each in monitors for one in getattr(each, name)] for name in ("rules", "unset"))
+            text = table(troubles, rules, unset, step)
             # All monitors draw at the same time.
             if all(each.told != text for each in monitors):
                 self.told = text

@@ -117,29 +117,33 @@ class Troubles:
         self.step = state["step"]
 
 
-def table(troubles: list[Troubles], looked_for: list[str], step: int) -> str:
-    """The warnings of several monitors in Markdown, newest first. Words if there are none.
+def table(troubles: list[Troubles], looked_for: list[str], unset: list[str], step: int) -> str:
+    r"""The warnings of several monitors in Markdown, newest first. Words if there are none.
 
     Args:
         troubles: Those of each monitor.
         looked_for: The rules of all monitors.
+        unset: The arguments of all monitors that set no limit.
         step: Step up to which they looked.
 
     Example:
-        >>> print(table([Troubles()], ["NaN and infinities"], 200))
-        **Nothing found** up to step 200.
+        >>> print(table([Troubles()], ["NaN and infinities"], ["warn_dead_above"], 200))
+        Nothing that was looked for was found up to step 200.
         <BLANKLINE>
-        Looked for: NaN and infinities.
+        Looked for: NaN and infinities. **Not looked for**, since no limit is set: warn\_dead\_above.
     """
     rules = f"Looked for: {', '.join(map(escaped, looked_for)) or 'nothing, since no limit is set'}."
+    if unset:
+        rules += f" **Not looked for**, since no limit is set: {', '.join(map(escaped, unset))}."
     rows = sorted((row for each in troubles for row in each.rows), key=lambda row: row.since, reverse=True)
     if not rows:
-        return f"**Nothing found** up to step {step}.\n\n{rules}"
+        found = "Nothing that was looked for was found" if unset else "**Nothing found**"
+        return f"{found} up to step {step}.\n\n{rules}"
     # What goes on is never among those that are left out, unless there is too much of it.
     kept = sorted(rows, key=lambda row: row.until is not None)[:_MAX_ROWS]
     lines = ["| since step | layer | what | state |", "|---|---|---|---|"]
     for row in sorted(kept, key=lambda row: row.since, reverse=True):
-        state = "**goes&nbsp;on**" if row.until is None else f"ended at step {row.until}"
+        state = "**goes on**" if row.until is None else f"ended at step {row.until}"
         lines.append(f"| {row.since} | {escaped(row.layer)} | {escaped(_capital(row.what))} | {state} |")
     left_out = [f"{len(rows) - len(kept)} more are left out."] if len(rows) > len(kept) else []
     return "\n".join([*lines, "", *left_out, f"As of step {step}. {rules}"])

@@ -84,7 +84,7 @@ def test_what_was_sampled_until_a_failure_is_drawn(error, tmp_path):
     with pytest.raises(SystemExit if error is KeyboardInterrupt else error):
         quiet_trainer(tmp_path, max_epochs=1, callbacks=monitors()).fit(Net(fail_at=7, error=error), loader())
     assert picture_steps(tmp_path) == {tag: [2, 6] for tag in PICTURES}
-    assert "**Nothing found** up to step 6." in warnings_text(tmp_path)[6]
+    assert warnings_text(tmp_path)[6].startswith("Nothing that was looked for was found up to step 6.")
 
 
 def test_an_early_picture_is_there_while_the_training_goes_on(tmp_path):
@@ -126,7 +126,7 @@ def test_a_warning_stands_in_the_table_of_all_monitors_and_ends(tmp_path):
     rows = [line for line in last.splitlines() if line.startswith("| ")][1:]
     dead = [row for row in rows if "are dead" in row]
     assert len(dead) == 1 and "body.4 (ReLU)" in dead[0] and "ended at step" in dead[0]
-    assert any("body.1 (BatchNorm1d)" in row and "goes&nbsp;on" in row for row in rows)
+    assert any("body.1 (BatchNorm1d)" in row and "goes on" in row for row in rows)
     ended = [call.args[0] for call in info.call_args_list if "warn_dead_above" in call.args[0]]
     assert len(ended) == 1 and "no layer is above the limit any more at step 1" in ended[0]
     # The newest stands first.
@@ -139,7 +139,8 @@ def test_nothing_found_is_said_once_a_step_with_what_was_looked_for(tmp_path):
     found = read_events(tmp_path).Tensors("health/warnings/text_summary")
     assert len({each.step for each in found}) == len(found)
     last = warnings_text(tmp_path)[18]
-    assert last.startswith("**Nothing found** up to step 18.")
+    assert last.startswith("Nothing that was looked for was found up to step 18.")
+    assert "**Not looked for**, since no limit is set: warn\\_dormant\\_above," in last
     assert "NaN and infinities" in last and "warn\\_dead\\_above=0.9" in last
 
 
@@ -160,7 +161,7 @@ def test_warnings_that_went_on_are_not_told_again_behind_a_checkpoint(tmp_path):
     # A warning would be an error.
     again = quiet_trainer(tmp_path / "second", max_steps=10, callbacks=callbacks())
     again.fit(Dead(), loader(), ckpt_path=tmp_path / "last.ckpt")
-    assert "goes&nbsp;on" in warnings_text(tmp_path / "second")[8]
+    assert "goes on" in warnings_text(tmp_path / "second")[8]
 
 
 def no_latex(*_, **__):

@@ -43,7 +43,7 @@ def test_the_table_has_the_newest_first_and_says_what_has_ended():
     one.update(RULE, "train", 10, {"net.__a__ (ReLU)": "60% of the units are dead (training, step 10)."})
     one.update(RULE, "train", 20, {})
     other.update("GradientMonitor(x=1)", "train", 30, {"b|c (Linear)": "the gradient is zero."})
-    text = table([one, other], [RULE, "NaN and infinities"], 50)
+    text = table([one, other], [RULE, "NaN and infinities"], [], 50)
     rows = [[cell.split("</td>")[0] for cell in row.split("<td>")[1:]] for row in _html(text).split("<tr>")[2:]]
     assert rows == [
         ["30", "b|c (Linear)", "The gradient is zero.", "<strong>goes on</strong>"],
@@ -58,16 +58,22 @@ def _html(text):
 
 @pytest.mark.parametrize(("rules", "words"), [([RULE], "warn_dead_above=0.5"), ([], "nothing, since no limit is set")])
 def test_nothing_is_said_in_words(rules, words):
-    text = _html(table([Troubles()], rules, 200))
+    text = _html(table([Troubles()], rules, [], 200))
     assert "<strong>Nothing found</strong> up to step 200." in text and words in text
+
+
+def test_what_has_no_limit_is_said_not_to_be_looked_for():
+    text = _html(table([Troubles()], [], ["warn_dead_above", "warn_saturated_above"], 10))
+    assert "Nothing found" not in text and "<strong>Not looked for</strong>" in text
+    assert "since no limit is set: warn_dead_above, warn_saturated_above." in text
 
 
 def test_of_many_rows_those_that_go_on_are_kept():
     troubles = Troubles()
     troubles.update(RULE, "train", 0, {f"ended{number}": "x" for number in range(40)} | {"on": "x"})
     troubles.update(RULE, "train", 1, {"on": "x"})
-    text = table([troubles], [RULE], 1)
-    assert text.count("ended at step 1") == 29 and "| on | X | **goes&nbsp;on** |" in text
+    text = table([troubles], [RULE], [], 1)
+    assert text.count("ended at step 1") == 29 and "| on | X | **goes on** |" in text
     assert "11 more are left out." in text
 
 

@@ -45,8 +45,8 @@ def parameter_catalogue() -> Catalogue[ParameterCounts, ParameterCounts]:
                 ),
                 alarm=Alarm(
                     "the norm of the gradient is {value} times {side} than that of the last layer",
-                    "a normalisation, He or Xavier initialisation, or residual connections. If it is larger, clipping "
-                    "helps, too",
+                    "a normalisation, He or Xavier initialisation, or residual connections, and clipping where it is "
+                    "larger",
                     zero="the gradient is zero, so that the layer learns nothing",
                 ),
             ),
