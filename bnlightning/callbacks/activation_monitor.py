@@ -120,7 +120,8 @@ class ActivationMonitor(MonitorCallback):
         check_finite_every_n_steps: Distance between two training steps that are checked for NaN and infinities, until
             one is found. ``None``: no step is checked. Only 1, the default, finds the very first one. The check covers
             all modules without submodules that could make one, watched or not. It tells only of what makes a loss
-            non-finite: the infinities of a mask do no harm. Where no loss is seen, the last output decides.
+            non-finite: the infinities of a mask do no harm. A step without a loss that Lightning sees is a fault if it
+            leaves a parameter or a gradient that is not finite.
         window_samples: Least number of samples, of all ranks together, that the numbers of units are over. How often a
             unit used to fire is known from up to twice as many.
         tau: A unit is dormant up to this share of the layer's mean magnitude.

@@ -106,7 +106,7 @@ class FiniteCheck(Protocol):
         """Take note that an optimizer steps: parameters are looked at again."""
 
     def end(self) -> None:
-        """End the training step."""
+        """End the training step. If no loss was seen, it is a fault if a parameter or a gradient is bad behind it."""
 
     def found(self) -> Found | None:
         """What this rank found. ``None`` if nothing was wrong."""
@@ -168,10 +168,19 @@ class _Trial:
         self._state = max(state, self._state)
 
     def loss(self, state: int) -> None:
-        """Tell of a loss. One that is not finite is a fault."""
+        """Tell of a loss. One that is not finite is a fault. Of one that is, what came before did no harm."""
         self.saw_loss = True
-        if state != _FINITE and self.verdict is None:
+        if state == _FINITE:
+            self.clear()
+        elif self.verdict is None:
             self._decide(state)
+
+    def clear(self) -> None:
+        """What was bad so far did no harm, and counts as usual."""
+        for place, state in self._bad.items():
+            self.usual[place] = max(state, self.usual.get(place, _FINITE))
+        self._bad = {}
+        self.suspect, self._state = None, _FINITE
 
     def end(self, batch: Mapping[str, int] | None) -> None:
         """End the step. Without a loss that was seen, the last output decides.
@@ -183,8 +192,7 @@ class _Trial:
             self._decide(self._last_state)
         if self.verdict is None and self.saw_loss:
             self._bad |= {Place("batch", entry): state for entry, state in (batch or {}).items()}
-            for place, state in self._bad.items():
-                self.usual[place] = max(state, self.usual.get(place, _FINITE))
+            self.clear()
 
     def _last(self) -> str:
         """The last call: the path, and from the second call on its number, as in tags."""
@@ -275,6 +283,12 @@ class _ImmediateCheck:
         self._are_new = True
 
     def end(self) -> None:
+        trial = self._trial
+        if trial is not None and not trial.saw_loss and trial.suspect is not None:
+            trained = self._held.trained()
+            # Of a network without parameters, the last output decides.
+            if trained and all(_state(x) == _FINITE for x in trained):
+                trial.clear()
         self._close()
 
     def found(self) -> Found | None:
@@ -359,6 +373,8 @@ class _DeferredCheck:
         self._are_new = True
 
     def end(self) -> None:
+        if self._notes is not None:
+            self._notes.end(self._held)
         self._close()
 
     def found(self) -> Found | None:
@@ -425,6 +441,13 @@ class _Notes:
             self.events.append(("held", held, places, tuple(self.add(norm) for norm in norms)))
 
     @torch.no_grad()
+    def end(self, held: "_Held") -> None:
+        """Look at parameters and gradients behind a step of which no loss was seen."""
+        if not any(kind == "loss" for kind, *_ in self.events) and (tensors := held.trained()):
+            norms = torch._foreach_norm(tensors, math.inf)
+            self.events.append(("trained", *(self.add(norm) for norm in norms)))
+
+    @torch.no_grad()
     def close(self) -> None:
         """Put the sums together, without waiting for the device."""
         alike = defaultdict(list)
@@ -456,6 +479,9 @@ class _Notes:
                 trial.held = held.bad({place: worst([index]) for place, index in zip(places, indices, strict=True)})
             elif kind == "loss":
                 trial.loss(worst(event))
+            elif kind == "trained":
+                if worst(event) == _FINITE:
+                    trial.clear()
             else:
                 path, outputs, inputs = event
                 trial.call(path, worst(outputs), worst(inputs[:1]), worst(inputs[1:]))
@@ -485,6 +511,13 @@ class _Held:
             self._tensors = every
         found = ((place, _plain(x)) for place, x in self._tensors if not is_lazy(x))
         return [(place, x) for place, x in found if x is not None]
+
+    def trained(self) -> list[Tensor]:
+        """The values of the parameters, and of their gradients that are there."""
+        if self._module is None:
+            return []
+        found = [each for x in self._module.parameters() if not is_lazy(x) for each in (x, x.grad) if each is not None]
+        return [values for x in found if (values := _plain(x)) is not None]
 
     def bad(self, states: Mapping[Place, int]) -> dict[Place, int]:
         """Those that are bad. The infinities of a buffer are a mask's."""

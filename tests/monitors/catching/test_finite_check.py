@@ -228,6 +228,33 @@ def test_without_a_loss_that_is_seen_the_last_output_decides(check):
     assert place_of(check) == (1, "a")
 
 
+@pytest.mark.parametrize("harm", ["none", "gradient", "parameter"])
+def test_without_a_loss_that_is_seen_a_step_is_a_fault_if_it_leaves_a_bad_parameter_or_gradient(check, harm):
+    net = nn.Linear(2, 2)
+    check.hold(net)
+    check.begin(4)
+    check.update("a", (torch.ones(2),), torch.tensor([NAN]))
+    if harm == "gradient":
+        net.weight.grad = torch.full((2, 2), NAN)
+    if harm == "parameter":
+        nn.init.constant_(net.bias, NAN)
+    check.end()
+    assert (check.found() is None) == (harm == "none")
+    # What did no harm is no reason not to look on.
+    run(check, 5, ("a", 1.0, NAN), ("b", "a", NAN))
+    assert check.found()[0] == (5 if harm == "none" else 4)
+
+
+def test_a_finite_loss_clears_what_came_before_it(check):
+    check.begin(0)
+    check.update("a", (torch.ones(2),), torch.tensor([NAN]))
+    check.update_loss(torch.tensor(1.0))
+    check.update("b", (torch.ones(2),), torch.tensor([2.0]))
+    check.update_loss(torch.tensor(NAN))
+    check.end()
+    assert check.found()[::2] == (0, Place("after", "b"))
+
+
 def test_a_step_that_fails_in_its_middle(check):
     check.begin(3)
     check.update("a", (torch.ones(2),), torch.tensor([NAN]))
