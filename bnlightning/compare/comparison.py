@@ -477,8 +477,9 @@ def _earliest(found: Sequence[tuple[int, str]]) -> tuple[int, str]:
 
 
 def _notes(name: str, runs: Sequence[Run]) -> list[str]:
-    """A variant's own note, and what happened to it if it diverged."""
+    """A variant's own note, whether it was cut off, and what happened to it if it diverged."""
     notes = [f"{name}: {runs[0].note}"] if runs[0].note else []
+    notes += _cut_off(name, runs)
     found = [run.first_nonfinite for run in runs if run.first_nonfinite is not None]
     if not found:
         return notes
@@ -493,6 +494,16 @@ def _notes(name: str, runs: Sequence[Run]) -> list[str]:
         )
     text += "Diverged is not dead: a dead unit puts out zero for every input, a diverged one puts out NaN."
     return [*notes, text]
+
+
+def _cut_off(name: str, runs: Sequence[Run]) -> list[str]:
+    """Which runs have not finished: what they reached is not their result."""
+    steps = [run.last_step for run in runs if run.is_cut_off]
+    if not steps:
+        return []
+    who = name if len(runs) == 1 else f"{name} ({len(steps)} of {len(runs)} runs)"
+    where = f"it stops at step {steps[0]}" if len(steps) == 1 else f"the first of them stops at step {min(steps)}"
+    return [f"{who} is not finished: {where}."]
 
 
 def _write_image(directory: Path, png: bytes) -> None:

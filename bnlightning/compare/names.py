@@ -72,6 +72,9 @@ SWEEP_CONFIG = "multirun.yaml"
 FINISHED = "finished"
 """The empty file that a run writes last."""
 
+RUN_SETTINGS = ".hydra/hydra.yaml"
+"""The file in which the command keeps its own settings beside a run."""
+
 CHECKPOINTS = "checkpoints"
 """The directory of a run's checkpoints."""
 

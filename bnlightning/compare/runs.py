@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 from bnlightning.compare.names import (
     COMPARISON_SUFFIX,
     EVENT_FILES,
+    FINISHED,
     FIRST_NONFINITE_LAYER,
     HPARAMS,
     NOTE,
     PREDICTION,
     PUBLISHED,
+    RUN_SETTINGS,
     TEST,
     TRAIN_LOSS,
     VAL_LOSS,
@@ -64,6 +66,7 @@ class Run:
             seen.
         note: The text under ``test/note``, ``None`` if there is none.
         seconds: The time from the first to the last scalar.
+        is_cut_off: Whether it is a run of ``python -m bnlightning.train`` that has not ended by itself.
     """
 
     path: Path
@@ -76,6 +79,12 @@ class Run:
     first_nonfinite: tuple[int, str] | None
     note: str | None
     seconds: float
+    is_cut_off: bool
+
+    @property
+    def last_step(self) -> int:
+        """The last step of all scalars."""
+        return max((int(steps.max()) for steps, _ in self.scalars.values()), default=0)
 
     def last(self, tag: str) -> float | None:
         """The last value of a scalar, ``None`` if the run has no such tag."""
@@ -165,6 +174,7 @@ def read_run(path: Path, root: Path) -> Run:
         first_nonfinite=_place(_text(events, tags[ea.TENSORS], FIRST_NONFINITE_LAYER)),
         note=note[1] if (note := _text(events, tags[ea.TENSORS], NOTE)) is not None else None,
         seconds=max(times, default=0.0) - min(times, default=0.0),
+        is_cut_off=_is_of_the_command(path) and not (path / FINISHED).exists(),
     )
 
 
@@ -331,6 +341,14 @@ def _place(found: tuple[int, str] | None) -> tuple[int, str] | None:
 def _seed(name: RunName, hparams: Mapping[str, Any]) -> int | None:
     seed = hparams.get("seed") if name.seed is None else name.seed
     return seed if isinstance(seed, int) else None
+
+
+def _is_of_the_command(path: Path) -> bool:
+    """Whether the command wrote the run; other programs of Hydra's do not say when one has finished."""
+    try:
+        return "app_name: python -m bnlightning.train\n" in (path / RUN_SETTINGS).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def _hparams(path: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import argparse
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +154,7 @@ class _Typed:
         self._overrides = [self._parse(word) for word in words]
         for override in self._overrides:
             self._check_group(override, primary)
+        self._check_given_once()
 
     def experiments(self) -> list[str]:
         """The experiments, if there are several."""
@@ -212,10 +213,12 @@ class _Typed:
         word, value = (*parts, "", "")[:2]
         if not value and self._options(word):
             raise ValueError(faults.unknown(f"{word}=", (), self._options(word)))
-        for group in _GROUPS:
-            if word in self._options(group):
-                raise ValueError(faults.misspelt(words[index], f"{group}={word}"))
         known = self._known(word, [contents])
+        # `learning_rate` is an experiment, `learning_rate=0.1` is none.
+        is_key = _has_value(words, index) and word in {key.rpartition(".")[2] for key in known}
+        for group in _GROUPS:
+            if word in self._options(group) and not is_key:
+                raise ValueError(faults.misspelt(words[index], f"{group}={word}"))
         found = [word] if word in known else near(word, known)
         if not found or not (value or words[index].startswith("-") or word in known):
             group, _, option = word.replace("/", ".").rpartition(".")
@@ -239,6 +242,18 @@ class _Typed:
         for name in override.sweep_string_iterator() if override.is_sweep_override() else [value]:
             if not self._is_option(group, name):
                 raise ValueError(faults.unknown(faults.assigned(group, name), near(str(name), options), options))
+
+    def _check_given_once(self) -> None:
+        """Refuse a group that several words choose from."""
+        chosen: dict[str, list[str]] = {}
+        for override in self._overrides:
+            if not self._options(override.key_or_group) or override.is_delete():
+                continue
+            key = override.get_key_element().lstrip("+")
+            names = list(override.sweep_string_iterator()) if override.is_sweep_override() else [str(override.value())]
+            if key in chosen:
+                raise ValueError(faults.given_twice(key, list(dict.fromkeys(chosen[key] + names))))
+            chosen[key] = names
 
     def _is_option(self, group: str, name: Any) -> bool:
         if not isinstance(name, str):
@@ -296,6 +311,9 @@ class _Typed:
             values: list[Any] = list(override.sweep_iterator()) if override.is_choice_sweep() else []
         else:
             values = [override.value()]
+        for first, second in pairwise(values):
+            if _is_decimal_comma(first, second):
+                raise ValueError(faults.decimal_comma(_line(override), str(first), second))
         for value in map(_plain, values):
             if key in _SINGLE and isinstance(value, list | dict):
                 raise ValueError(faults.is_a_list(key, value))
@@ -309,8 +327,22 @@ class _Typed:
                 )
 
 
+def _has_value(words: Sequence[str], index: int) -> bool:
+    """Whether a word has a value in it, behind it or, as one, behind the key before it."""
+    if re.search(r"[\s=:]\S", words[index].lstrip("-+~")) or (index and words[index - 1].endswith("=")):
+        return True
+    return index + 1 < len(words) and not re.match(r"[^=]+=|-", words[index + 1])
+
+
 def _line(override: Override) -> str:
     return override.input_line or ""
+
+
+def _is_decimal_comma(first: Any, second: Any) -> bool:
+    """Whether two values of a sweep are one number: no integer begins with a zero, the decimals of many do."""
+    # What is quoted is a text, a truth value is no number.
+    is_padded = isinstance(second, str) and re.fullmatch(r"0\d+(e[+-]?\d+)?", second, re.IGNORECASE) is not None
+    return is_padded and isinstance(first, int) and not isinstance(first, bool)
 
 
 def _quoted(text: str) -> str:

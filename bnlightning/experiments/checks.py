@@ -1,5 +1,6 @@
 """What any run of a command would refuse, found before the first begins."""
 
+import pickle
 import warnings
 from pathlib import Path
 from textwrap import shorten
@@ -96,6 +97,8 @@ def _check_checkpoint(config: DictConfig, model: lightning.LightningModule) -> N
             checkpoint = torch.load(path, map_location="cpu", weights_only=not config.trust_ckpt)
         weights, step = checkpoint["state_dict"], checkpoint["global_step"]
     except Exception as error:
+        if not _may_be_checkpoint(path):
+            raise ValueError(faults.no_checkpoint(path)) from error
         if not config.trust_ckpt and (held := faults.code_in_checkpoint(error)):
             raise ValueError(faults.checkpoint_is_not_trusted(path, held)) from error
         raise ValueError(faults.checkpoint_is_damaged(path, _short(error))) from error
@@ -109,6 +112,13 @@ def _check_checkpoint(config: DictConfig, model: lightning.LightningModule) -> N
     epochs, last = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"], config.trainer.max_epochs
     if 0 <= last <= epochs:
         raise ValueError(faults.checkpoint_is_of_epoch(path, epochs, last))
+
+
+def _may_be_checkpoint(path: str) -> bool:
+    """Whether the file begins like a zip archive or a pickle, which torch writes, or is empty, as a damaged one may."""
+    with Path(path).open("rb") as file:
+        head = file.read(2)
+    return not head or head == b"PK" or head[:1] == pickle.PROTO
 
 
 def _short(error: Exception) -> str:

@@ -153,6 +153,21 @@ def unknown(what: str, like: Sequence[str], known: Sequence[str] = ()) -> str:
     return f"{what} is not known. {meant}{there}"
 
 
+def given_twice(group: str, names: Sequence[str]) -> str:
+    """A group that several words choose from."""
+    if group.startswith("hydra/"):
+        return f"{group} is given twice: give it once."
+    return f"{group} is given twice: type {group}={','.join(names)}."
+
+
+def decimal_comma(line: str, first: str, second: str) -> str:
+    """A comma where a decimal point is meant."""
+    return (
+        f"{line} is not possible: a comma makes a list, here of {first} and {second}. "
+        f"Decimals take a point: {first}.{second}."
+    )
+
+
 def is_a_list(key: str, value: Any) -> str:
     """Brackets make one value of several."""
     if isinstance(value, Mapping):
@@ -247,6 +262,11 @@ def no_callback(name: str) -> str:
 def checkpoint_is_missing(path: str) -> str:
     """There is no such file."""
     return f"ckpt_path={path!r} is not a file: give a checkpoint, such as checkpoints/last.ckpt of a run."
+
+
+def no_checkpoint(path: str) -> str:
+    """A file of another kind."""
+    return f"ckpt_path={path!r} is no checkpoint: give one, such as checkpoints/last.ckpt of a run."
 
 
 def checkpoint_is_damaged(path: str, why: str) -> str:

@@ -61,6 +61,26 @@ def test_a_single_runs_directory_is_compared(tmp_path, write_run):
     assert [row["variant"] for row in compare_runs(tmp_path).rows] == ["batch norm (ours)"]
 
 
+def test_a_run_that_was_cut_off_is_told(tmp_path, write_run):
+    for name, app in (
+        ("custom_seed-1", "python -m bnlightning.train"),
+        ("custom_seed-2", "python -m bnlightning.train"),
+        ("none", "python -m bnlightning.train"),
+        ("torch", "another"),
+    ):
+        write_run(tmp_path / name, val__loss={0: 2.0, 200: 1.0}, train__loss={205: 1.0})
+        (tmp_path / name / ".hydra").mkdir()
+        (tmp_path / name / ".hydra/hydra.yaml").write_text(f"hydra:\n  help:\n    app_name: {app}\n")
+    (tmp_path / "custom_seed-1/finished").touch()
+    assert compare_runs(tmp_path).notes == [
+        "no norm is not finished: it stops at step 205.",
+        "batch norm (ours) (1 of 2 runs) is not finished: it stops at step 205.",
+    ]
+    for name in ("custom_seed-2", "none"):
+        (tmp_path / name / "finished").touch()
+    assert compare_runs(tmp_path).notes == []
+
+
 def test_settings_are_told_in_words(tmp_path, write_run):
     for name in ("none", "custom"):
         for rate in (0.1, 1.0):

@@ -123,12 +123,48 @@ def test_an_experiment_in_another_spelling_is_told_the_right_one(typed):
         ("model.norm none", "type model.norm=none."),
         ("--lr 0.1", "type model.learning_rate=0.1."),
         ("--max_steps=5", "type trainer.max_steps=5."),
+        # An experiment has the name of this key.
+        ("experiment=tanh --learning_rate=0.1", "type model.learning_rate=0.1."),
+        ("experiment=tanh --learning_rate 0.1", "type model.learning_rate=0.1."),
+        ("learning_rate = 0.1", "type model.learning_rate=0.1."),
+        ("experiment= learning_rate", "type experiment=learning_rate."),
+        ("learning_rate seed=3", "type experiment=learning_rate."),
+        ("--learning_rate", "type experiment=learning_rate."),
         ("foo", "type KEY=VALUE, such as experiment=tanh."),
     ],
 )
 def test_so_is_any_other_key(typed, spelling):
     with pytest.raises(ValueError, match=re.escape(spelling)):
         read_arguments(typed.split())
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("experiment=tanh experiment=relu seed=1,2", "experiment is given twice: type experiment=tanh,relu."),
+        ("experiment=tanh,relu +experiment=tanh", "experiment is given twice: type experiment=tanh,relu."),
+        ("trainer=cpu trainer=cpu", "trainer is given twice: type trainer=cpu."),
+        ("hydra/launcher=basic hydra/launcher=joblib", "hydra/launcher is given twice: give it once."),
+    ],
+)
+def test_a_group_is_given_once(typed, message):
+    with pytest.raises(ValueError) as refusal:
+        read_arguments(typed.split())
+    assert str(refusal.value) == message
+
+
+@pytest.mark.parametrize(
+    ("value", "meant"), [("0,001", "0.001"), ("0,05", "0.05"), ("1,05", "1.05"), ("0,1,0,01", "0.01")]
+)
+@pytest.mark.parametrize("key", ["model.learning_rate", "+model.norm_options.eps"])
+def test_a_decimal_comma_is_told_from_a_sweep(key, value, meant):
+    with pytest.raises(ValueError, match=rf"a comma makes a list, .* Decimals take a point: {re.escape(meant)}\.$"):
+        read_arguments([f"{key}={value}"])
+
+
+@pytest.mark.parametrize("value", ["1,2,3", "0,5", "10,100", "0.1,0.01", "1,1e-2", "0,0.5"])
+def test_a_sweep_is_no_decimal_comma(value):
+    assert read_arguments([f"model.learning_rate={value}"]) == {"": [f"model.learning_rate={value}"]}
 
 
 def test_files_of_ones_own_bring_keys_of_their_own(own):

@@ -77,6 +77,18 @@ def test_a_checkpoint_runs_no_code_unless_it_is_trusted(options, tmp_path):
     assert written.exists()
 
 
+@pytest.mark.parametrize("trust", ["false", "true"])
+@pytest.mark.parametrize("content", [b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", b"hello world\n", b'{"a": 1}', b"c\n"])
+def test_a_file_of_another_kind_is_no_checkpoint(content, trust, tmp_path):
+    path = tmp_path / "figure.png"
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as refusal:
+        check(f"ckpt_path={path}", f"trust_ckpt={trust}")
+    assert re.fullmatch(
+        r"ckpt_path='.*figure\.png' is no checkpoint: give one, such as .* of a run\.", str(refusal.value)
+    )
+
+
 def test_what_is_possible_is_not():
     check("+experiment=tanh", "model.norm=none,custom", "seed=1,2", "model.depth=2")
 
