@@ -303,6 +303,17 @@ class _ConventionBatchNorm(_TorchBatchNorm):
         # nn.Module is asked next, as for any attribute that a class does not have.
         raise AttributeError("parametrizations")
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` asks for first.
+
+        Raises:
+            RuntimeError: Always. The compiler would fail in the middle of the layer's source.
+        """
+        raise RuntimeError(
+            f"torch.jit.script cannot compile {self}. Call swap_norm(model, 'torch') first, or take torch.jit.trace or "
+            "torch.export, which can."
+        )
+
     def extra_repr(self) -> str:
         """Return torch's arguments and our own."""
         sync = ", sync=True" if self.sync else ""

@@ -17,10 +17,11 @@ class _FuseInEvaluation:
     fuse: _Fuse
 
     def __call__(self, is_qat: bool, *modules: nn.Module) -> nn.Module:
-        if is_qat or isinstance(modules[0], nn.modules.batchnorm._BatchNorm):
+        by_mode = all(getattr(module, "normalize_by", "mode") == "mode" for module in modules)
+        if is_qat or not by_mode or isinstance(modules[0], nn.modules.batchnorm._BatchNorm):
             names = " and ".join(type(module).__name__ for module in modules)
             raise RuntimeError(
-                f"fuse_modules cannot fuse bnlightning's {names}: what comes out would train by torch's convention. "
+                f"fuse_modules cannot fuse bnlightning's {names}: what comes out would train or evaluate otherwise. "
                 "Call swap_norm(model, 'torch') first."
             )
         return self.fuse(is_qat, *modules)

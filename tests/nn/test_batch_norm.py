@@ -291,6 +291,19 @@ def test_fusion_with_a_convolution_in_evaluation():
     torch.testing.assert_close(torch.nn.utils.fuse_conv_bn_eval(*module[:2])(x), module[:2](x))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated:DeprecationWarning")
+def test_torchscript_says_what_to_do():
+    module, x = block(BatchNorm2d(4, convention="keras")), torch.randn(2, 3, 6, 6)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"Call swap_norm\(model, 'torch'\) first, or take torch\.jit\.trace"):
+            torch.jit.script(module)
+    traced = torch.jit.trace(module.eval(), x)
+    torch.testing.assert_close(traced(x), module(x))
+    swap_norm(module, "torch")
+    torch.testing.assert_close(torch.jit.script(module)(x), module(x))
+
+
 def test_what_is_no_tensor_is_named():
     with pytest.raises(ValueError, match="input of BatchNorm1d is a list: give a tensor"):
         BatchNorm1d(3)([1.0])

@@ -241,7 +241,7 @@ def test_without_a_loss_that_is_seen_a_step_is_a_fault_if_it_leaves_a_bad_parame
     check.end()
     assert (check.found() is None) == (harm == "none")
     # What did no harm is no reason not to look on.
-    run(check, 5, ("a", 1.0, NAN), ("b", "a", NAN))
+    run(check, 5, ("a", 1.0, 1.0), ("b", "a", NAN), loss=NAN)
     assert check.found()[0] == (5 if harm == "none" else 4)
 
 
