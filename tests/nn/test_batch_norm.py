@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from bnlightning import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from bnlightning import BatchNorm1d, BatchNorm2d, BatchNorm3d, swap_norm
 
 PAIRS = [
     (BatchNorm1d, nn.BatchNorm1d, (6, 4)),
@@ -293,6 +293,7 @@ def test_fusion_with_a_convolution_in_evaluation():
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_torchscript_says_what_to_do():
     module, x = block(BatchNorm2d(4, convention="keras")), torch.randn(2, 3, 6, 6)
     for _ in range(2):
