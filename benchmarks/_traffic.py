@@ -23,11 +23,11 @@ def activation_messages(
         effective_rank: The monitor's argument.
         checks: Whether it still looks for a non-finite value.
     """
-    sums = sum((4 if limits else 2) * units for units, limits in layers)
+    sums = sum((5 if limits else 3) * units for units, limits in layers)
     seconds = sum(units**2 for units, _ in layers if units <= 1024) if effective_rank else 0
     keys, integers = 2 * NUMBER, (_BINS + 3) * NUMBER * len(layers)
     reals, extrema = (2 * len(layers) + sums + seconds) * NUMBER, 2 * NUMBER * len(layers)
-    return [keys, integers, reals, extrema, *([NUMBER] if checks else [])]
+    return [keys, extrema, integers, reals, *([NUMBER] if checks else [])]
 
 
 def gradient_messages(parameters: int, histograms: int, sharded: bool) -> list[int]:
