@@ -55,7 +55,7 @@ class ActivationMonitor(MonitorCallback):
     - ``layer_nonfinite``: share of NaN and infinities among all outputs.
     - ``layer_saturated``, ``layer_saturated_low``, ``layer_saturated_high``: share of the outputs beyond
       :func:`saturation_limits`, for bounded activations.
-    - ``layer_dead``: share of the units that put out exactly zero for every sample. A unit with a NaN or an infinity is
+    - ``layer_dead``: share of the dead units, which put out exactly zero. A unit with a NaN or an infinity is
       not dead but broken, and counts under ``layer_nonfinite``.
     - ``layer_dormant``: share of the units whose mean magnitude is at most ``tau`` times the mean over the layer's
       units (Sokar et al., ICML 2023).
@@ -524,8 +524,8 @@ _PICTURES = (
     Picture(
         "layers_by_step",
         draw_surfaces,
-        "The numbers of every layer at every sampled training step, over all ranks. Dead and dormant units are over "
-        "the window. At most 128 steps. Healthy: white, which is measured and within the range under each scale. Up to "
+        "The numbers of every layer at every sampled training step, over all ranks. Dormant units are over the window. "
+        "At most 128 steps. Healthy: white, which is measured and within the range under each scale. Up to "
         "80 % of zeros are healthy. Hatched was not measured.",
     ),
     Picture(
